@@ -1,0 +1,13 @@
+"""Saccade: deformable attention, exact, fast on plain CPUs, nothing to compile, and visible."""
+
+from saccade import nn as nn
+from saccade import reference as reference
+from saccade.backend import Backend as Backend
+from saccade.backend import use_backend as use_backend
+from saccade.backend import which_backend as which_backend
+from saccade.functional import deformable_attention as deformable_attention
+from saccade.integrations import patch as patch
+from saccade.integrations import unpatch as unpatch
+from saccade.nn import Sampling as Sampling
+
+__version__ = "0.1.0"

@@ -1,0 +1,356 @@
+"""The modules: deformable attention with its projections, ready to put into a network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from saccade.arguments import Interpolation, Padding, SpatialShapes, understand_spatial_shapes
+from saccade.functional import deformable_attention
+from saccade.sampling import Sampling, sampling_locations
+
+
+class MultiScaleDeformableAttention(nn.Module):
+    """Multi-scale deformable attention as in Deformable DETR and the detectors after it.
+
+    Its state dict has the family's keys (`sampling_offsets`, `attention_weights`, `value_proj`,
+    `output_proj`, each with `.weight` and `.bias`): checkpoints load as they are.
+
+    Args:
+        embed_dim: channels C of queries and values.
+        num_heads: heads M; must divide `embed_dim`.
+        num_levels: levels L of the value map.
+        num_points: points each head reads on each level, one number or a list of L numbers.
+        interpolation: as in `saccade.deformable_attention`.
+        padding: as in `saccade.deformable_attention`.
+
+    Raises:
+        ValueError: a number does not fit; the message names it.
+
+    Precision:
+        Locations and attention weights are float32 also under autocast and in 16-bit modules
+        (float64 in float64 modules).
+
+    Source:
+        Zhu et al., Deformable DETR, equation 3, https://arxiv.org/abs/2010.04159
+
+    Example:
+        >>> import torch, saccade
+        >>> attention = saccade.nn.MultiScaleDeformableAttention(64, num_heads=4, num_levels=2)
+        >>> value = torch.randn(1, 8 * 8 + 4 * 4, 64)
+        >>> query, reference = torch.randn(1, 10, 64), torch.rand(1, 10, 1, 2)
+        >>> attention(query, reference, value, [(8, 8), (4, 4)]).shape
+        torch.Size([1, 10, 64])
+    """
+
+    def __init__(
+        self,
+        embed_dim: int = 256,
+        num_heads: int = 8,
+        num_levels: int = 4,
+        num_points: int | Sequence[int] = 4,
+        *,
+        interpolation: Interpolation = "linear",
+        padding: Padding = "zeros",
+    ) -> None:
+        super().__init__()
+        _check_heads(embed_dim, num_heads)
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.num_levels = num_levels
+        self.num_points = _points_per_level(num_points, num_levels)
+        self.interpolation: Interpolation = interpolation
+        self.padding: Padding = padding
+        total_points = num_heads * sum(self.num_points)
+        self.sampling_offsets = nn.Linear(embed_dim, total_points * 2)
+        self.attention_weights = nn.Linear(embed_dim, total_points)
+        self.value_proj = nn.Linear(embed_dim, embed_dim)
+        self.output_proj = nn.Linear(embed_dim, embed_dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The family's initialisation: head m looks along direction m, the points further out."""
+        _init_sampling(
+            self.sampling_offsets, self.attention_weights, self.num_heads, self.num_points
+        )
+        _init_projection(self.value_proj)
+        _init_projection(self.output_proj)
+
+    def forward(
+        self,
+        query: Tensor,
+        reference_points: Tensor,
+        value: Tensor,
+        spatial_shapes: SpatialShapes,
+        value_padding_mask: Tensor | None = None,
+        *,
+        return_sampling: bool = False,
+    ) -> Tensor | tuple[Tensor, Sampling]:
+        """Attends from each query to the points it chooses around its reference point.
+
+        Args:
+            query (Tensor[B, Q, C]): the queries, position embedding added.
+            reference_points (Tensor[B, Q, 1 or L, 2 or 4]): normalized (x, y) points, or boxes
+                (centre x, centre y, width, height); with 1 in the third axis for all levels.
+            value (Tensor[B, S, C]): the feature maps of all levels, flattened and joined.
+            spatial_shapes: `(height, width)` of each level; the products sum to S.
+            value_padding_mask (Tensor[B, S], bool): True marks padding, which counts as 0.
+            return_sampling: also return where the queries looked.
+
+        Returns:
+            Tensor[B, Q, C], or with `return_sampling` the pair (Tensor[B, Q, C], Sampling).
+
+        Raises:
+            ValueError: a shape does not fit; the message names the argument.
+        """
+        _check_channels("query", query, 3, self.embed_dim)
+        _check_channels("value", value, 3, self.embed_dim)
+        shapes = understand_spatial_shapes(spatial_shapes)
+        if len(shapes) != self.num_levels:
+            raise ValueError(
+                f"spatial_shapes: expected {self.num_levels} levels (num_levels), got {shapes}"
+            )
+        projected = self.value_proj(value).unflatten(-1, (self.num_heads, -1))
+        sampling = _predict_sampling(
+            self.sampling_offsets(query),
+            self.attention_weights(query),
+            reference_points,
+            shapes,
+            self.num_heads,
+            self.num_points,
+        )
+        attended = deformable_attention(
+            projected,
+            shapes,
+            sampling.sampling_locations,
+            sampling.attention_weights,
+            num_points=self.num_points,
+            interpolation=self.interpolation,
+            padding=self.padding,
+            value_padding_mask=value_padding_mask,
+        )
+        output: Tensor = self.output_proj(attended)
+        return (output, sampling) if return_sampling else output
+
+    def extra_repr(self) -> str:
+        return (
+            f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, "
+            f"num_levels={self.num_levels}, num_points={self.num_points}"
+        )
+
+
+class DeformableAttention(nn.Module):
+    """Deformable attention over one feature map, everything predicted from the query.
+
+    Args:
+        embed_dim: channels C of queries and feature map.
+        num_heads: heads M.
+        num_points: points K that each head reads.
+        spatial_dims: dimensions of the map; 2 so far.
+        value_projection: True, the Deformable-DETR form: the map is projected and split into heads
+            of C / M channels. False, the plain form: every head reads all C channels of the same
+            un-projected map, and the output projection takes M * C channels.
+        predict_reference_points: False leaves the layer `reference_points` out, for use where the
+            caller always gives them (no parameter then stays without a gradient).
+        interpolation: as in `saccade.deformable_attention`.
+        padding: as in `saccade.deformable_attention`.
+
+    Raises:
+        ValueError: a number does not fit; the message names it.
+
+    Precision:
+        As `MultiScaleDeformableAttention`.
+
+    Source:
+        Zhu et al., Deformable DETR, equation 2, https://arxiv.org/abs/2010.04159
+
+    Example:
+        >>> import torch, saccade
+        >>> attention = saccade.nn.DeformableAttention(64, num_heads=4, num_points=4)
+        >>> output, sampling = attention(
+        ...     torch.randn(1, 10, 64), torch.randn(1, 16, 20, 64), return_sampling=True)
+        >>> output.shape, sampling.sampling_locations.shape
+        (torch.Size([1, 10, 64]), torch.Size([1, 10, 4, 4, 2]))
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int = 8,
+        num_points: int = 4,
+        *,
+        spatial_dims: int = 2,
+        value_projection: bool = True,
+        predict_reference_points: bool = True,
+        interpolation: Interpolation = "linear",
+        padding: Padding = "zeros",
+    ) -> None:
+        super().__init__()
+        if spatial_dims != 2:
+            raise ValueError(f"spatial_dims: expected 2, got {spatial_dims}")
+        if value_projection:
+            _check_heads(embed_dim, num_heads)
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.num_points = _points_per_level(num_points, 1)
+        self.spatial_dims = spatial_dims
+        self.interpolation: Interpolation = interpolation
+        self.padding: Padding = padding
+        total_points = num_heads * num_points
+        self.reference_points = nn.Linear(embed_dim, 2) if predict_reference_points else None
+        self.sampling_offsets = nn.Linear(embed_dim, total_points * 2)
+        self.attention_weights = nn.Linear(embed_dim, total_points)
+        self.value_proj = nn.Linear(embed_dim, embed_dim) if value_projection else None
+        attended_dim = embed_dim if value_projection else num_heads * embed_dim
+        self.output_proj = nn.Linear(attended_dim, embed_dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As `MultiScaleDeformableAttention.reset_parameters`; reference points xavier, bias 0."""
+        _init_sampling(
+            self.sampling_offsets, self.attention_weights, self.num_heads, self.num_points
+        )
+        for projection in (self.reference_points, self.value_proj, self.output_proj):
+            if projection is not None:
+                _init_projection(projection)
+
+    def forward(
+        self,
+        query: Tensor,
+        feature_map: Tensor,
+        reference_points: Tensor | None = None,
+        value_padding_mask: Tensor | None = None,
+        *,
+        return_sampling: bool = False,
+    ) -> Tensor | tuple[Tensor, Sampling]:
+        """Attends from each query to the points it chooses on the map.
+
+        Args:
+            query (Tensor[B, Q, C]): the queries.
+            feature_map (Tensor[B, H, W, C]): the map, channels last.
+            reference_points (Tensor[B, Q, 2 or 4]): normalized (x, y) points or boxes; None: the
+                sigmoid of a linear layer of the query.
+            value_padding_mask (Tensor[B, H, W], bool): True marks padding, which counts as 0.
+            return_sampling: also return where the queries looked.
+
+        Returns:
+            Tensor[B, Q, C], or with `return_sampling` the pair (Tensor[B, Q, C], Sampling).
+
+        Raises:
+            ValueError: a shape does not fit; the message names the argument.
+        """
+        _check_channels("query", query, 3, self.embed_dim)
+        _check_channels("feature_map", feature_map, 4, self.embed_dim)
+        shapes: list[tuple[int, ...]] = [tuple(feature_map.shape[1:3])]
+        if reference_points is None:
+            if self.reference_points is None:
+                raise ValueError(
+                    "reference_points: expected a tensor, because this module was made with "
+                    "predict_reference_points=False, got None"
+                )
+            reference_points = self.reference_points(query).to(_location_dtype(query)).sigmoid()
+        value = feature_map.flatten(1, 2)
+        if self.value_proj is None:
+            projected = value[:, :, None, :]  # one head that all of them read
+        else:
+            projected = self.value_proj(value).unflatten(-1, (self.num_heads, -1))
+        sampling = _predict_sampling(
+            self.sampling_offsets(query),
+            self.attention_weights(query),
+            reference_points[:, :, None],
+            shapes,
+            self.num_heads,
+            self.num_points,
+        )
+        attended = deformable_attention(
+            projected,
+            shapes,
+            sampling.sampling_locations,
+            sampling.attention_weights,
+            num_points=self.num_points,
+            interpolation=self.interpolation,
+            padding=self.padding,
+            value_padding_mask=(
+                None if value_padding_mask is None else value_padding_mask.flatten(1)
+            ),
+        )
+        output: Tensor = self.output_proj(attended)
+        return (output, sampling) if return_sampling else output
+
+    def extra_repr(self) -> str:
+        return (
+            f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, "
+            f"num_points={self.num_points[0]}, value_projection={self.value_proj is not None}"
+        )
+
+
+def _predict_sampling(
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+    reference_points: Tensor,
+    shapes: list[tuple[int, ...]],
+    num_heads: int,
+    num_points: list[int],
+) -> Sampling:
+    # 16-bit locations would be off by whole pixels on a large map: positions never follow autocast.
+    dtype = _location_dtype(sampling_offsets)
+    sampling_offsets = sampling_offsets.to(dtype).unflatten(-1, (num_heads, sum(num_points), 2))
+    attention_weights = attention_logits.to(dtype).unflatten(-1, (num_heads, sum(num_points)))
+    reference_points = reference_points.to(dtype)
+    return Sampling(
+        reference_points,
+        sampling_offsets,
+        sampling_locations(reference_points, sampling_offsets, shapes, num_points),
+        attention_weights.softmax(-1),
+    )
+
+
+def _location_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _init_sampling(
+    sampling_offsets: nn.Linear,
+    attention_weights: nn.Linear,
+    num_heads: int,
+    num_points: list[int],
+) -> None:
+    angle = torch.arange(num_heads, dtype=torch.float32) * (2 * math.pi / num_heads)
+    direction = torch.stack((angle.cos(), angle.sin()), -1)
+    direction = direction / direction.abs().amax(-1, keepdim=True)
+    distance = torch.tensor([point + 1.0 for count in num_points for point in range(count)])
+    with torch.no_grad():
+        sampling_offsets.bias.copy_((direction[:, None] * distance[:, None]).flatten())
+    nn.init.zeros_(sampling_offsets.weight)
+    nn.init.zeros_(attention_weights.weight)
+    nn.init.zeros_(attention_weights.bias)
+
+
+def _init_projection(projection: nn.Linear) -> None:
+    nn.init.xavier_uniform_(projection.weight)
+    nn.init.zeros_(projection.bias)
+
+
+def _check_heads(embed_dim: int, num_heads: int) -> None:
+    if num_heads < 1 or embed_dim % num_heads:
+        raise ValueError(
+            f"num_heads: expected a divisor of embed_dim {embed_dim}, got {num_heads}"
+        )
+
+
+def _check_channels(name: str, tensor: Tensor, axes: int, embed_dim: int) -> None:
+    if tensor.dim() != axes or tensor.shape[-1] != embed_dim:
+        leading = "batch, " + ("height, width" if axes == 4 else "positions")
+        raise ValueError(f"{name}: expected [{leading}, {embed_dim}], got {list(tensor.shape)}")
+
+
+def _points_per_level(num_points: int | Sequence[int], num_levels: int) -> list[int]:
+    points = [num_points] * num_levels if isinstance(num_points, int) else list(num_points)
+    if len(points) != num_levels or any(count < 1 for count in points):
+        raise ValueError(
+            f"num_points: expected a positive number or {num_levels} of them, got {num_points}"
+        )
+    return points

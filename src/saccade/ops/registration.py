@@ -1,0 +1,221 @@
+"""The contract of the operators: schemas, shapes for tracing, gradients, the fallback kernel.
+
+`saccade::deformable_attention` and its backward are ordinary torch operators. The native library,
+where there is one, defines the same two schemas and brings the CPU kernels; the reference serves
+every other device, and the CPU where there is no library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from saccade import reference
+from saccade.arguments import Call, Coordinates, Interpolation, Padding
+from saccade.ops import native
+
+_ATTRIBUTES = "SymInt[] spatial_shapes, Tensor sampling_locations, Tensor attention_weights, int[] num_points, str interpolation, str padding, str coordinates"  # noqa: E501
+SCHEMAS = {
+    "deformable_attention": f"(Tensor value, {_ATTRIBUTES}) -> Tensor",
+    "deformable_attention_backward": (
+        f"(Tensor grad_output, Tensor value, {_ATTRIBUTES}, bool[] output_mask)"
+        " -> (Tensor, Tensor, Tensor)"
+    ),
+}
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+def _call(
+    value: Tensor,
+    spatial_shapes: Sequence[int],
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    num_points: Sequence[int],
+    interpolation: str,
+    padding: str,
+    coordinates: str,
+) -> Call:
+    spatial_dims = sampling_locations.shape[-1]
+    shapes = [
+        tuple(spatial_shapes[start : start + spatial_dims])
+        for start in range(0, len(spatial_shapes), spatial_dims)
+    ]
+    return Call(
+        value,
+        shapes,
+        sampling_locations,
+        attention_weights,
+        list(num_points),
+        cast(Interpolation, interpolation),
+        cast(Padding, padding),
+        cast(Coordinates, coordinates),
+    )
+
+
+# --- the reference as the kernel of every device that has no other -----------------------------
+
+
+def _reference_forward(*arguments: Any) -> Tensor:
+    return reference.execute(_call(*arguments))
+
+
+def _reference_backward(grad_output: Tensor, *arguments: Any) -> Gradients:
+    *call_arguments, output_mask = arguments
+    call = _call(*call_arguments)
+    gradients = reference.execute_backward(grad_output, call, output_mask)
+    inputs = (call.value, call.sampling_locations, call.attention_weights)
+    return cast(
+        Gradients,
+        tuple(
+            _unwanted(given) if gradient is None else gradient.contiguous()
+            for given, gradient in zip(inputs, gradients, strict=True)
+        ),
+    )
+
+
+def _unwanted(like: Tensor) -> Tensor:
+    """What the backward operator returns in place of a gradient that nobody asked for."""
+    return like.new_empty(0)
+
+
+# --- shapes for tracing -------------------------------------------------------------------------
+
+
+def _fake_forward(
+    value: Tensor,
+    spatial_shapes: Sequence[int],
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    num_points: Sequence[int],
+    interpolation: str,
+    padding: str,
+    coordinates: str,
+) -> Tensor:
+    batch_size, num_queries, num_heads = sampling_locations.shape[:3]
+    return value.new_empty((batch_size, num_queries, num_heads * value.shape[3]))
+
+
+def _fake_backward(
+    grad_output: Tensor,
+    value: Tensor,
+    spatial_shapes: Sequence[int],
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    num_points: Sequence[int],
+    interpolation: str,
+    padding: str,
+    coordinates: str,
+    output_mask: Sequence[bool],
+) -> Gradients:
+    inputs = (value, sampling_locations, attention_weights)
+    return cast(
+        Gradients,
+        tuple(
+            given.new_empty(given.shape) if wanted else _unwanted(given)
+            for given, wanted in zip(inputs, output_mask, strict=True)
+        ),
+    )
+
+
+# --- gradients ----------------------------------------------------------------------------------
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    value, spatial_shapes, sampling_locations, attention_weights, *options = inputs
+    ctx.save_for_backward(value, sampling_locations, attention_weights)
+    ctx.spatial_shapes, ctx.options = spatial_shapes, options
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    value, sampling_locations, attention_weights = ctx.saved_tensors
+    needed = ctx.needs_input_grad
+    output_mask = [needed[0], needed[2], needed[3]]
+    gradients = torch.ops.saccade.deformable_attention_backward(
+        grad_output,
+        value,
+        ctx.spatial_shapes,
+        sampling_locations,
+        attention_weights,
+        *ctx.options,
+        output_mask,
+    )
+    grad_value, grad_locations, grad_weights = (
+        gradient if wanted else None
+        for gradient, wanted in zip(gradients, output_mask, strict=True)
+    )
+    return grad_value, None, grad_locations, grad_weights, None, None, None, None
+
+
+def _save_for_second_order(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    grad_output, value, spatial_shapes, sampling_locations, attention_weights, *options = inputs
+    ctx.save_for_backward(grad_output, value, sampling_locations, attention_weights)
+    ctx.spatial_shapes, ctx.options = spatial_shapes, options
+
+
+def _backward_of_backward(ctx: Any, *grad_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    # Second derivatives are rare (gradient penalties, Hessian products): the written-out gradient
+    # of the reference is differentiated by autograd, exact and slow, on every device.
+    *options, output_mask = ctx.options
+    needed = [ctx.needs_input_grad[index] for index in (0, 1, 3, 4)]
+    higher_order = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Aliases, so that differentiation stops at these four tensors and does not walk on.
+        inputs = [
+            saved.view_as(saved) if higher_order else saved.detach() for saved in ctx.saved_tensors
+        ]
+        for tensor, wanted in zip(inputs, needed, strict=True):
+            if wanted and not tensor.requires_grad:
+                tensor.requires_grad_()
+        grad_output, value, sampling_locations, attention_weights = inputs
+        call = _call(value, ctx.spatial_shapes, sampling_locations, attention_weights, *options)
+        gradients = reference.execute_backward(grad_output, call, output_mask)
+        pairs = [
+            (gradient, grad_gradient)
+            for gradient, grad_gradient in zip(gradients, grad_gradients, strict=True)
+            if gradient is not None and gradient.requires_grad and grad_gradient is not None
+        ]
+        wanted_inputs = [tensor for tensor, wanted in zip(inputs, needed, strict=True) if wanted]
+        found = iter(
+            torch.autograd.grad(
+                [gradient for gradient, _ in pairs],
+                wanted_inputs,
+                [grad_gradient for _, grad_gradient in pairs],
+                allow_unused=True,
+                create_graph=higher_order,
+            )
+            if pairs
+            else [None] * len(wanted_inputs)
+        )
+    first, second, third, fourth = (next(found) if wanted else None for wanted in needed)
+    return first, second, None, third, fourth, None, None, None, None, None
+
+
+def _register() -> torch.library.Library:
+    library = torch.library.Library("saccade", "FRAGMENT")
+    if native.failure is not None:
+        for name, schema in SCHEMAS.items():
+            library.define(name + schema)
+    kernels: dict[str, tuple[Callable[..., Any], ...]] = {
+        "deformable_attention": (_reference_forward, _fake_forward, _backward, _save),
+        "deformable_attention_backward": (
+            _reference_backward,
+            _fake_backward,
+            _backward_of_backward,
+            _save_for_second_order,
+        ),
+    }
+    for name, (fallback, fake, backward, save) in kernels.items():
+        library.impl(name, fallback, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"saccade::{name}", fake, lib=library)
+        torch.library.register_autograd(
+            f"saccade::{name}", backward, setup_context=save, lib=library
+        )
+    return library
+
+
+# Registrations live as long as this object does.
+_library = _register()

@@ -1,0 +1,253 @@
+"""The definition of deformable attention in plain PyTorch (`docs/definition.md`, executable).
+
+Slow and readable on purpose: gathers, products and sums, no `grid_sample`. Runs wherever torch
+runs, is differentiable to any order by autograd, and is what every faster kernel is tested against.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from saccade.arguments import Call, Coordinates, Interpolation, Padding, SpatialShapes, understand
+
+# Queries are worked on in slices so that no intermediate holds more elements than this
+# (a single query of a very large batch excepted).
+MAX_INTERMEDIATE_ELEMENTS = 1 << 22
+
+
+def deformable_attention(
+    value: Tensor,
+    spatial_shapes: SpatialShapes,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    *,
+    num_points: int | Sequence[int] | None = None,
+    interpolation: Interpolation = "linear",
+    padding: Padding = "zeros",
+    coordinates: Coordinates = "normalized",
+    value_padding_mask: Tensor | None = None,
+) -> Tensor:
+    """Deformable attention, computed by plain PyTorch operations.
+
+    The arguments, the result, the errors and the precision are those of
+    `saccade.deformable_attention`, whose documentation holds here word for word.
+
+    Example:
+        >>> import torch, saccade
+        >>> value = torch.arange(16.0).view(1, 16, 1, 1)        # a 4 x 4 map, z(x, y) = 4 y + x
+        >>> locations = torch.tensor([[2.0, 2], [1, 2], [2, 1], [1, 1]]).view(1, 1, 1, 1, 4, 2)
+        >>> weights = torch.full((1, 1, 1, 1, 4), 0.25)
+        >>> saccade.reference.deformable_attention(
+        ...     value, [(4, 4)], locations, weights, coordinates="pixel").item()
+        7.5
+    """
+    call = understand(
+        value,
+        spatial_shapes,
+        sampling_locations,
+        attention_weights,
+        num_points,
+        interpolation,
+        padding,
+        coordinates,
+        value_padding_mask,
+    )
+    return execute(call)
+
+
+def execute(call: Call) -> Tensor:
+    """The operator on an understood call: [B, Q, M * D] in the value's dtype."""
+    batch_size, num_queries, num_heads = call.sampling_locations.shape[:3]
+    slices = []
+    for queries in _query_slices(call):
+        total = None
+        for level in _levels(call, queries):
+            for corner in _corners(level, call):
+                sampled = corner.weight[..., None] * _gather(level.value, corner)
+                # sum over the points of this level: [B, q, M, K, D] -> [B, q, M, D]
+                term = (level.attention_weights[..., None] * sampled).sum(3)
+                total = term if total is None else total + term
+        assert total is not None
+        slices.append(total)
+    output = torch.cat(slices, 1).to(call.value.dtype)
+    return output.reshape(batch_size, num_queries, num_heads * call.value.shape[3])
+
+
+def execute_backward(
+    grad_output: Tensor, call: Call, output_mask: Sequence[bool] = (True, True, True)
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients (value, sampling_locations, attention_weights) of `execute`, written out.
+
+    `grad_output` is [B, Q, M * D]. A gradient whose entry of `output_mask` is False is None. Made
+    of differentiable operations, so second derivatives are derivatives of this function.
+    """
+    compute_dtype = _compute_dtype(call.value)
+    batch_size, num_queries, num_heads = call.sampling_locations.shape[:3]
+    grad_output = grad_output.reshape(batch_size, num_queries, num_heads, -1).to(compute_dtype)
+    level_sizes = [math.prod(shape) for shape in call.spatial_shapes]
+    grad_levels = [
+        torch.zeros_like(part, dtype=compute_dtype) for part in call.value.split(level_sizes, 1)
+    ]
+    grad_locations, grad_weights = [], []
+    for queries in _query_slices(call):
+        grad = grad_output[:, queries, :, None, :]  # [B, q, M, 1, D]
+        grad_location_levels, grad_weight_levels = [], []
+        for index, level in enumerate(_levels(call, queries)):
+            weights = level.attention_weights
+            grad_weight = torch.zeros_like(weights)
+            grad_location = torch.zeros_like(level.locations)
+            for corner in _corners(level, call):
+                if output_mask[0]:
+                    scattered = (corner.weight * weights)[..., None] * grad
+                    grad_levels[index] = _scatter(grad_levels[index], corner, scattered)
+                # <gradient of the output, value at this corner>: [B, q, M, K]
+                dot = (grad * _gather(level.value, corner)).sum(-1)
+                grad_weight = grad_weight + corner.weight * dot
+                grad_location = (
+                    grad_location + corner.weight_gradient * (weights * dot)[..., None]
+                )
+            grad_location_levels.append(grad_location)
+            grad_weight_levels.append(grad_weight)
+        grad_locations.append(torch.cat(grad_location_levels, 3))
+        grad_weights.append(torch.cat(grad_weight_levels, 3))
+    return (
+        torch.cat(grad_levels, 1).to(call.value.dtype) if output_mask[0] else None,
+        torch.cat(grad_locations, 1).to(call.sampling_locations.dtype) if output_mask[1] else None,
+        torch.cat(grad_weights, 1).to(call.attention_weights.dtype) if output_mask[2] else None,
+    )
+
+
+class _Level(NamedTuple):
+    """One level of the map and the points of a slice of queries that fall on it."""
+
+    value: Tensor  # [B, H*W, M or 1, D], the value's dtype
+    shape: tuple[int, ...]  # (H, W)
+    locations: Tensor  # [B, q, M, K, N], compute dtype, (x, y)
+    attention_weights: Tensor  # [B, q, M, K], compute dtype
+
+
+class _Corner(NamedTuple):
+    """One of the 2^N cells that a point reads."""
+
+    row: Tensor  # [B, q, M, K] int64, index into the level's positions, 0 where not inside
+    inside: Tensor  # [B, q, M, K] bool, False: outside the map, counts as 0
+    weight: Tensor  # [B, q, M, K] interpolation weight
+    weight_gradient: Tensor  # [B, q, M, K, N] derivative of the weight by the location
+
+
+def _compute_dtype(value: Tensor) -> torch.dtype:
+    # Positions in 16 bits would be off by whole pixels on a map of a few hundred.
+    return torch.float64 if value.dtype == torch.float64 else torch.float32
+
+
+def _query_slices(call: Call) -> Iterator[slice]:
+    batch_size, num_queries, num_heads = call.sampling_locations.shape[:3]
+    per_query = batch_size * num_heads * max(call.num_points) * call.value.shape[3]
+    step = max(1, MAX_INTERMEDIATE_ELEMENTS // max(1, per_query))
+    # At least one slice, so that a call without queries still yields its empty output.
+    for begin in range(0, max(1, num_queries), step):
+        yield slice(begin, begin + step)
+
+
+def _levels(call: Call, queries: slice) -> Iterator[_Level]:
+    compute_dtype = _compute_dtype(call.value)
+    parts = zip(
+        call.value.split([math.prod(shape) for shape in call.spatial_shapes], 1),
+        call.spatial_shapes,
+        call.sampling_locations[:, queries].to(compute_dtype).split(call.num_points, 3),
+        call.attention_weights[:, queries].to(compute_dtype).split(call.num_points, 3),
+        strict=True,
+    )
+    for value, shape, locations, weights in parts:
+        yield _Level(value, shape, locations, weights)
+
+
+def _corners(level: _Level, call: Call) -> Iterator[_Corner]:
+    """The corners of every point: per axis one or two cells, and their combinations."""
+    finite = torch.isfinite(level.locations).all(-1)
+    axes = []
+    sizes = tuple(reversed(level.shape))  # a location is (x, y), a shape is (H, W)
+    for axis, size in enumerate(sizes):
+        location = torch.where(finite, level.locations[..., axis], 0)
+        axes.append(_axis_cells(location, size, call.interpolation, call.padding, call.coordinates))
+    for cells in itertools.product(*axes):
+        inside, row, weight = finite, torch.zeros_like(finite, dtype=torch.int64), None
+        for cell, size in zip(reversed(cells), level.shape, strict=True):
+            inside = inside & (cell.index >= 0) & (cell.index <= size - 1)
+            in_range = torch.where(inside, cell.index, 0).to(torch.int64)
+            row = row * size + in_range
+            weight = cell.weight if weight is None else weight * cell.weight
+        assert weight is not None
+        gradients = [
+            math.prod((other.weight for other in cells if other is not cell), start=cell.slope)
+            for cell in cells
+        ]
+        yield _Corner(
+            torch.where(inside, row, 0),
+            inside,
+            torch.where(inside, weight, 0),
+            torch.where(inside[..., None], torch.stack(gradients, -1), 0),
+        )
+
+
+class _Cell(NamedTuple):
+    """A cell along one axis: its index (a whole number in floating point) and weight."""
+
+    index: Tensor
+    weight: Tensor
+    slope: Tensor  # derivative of the weight by the location
+
+
+def _axis_cells(
+    location: Tensor,
+    size: int,
+    interpolation: Interpolation,
+    padding: Padding,
+    coordinates: Coordinates,
+) -> list[_Cell]:
+    if coordinates == "normalized":
+        scale, pixel = size, location * size - 0.5
+    elif coordinates == "normalized_corners":
+        scale, pixel = size - 1, location * (size - 1)
+    else:
+        scale, pixel = 1, location
+    slope = torch.full_like(pixel, scale)
+    if padding == "border":
+        # As grid_sample has it: no gradient at or beyond the centres of the border pixels.
+        moves = (pixel > 0) & (pixel < size - 1)
+        pixel = torch.where(moves, pixel, pixel.detach().clamp(0, size - 1))
+        slope = torch.where(moves, slope, 0)
+    if interpolation == "nearest":
+        index = pixel.detach().round()  # half to even
+        return [_Cell(index, torch.ones_like(index), torch.zeros_like(index))]
+    lower = pixel.detach().floor()
+    fraction = pixel - lower
+    return [_Cell(lower, 1 - fraction, -slope), _Cell(lower + 1, fraction, slope)]
+
+
+def _batch_and_head(value: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+    """Index tensors that broadcast against `row` [B, q, M, K]; a single head serves all."""
+    batch = torch.arange(row.shape[0], device=row.device).view(-1, 1, 1, 1)
+    head = torch.arange(row.shape[2], device=row.device).view(1, 1, -1, 1)
+    return batch, head if value.shape[2] > 1 else torch.zeros_like(head)
+
+
+def _gather(value: Tensor, corner: _Corner) -> Tensor:
+    """The value rows at a corner, 0 outside the map: [B, q, M, K, D] in the compute dtype."""
+    batch, head = _batch_and_head(value, corner.row)
+    rows = value[batch, corner.row, head].to(_compute_dtype(value))
+    # Masked, not multiplied by 0: an infinite value must not leak from a row nobody reads.
+    return rows.masked_fill(~corner.inside[..., None], 0)
+
+
+def _scatter(grad_value: Tensor, corner: _Corner, rows: Tensor) -> Tensor:
+    """`grad_value` with `rows` added at a corner: the transpose of `_gather`."""
+    batch, head = _batch_and_head(grad_value, corner.row)
+    rows = rows.masked_fill(~corner.inside[..., None], 0)
+    return grad_value.index_put((batch, corner.row, head), rows, accumulate=True)
