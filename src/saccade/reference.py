@@ -126,7 +126,7 @@ def execute_backward(
 class _Level(NamedTuple):
     """One level of the map and the points of a slice of queries that fall on it."""
 
-    value: Tensor  # [B, H*W, M or 1, D], the value's dtype
+    value: Tensor  # [B, H*W, M or 1, D], compute dtype
     shape: tuple[int, ...]  # (H, W)
     locations: Tensor  # [B, q, M, K, N], compute dtype, (x, y)
     attention_weights: Tensor  # [B, q, M, K], compute dtype
@@ -165,7 +165,8 @@ def _levels(call: Call, queries: slice) -> Iterator[_Level]:
         strict=True,
     )
     for value, shape, locations, weights in parts:
-        yield _Level(value, shape, locations, weights)
+        # Converted before it is gathered from, so that its gradient sums up in the compute dtype.
+        yield _Level(value.to(compute_dtype), shape, locations, weights)
 
 
 def _corners(level: _Level, call: Call) -> Iterator[_Corner]:
@@ -239,9 +240,9 @@ def _batch_and_head(value: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gather(value: Tensor, corner: _Corner) -> Tensor:
-    """The value rows at a corner, 0 outside the map: [B, q, M, K, D] in the compute dtype."""
+    """The value rows at a corner, 0 outside the map: [B, q, M, K, D]."""
     batch, head = _batch_and_head(value, corner.row)
-    rows = value[batch, corner.row, head].to(_compute_dtype(value))
+    rows = value[batch, corner.row, head]
     # Masked, not multiplied by 0: an infinite value must not leak from a row nobody reads.
     return rows.masked_fill(~corner.inside[..., None], 0)
 

@@ -1,0 +1,113 @@
+// The core of the CPU kernels: plain pointers, sizes and strides. Knows nothing of torch.
+//
+// For each head the operator is a sparse matrix, built on the fly from locations and weights, times
+// the value matrix. Every kernel therefore has two stages: *points* turns locations into rows of
+// the value and weights; *blend* (or, backwards, the dot products and the scatter) works on them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace saccade {
+
+enum class Interpolation { linear, nearest };
+enum class Padding { zeros, border };
+enum class Coordinates { normalized, normalized_corners, pixel };
+
+// How values (and outputs and their gradients) are stored. Positions, weights and sums are float,
+// for float64 values double.
+enum class Storage { float32, float64, float16, bfloat16 };
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct Level {
+  int64_t height, width;
+  int64_t first_row;    // of this level among the rows (positions) of the value
+  int64_t first_point;  // of this level among the points of a query and head
+  int64_t num_points;
+};
+
+// Constants of one axis for each point, repeated with period total_points so that a vector of
+// points can be loaded starting anywhere in a query (see points.inl).
+template <class T>
+struct AxisTable {
+  std::vector<T> scale, shift;  // pixel = location * scale + shift
+  std::vector<T> last;          // the centre of the last pixel
+  std::vector<T> base_limit;    // largest first cell of a pair of cells
+  std::vector<T> pair;          // 1, or 0 where the axis has a single cell
+};
+
+template <class T>
+struct PointTable {
+  AxisTable<T> x, y;
+};
+
+// Sizes and options of a call. Shapes: value [B, S, M or 1, D], locations [B, Q, M, P, 2],
+// weights [B, Q, M, P], output [B, Q, M * D].
+struct Problem {
+  int64_t batch_size = 0, num_positions = 0, num_queries = 0, num_heads = 0, value_heads = 0;
+  int64_t head_dim = 0, total_points = 0;
+  std::vector<Level> levels;
+  Interpolation interpolation = Interpolation::linear;
+  Padding padding = Padding::zeros;
+  Coordinates coordinates = Coordinates::normalized;
+  Storage storage = Storage::float32;
+
+  // Derived by prepare().
+  int64_t chunk_queries = 0, num_chunks = 0;
+  bool pack = false;      // copy a head's rows together before gathering from them
+  int64_t num_bands = 1;  // parts of the channels that own a piece of grad_value each
+  PointTable<float> float_table;
+  PointTable<double> double_table;
+
+  // Derives the plan of the work from the sizes and the number of threads. The results do not
+  // depend on that number: it only sets how many independent pieces there are.
+  void prepare(int64_t num_threads);
+
+  int64_t forward_units() const { return batch_size * num_heads * num_chunks; }
+  int64_t backward_points_units() const { return forward_units(); }
+  int64_t backward_value_units() const { return batch_size * value_heads * num_bands; }
+  // Gathered numbers of one forward unit: what parallelism is decided by.
+  int64_t unit_cost() const { return chunk_queries * total_points * 4 * head_dim; }
+};
+
+// The value map in memory; strides in elements, channels contiguous.
+struct Value {
+  const void* data;
+  int64_t batch_stride, row_stride, head_stride;
+};
+
+// Each function works on units [begin, end); different units never write the same memory.
+// locations, weights and their gradients are contiguous in the compute type (float or double).
+struct Kernels {
+  const char* name;
+
+  void (*forward)(const Problem&, const Value&, const void* locations, const void* weights,
+                  void* output, int64_t begin, int64_t end);
+
+  // Gradients of locations and weights.
+  void (*backward_points)(const Problem&, const Value&, const void* grad_output,
+                          const void* locations, const void* weights, void* grad_locations,
+                          void* grad_weights, int64_t begin, int64_t end);
+
+  // Gradient of the value, contiguous [B, S, value_heads, D] in the storage type.
+  void (*backward_value)(const Problem&, const void* grad_output, const void* locations,
+                         const void* weights, void* grad_value, int64_t begin, int64_t end);
+};
+
+// The kernels in use. First call: SACCADE_CPU_ISA, else the best of the processor.
+// Throws std::runtime_error when the environment variable names one that cannot run here.
+const Kernels& active_kernels();
+// "auto" goes back to the choice of the first call.
+void set_active_kernels(const std::string& name);
+// Names of the kernels this processor can run, fastest first.
+std::vector<std::string> available_kernels();
+
+}  // namespace saccade

@@ -1,0 +1,117 @@
+// output[q] = sum over points of weight * row: the blend, and the loop over units around it.
+
+// `count` points of one query on one level, added to NV vectors of sums. With Partial, NV is 1 and
+// only `channels` numbers of the rows exist.
+template <class S, class T, int NV, bool Partial>
+SACCADE_INLINE void blend(const S* rows, const LevelRows& level, const Points<T>& points, int64_t at,
+                          int64_t count, T* sums, int64_t channels) {
+  Vector<T> sum[NV];
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v) {
+    sum[v] = load(sums + v * kWidth<T>);
+  }
+  for (int64_t point = at; point < at + count; ++point) {
+    const S* corner = rows + level.offset(points.x[point], points.y[point]);
+    const int64_t steps[4] = {0, level.x_pair, level.y_pair, level.y_pair + level.x_pair};
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
+      const Vector<T> weight = splat<T>(points.corner_weights[c][point]);
+      const S* row = corner + steps[c];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        const Vector<T> numbers = Partial ? load_partial<S, T>(row, channels)
+                                          : load_as_compute(row + v * kWidth<T>);
+        sum[v] = (Vector<T>)fma(weight, numbers, sum[v]);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v) {
+    store(sums + v * kWidth<T>, sum[v]);
+  }
+}
+
+// Level after level over the whole chunk, so that the rows of one level stay in the caches.
+template <class S, class T>
+void blend_chunk(const Problem& problem, const Points<T>& points, int64_t num_queries,
+                 const S* rows, int64_t row_stride, T* sums, int64_t sums_stride) {
+  constexpr int W = kWidth<T>;
+  const int64_t head_dim = problem.head_dim;
+  for (const Level& level : problem.levels) {
+    const LevelRows level_rows(level, row_stride);
+    for (int64_t query = 0; query < num_queries; ++query) {
+      const int64_t at = query * problem.total_points + level.first_point;
+      T* to = sums + query * sums_stride;
+      int64_t c = 0;
+      for (; c + 4 * W <= head_dim; c += 4 * W) {
+        blend<S, T, 4, false>(rows + c, level_rows, points, at, level.num_points, to + c, 0);
+      }
+      if (c + 2 * W <= head_dim) {
+        blend<S, T, 2, false>(rows + c, level_rows, points, at, level.num_points, to + c, 0);
+        c += 2 * W;
+      }
+      if (c + W <= head_dim) {
+        blend<S, T, 1, false>(rows + c, level_rows, points, at, level.num_points, to + c, 0);
+        c += W;
+      }
+      if (c < head_dim) {
+        blend<S, T, 1, true>(rows + c, level_rows, points, at, level.num_points, to + c,
+                             head_dim - c);
+      }
+    }
+  }
+}
+
+template <class S, class T>
+SACCADE_INLINE void write_numbers(S* to, const T* from, int64_t count) {
+  int64_t at = 0;
+  for (; at + kWidth<T> <= count; at += kWidth<T>) {
+    store_from_compute(to + at, load(from + at));
+  }
+  if (at < count) {
+    store_partial<S, T>(to + at, load(from + at), count - at);
+  }
+}
+
+template <class S>
+struct ForwardScratch {
+  PackedRows<S> packed;
+  Points<Compute<S>> points;
+  Buffer<Compute<S>> sums;
+};
+
+template <class S>
+void forward(const Problem& problem, const Value& value, const void* locations,
+             const void* weights, void* output, int64_t begin, int64_t end) {
+  typedef Compute<S> T;
+  thread_local ForwardScratch<S> scratch;
+  const int64_t head_dim = problem.head_dim;
+  const int64_t sums_stride = whole_vectors<T>(head_dim);
+  scratch.packed.forget();
+  scratch.sums.reserve(problem.chunk_queries * sums_stride);
+  for (int64_t index = begin; index < end; ++index) {
+    const Unit unit(problem, index);
+    const S* rows = scratch.packed.rows(problem, value, unit);
+    const int64_t row_stride = scratch.packed.row_stride();
+    scratch.points.gather(problem, static_cast<const T*>(locations),
+                          static_cast<const T*>(weights), unit.batch, unit.head, unit.first_query,
+                          unit.num_queries);
+    scratch.points.compute(problem, point_table<T>(problem), unit.num_queries);
+    T* sums = &scratch.sums[0];
+    std::fill_n(sums, unit.num_queries * sums_stride, T(0));
+    blend_chunk(problem, scratch.points, unit.num_queries, rows, row_stride, sums, sums_stride);
+    const bool not_a_number = has_nan(sums, unit.num_queries * sums_stride);
+    for (int64_t query = 0; query < unit.num_queries; ++query) {
+      T* row = sums + query * sums_stride;
+      if (not_a_number && has_nan(row, sums_stride)) {
+        exact_forward(problem, scratch.points, query, rows, row_stride, row);
+      }
+      const int64_t to =
+          ((unit.batch * problem.num_queries + unit.first_query + query) * problem.num_heads +
+           unit.head) *
+          head_dim;
+      write_numbers(static_cast<S*>(output) + to, row, head_dim);
+    }
+  }
+  scratch.packed.forget();
+}

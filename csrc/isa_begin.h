@@ -1,0 +1,23 @@
+// What every isa_*.cpp includes before it opens its target region: nothing of these headers may be
+// compiled for an instruction set that the processor may lack.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <type_traits>
+#include <utility>
+
+#include "deformable_attention.h"
+
+#define SACCADE_INLINE inline __attribute__((always_inline))
+
+namespace saccade {
+extern const Kernels kScalarKernels;
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+extern const Kernels kNeonKernels;
+}  // namespace saccade

@@ -1,0 +1,13 @@
+#include "isa_begin.h"
+
+namespace saccade {
+namespace scalar {
+#include "simd/scalar.inl"
+// clang-format off: after the file of the instruction set
+#include "kernels.inl"
+// clang-format on
+}  // namespace scalar
+
+const Kernels kScalarKernels = {"scalar", scalar::any_forward, scalar::any_backward_points,
+                                scalar::any_backward_value};
+}  // namespace saccade

@@ -1,0 +1,50 @@
+// The algorithm, once: included by every isa_*.cpp inside its own namespace and target region.
+// clang-format off: the order matters
+#include "simd/vector.inl"
+#include "support.inl"
+#include "points.inl"
+#include "exact.inl"
+#include "forward.inl"
+#include "backward.inl"
+// clang-format on
+
+// Calls run(S{}) with the storage type S of the problem.
+template <class Run>
+void with_storage(const Problem& problem, Run run) {
+  switch (problem.storage) {
+    case Storage::float32:
+      return run(float{});
+    case Storage::float64:
+      return run(double{});
+    case Storage::float16:
+      return run(Half{});
+    case Storage::bfloat16:
+      return run(BFloat16{});
+  }
+}
+
+inline void any_forward(const Problem& problem, const Value& value, const void* locations,
+                        const void* weights, void* output, int64_t begin, int64_t end) {
+  with_storage(problem, [&](auto storage) {
+    forward<decltype(storage)>(problem, value, locations, weights, output, begin, end);
+  });
+}
+
+inline void any_backward_points(const Problem& problem, const Value& value,
+                                const void* grad_output, const void* locations,
+                                const void* weights, void* grad_locations, void* grad_weights,
+                                int64_t begin, int64_t end) {
+  with_storage(problem, [&](auto storage) {
+    backward_points<decltype(storage)>(problem, value, grad_output, locations, weights,
+                                       grad_locations, grad_weights, begin, end);
+  });
+}
+
+inline void any_backward_value(const Problem& problem, const void* grad_output,
+                               const void* locations, const void* weights, void* grad_value,
+                               int64_t begin, int64_t end) {
+  with_storage(problem, [&](auto storage) {
+    backward_value<decltype(storage)>(problem, grad_output, locations, weights, grad_value, begin,
+                                      end);
+  });
+}

@@ -1,0 +1,86 @@
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "deformable_attention.h"
+
+namespace saccade {
+namespace {
+
+// No vector type is wider; the tables are this much longer than a period.
+constexpr int64_t kWidestVector = 16;
+
+// The largest T that is not above `number`: sizes beyond T's exact integers must not round up.
+template <class T>
+T round_down(int64_t number) {
+  T rounded = static_cast<T>(number);
+  // 2^63 is out of range for the comparison below; sizes are far smaller (checked by the caller).
+  if (static_cast<int64_t>(rounded) > number) {
+    rounded = std::nextafter(rounded, T(0));
+  }
+  return rounded;
+}
+
+template <class T>
+void append(AxisTable<T>& table, int64_t size, Coordinates coordinates) {
+  switch (coordinates) {
+    case Coordinates::normalized:
+      table.scale.push_back(static_cast<T>(size));
+      table.shift.push_back(T(-0.5));
+      break;
+    case Coordinates::normalized_corners:
+      table.scale.push_back(static_cast<T>(size - 1));
+      table.shift.push_back(T(0));
+      break;
+    case Coordinates::pixel:
+      table.scale.push_back(T(1));
+      table.shift.push_back(T(0));
+      break;
+  }
+  table.last.push_back(round_down<T>(size - 1));
+  table.base_limit.push_back(round_down<T>(std::max<int64_t>(size - 2, 0)));
+  table.pair.push_back(size > 1 ? T(1) : T(0));
+}
+
+template <class T>
+void fill(PointTable<T>& table, const Problem& problem) {
+  int64_t filled = 0;
+  while (filled < problem.total_points + kWidestVector) {
+    for (const Level& level : problem.levels) {
+      for (int64_t point = 0; point < level.num_points; ++point, ++filled) {
+        append(table.x, level.width, problem.coordinates);
+        append(table.y, level.height, problem.coordinates);
+      }
+    }
+  }
+}
+
+int64_t divide_up(int64_t number, int64_t by) { return (number + by - 1) / by; }
+
+}  // namespace
+
+void Problem::prepare(int64_t num_threads) {
+  // A chunk's points and sums stay in the first- and second-level caches.
+  constexpr int64_t kChunkNumbers = 1 << 14;
+  chunk_queries = kChunkNumbers / (head_dim + 8 * total_points);
+  chunk_queries = std::min<int64_t>(std::max<int64_t>(chunk_queries, 16), 128);
+  chunk_queries = std::max<int64_t>(std::min(chunk_queries, num_queries), 1);
+  num_chunks = divide_up(num_queries, chunk_queries);
+
+  // A head's rows lie value_heads * head_dim apart. Copied together they fill whole cache lines and
+  // pages; that pays once the gathers outnumber the rows clearly.
+  pack = value_heads > 1 && num_queries * total_points * 4 >= 4 * num_positions;
+
+  // Ownership of grad_value goes by batch and head, then by bands of channels (64 bytes at least).
+  const int64_t owners = std::max<int64_t>(batch_size * value_heads, 1);
+  const int64_t most_bands = std::max<int64_t>(head_dim / 16, 1);
+  num_bands = std::min(divide_up(num_threads, owners), most_bands);
+
+  if (storage == Storage::float64) {
+    fill(double_table, *this);
+  } else {
+    fill(float_table, *this);
+  }
+}
+
+}  // namespace saccade

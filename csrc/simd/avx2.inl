@@ -1,0 +1,24 @@
+// AVX2 with FMA and F16C (x86-64-v3).
+
+constexpr int kFloatWidth = 8;
+constexpr int kDoubleWidth = 4;
+
+SACCADE_INLINE __m256 fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+SACCADE_INLINE __m256d fma(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
+
+SACCADE_INLINE __m256 floor(__m256 v) { return _mm256_floor_ps(v); }
+SACCADE_INLINE __m256d floor(__m256d v) { return _mm256_floor_pd(v); }
+
+SACCADE_INLINE __m256 round_even(__m256 v) {
+  return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+SACCADE_INLINE __m256d round_even(__m256d v) {
+  return _mm256_round_pd(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+SACCADE_INLINE __m256 load_half(const Half* from) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+SACCADE_INLINE void store_half(Half* to, __m256 v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}

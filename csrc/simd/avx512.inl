@@ -1,0 +1,29 @@
+// AVX-512 F, BW, DQ, VL (x86-64-v4).
+
+constexpr int kFloatWidth = 16;
+constexpr int kDoubleWidth = 8;
+
+SACCADE_INLINE __m512 fma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+SACCADE_INLINE __m512d fma(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
+
+SACCADE_INLINE __m512 floor(__m512 v) {
+  return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+}
+SACCADE_INLINE __m512d floor(__m512d v) {
+  return _mm512_roundscale_pd(v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+}
+
+SACCADE_INLINE __m512 round_even(__m512 v) {
+  return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+SACCADE_INLINE __m512d round_even(__m512d v) {
+  return _mm512_roundscale_pd(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+SACCADE_INLINE __m512 load_half(const Half* from) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+SACCADE_INLINE void store_half(Half* to, __m512 v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                      _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}

@@ -1,0 +1,37 @@
+// NEON, which every 64-bit Arm processor has.
+
+constexpr int kFloatWidth = 4;
+constexpr int kDoubleWidth = 4;
+
+typedef double DoubleVector __attribute__((vector_size(32), may_alias));
+
+// NEON vectors hold two doubles; four at a time keeps the algorithm's group of four corners whole.
+template <class F>
+SACCADE_INLINE DoubleVector halves(DoubleVector v, F function) {
+  const float64x2_t low = function(float64x2_t{v[0], v[1]});
+  const float64x2_t high = function(float64x2_t{v[2], v[3]});
+  return DoubleVector{low[0], low[1], high[0], high[1]};
+}
+
+SACCADE_INLINE float32x4_t fma(float32x4_t a, float32x4_t b, float32x4_t c) {
+  return vfmaq_f32(c, a, b);
+}
+SACCADE_INLINE DoubleVector fma(DoubleVector a, DoubleVector b, DoubleVector c) {
+  return a * b + c;
+}
+
+SACCADE_INLINE float32x4_t floor(float32x4_t v) { return vrndmq_f32(v); }
+SACCADE_INLINE DoubleVector floor(DoubleVector v) {
+  return halves(v, [](float64x2_t half) { return vrndmq_f64(half); });
+}
+SACCADE_INLINE float32x4_t round_even(float32x4_t v) { return vrndnq_f32(v); }
+SACCADE_INLINE DoubleVector round_even(DoubleVector v) {
+  return halves(v, [](float64x2_t half) { return vrndnq_f64(half); });
+}
+
+SACCADE_INLINE float32x4_t load_half(const Half* from) {
+  return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(from))));
+}
+SACCADE_INLINE void store_half(Half* to, float32x4_t v) {
+  vst1_u16(reinterpret_cast<uint16_t*>(to), vreinterpret_u16_f16(vcvt_f16_f32(v)));
+}

@@ -1,0 +1,182 @@
+// Vectors of T over the compiler's vector extensions (GCC, Clang): arithmetic, comparison and
+// selection come from the compiler for any instruction set. What they lack (fused multiply-add,
+// rounding, 16-bit conversion) is in the file of each instruction set, included before this one:
+//   kFloatWidth, kDoubleWidth; fma, floor, round_even for both; load_half, store_half.
+
+template <class T, int W>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(W * sizeof(T)), may_alias));
+  typedef T unaligned __attribute__((vector_size(W * sizeof(T)), may_alias, aligned(alignof(T))));
+  typedef int32_t indices __attribute__((vector_size(W * sizeof(int32_t)), may_alias));
+};
+
+template <class T>
+constexpr int kWidth = sizeof(T) == sizeof(float) ? kFloatWidth : kDoubleWidth;
+
+template <class T>
+using Vector = typename VectorOf<T, kWidth<T>>::type;
+template <class T>
+using Unaligned = typename VectorOf<T, kWidth<T>>::unaligned;
+
+template <class T>
+SACCADE_INLINE Vector<T> splat(T number) {
+  return number - Vector<T>{};
+}
+
+template <class T>
+SACCADE_INLINE Vector<T> load(const T* from) {
+  return *reinterpret_cast<const Unaligned<T>*>(from);
+}
+
+template <class T>
+SACCADE_INLINE void store(T* to, Vector<T> vector) {
+  *reinterpret_cast<Unaligned<T>*>(to) = vector;
+}
+
+// Loads and stores by storage type: the compute type as it is, 16 bits through a conversion.
+SACCADE_INLINE Vector<float> load_as_compute(const float* from) { return load(from); }
+SACCADE_INLINE Vector<double> load_as_compute(const double* from) { return load(from); }
+SACCADE_INLINE Vector<float> load_as_compute(const Half* from) { return load_half(from); }
+SACCADE_INLINE Vector<float> load_as_compute(const BFloat16* from) {
+  typedef typename VectorOf<uint16_t, kFloatWidth>::unaligned Bits;
+  typedef typename VectorOf<uint32_t, kFloatWidth>::type Wide;
+  const Wide wide = __builtin_convertvector(*reinterpret_cast<const Bits*>(from), Wide) << 16;
+  return (Vector<float>)wide;
+}
+
+SACCADE_INLINE void store_from_compute(float* to, Vector<float> vector) { store(to, vector); }
+SACCADE_INLINE void store_from_compute(double* to, Vector<double> vector) { store(to, vector); }
+SACCADE_INLINE void store_from_compute(Half* to, Vector<float> vector) { store_half(to, vector); }
+SACCADE_INLINE void store_from_compute(BFloat16* to, Vector<float> vector) {
+  typedef typename VectorOf<uint16_t, kFloatWidth>::unaligned Bits;
+  typedef typename VectorOf<uint32_t, kFloatWidth>::type Wide;
+  const Wide wide = (Wide)vector;
+  const Wide rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;  // half to even
+  const Wide quiet = (wide >> 16) | 0x40;                           // a NaN stays one
+  const Wide bits = (Wide)(vector == vector) ? rounded : quiet;
+  *reinterpret_cast<Bits*>(to) = __builtin_convertvector(bits, Bits);
+}
+
+// The first `count` numbers, the rest zero.
+template <class S, class T>
+SACCADE_INLINE Vector<T> load_partial(const S* from, int64_t count) {
+  S padded[kWidth<T>] = {};
+  for (int64_t i = 0; i < count; ++i) {
+    padded[i] = from[i];
+  }
+  return load_as_compute(padded);
+}
+
+template <class S, class T>
+SACCADE_INLINE void store_partial(S* to, Vector<T> vector, int64_t count) {
+  S padded[kWidth<T>];
+  store_from_compute(padded, vector);
+  for (int64_t i = 0; i < count; ++i) {
+    to[i] = padded[i];
+  }
+}
+
+template <class T>
+SACCADE_INLINE Vector<T> maximum(Vector<T> a, Vector<T> b) {
+  return a > b ? a : b;  // b where a is NaN
+}
+
+template <class T>
+SACCADE_INLINE Vector<T> minimum(Vector<T> a, Vector<T> b) {
+  return a < b ? a : b;  // b where a is NaN
+}
+
+template <class T>
+SACCADE_INLINE void store_indices(int32_t* to, Vector<T> vector) {
+  typedef typename VectorOf<int32_t, kWidth<T>>::unaligned Indices;
+  *reinterpret_cast<Indices*>(to) = __builtin_convertvector(vector, Indices);
+}
+
+template <class M>
+SACCADE_INLINE bool any(M mask) {
+  bool found = false;
+  for (unsigned i = 0; i < sizeof(mask) / sizeof(mask[0]); ++i) {
+    found |= mask[i] != 0;
+  }
+  return found;
+}
+
+// Whether one of `whole` numbers, a multiple of the width, is NaN (is not finite).
+template <class T>
+SACCADE_INLINE bool has_nan(const T* numbers, int64_t whole) {
+  auto found = load(numbers) != load(numbers);
+  for (int64_t at = kWidth<T>; at < whole; at += kWidth<T>) {
+    const Vector<T> vector = load(numbers + at);
+    found |= vector != vector;
+  }
+  return any(found);
+}
+template <class T>
+SACCADE_INLINE bool all_finite(const T* numbers, int64_t whole) {
+  Vector<T> zero_or_nan = {};
+  for (int64_t at = 0; at < whole; at += kWidth<T>) {
+    const Vector<T> vector = load(numbers + at);
+    zero_or_nan += vector - vector;
+  }
+  return !any(zero_or_nan != zero_or_nan);
+}
+
+template <class T, int... I>
+SACCADE_INLINE Vector<T> shuffle(Vector<T> a, Vector<T> b) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, I...);
+#else
+  typedef decltype(a == b) Mask;
+  return __builtin_shuffle(a, b, Mask{I...});
+#endif
+}
+
+template <class T, int... I>
+SACCADE_INLINE Vector<T> evens_of(Vector<T> a, Vector<T> b, std::integer_sequence<int, I...>) {
+  return shuffle<T, 2 * I...>(a, b);
+}
+template <class T, int... I>
+SACCADE_INLINE Vector<T> odds_of(Vector<T> a, Vector<T> b, std::integer_sequence<int, I...>) {
+  return shuffle<T, 2 * I + 1 ...>(a, b);
+}
+
+// The numbers of even (odd) index of a and b, joined.
+template <class T>
+SACCADE_INLINE Vector<T> evens(Vector<T> a, Vector<T> b) {
+  return evens_of<T>(a, b, std::make_integer_sequence<int, kWidth<T>>{});
+}
+template <class T>
+SACCADE_INLINE Vector<T> odds(Vector<T> a, Vector<T> b) {
+  return odds_of<T>(a, b, std::make_integer_sequence<int, kWidth<T>>{});
+}
+
+template <class T, int... I>
+SACCADE_INLINE Vector<T> low_pairs(Vector<T> a, Vector<T> b, std::integer_sequence<int, I...>) {
+  return shuffle<T, (I / 2 + I % 2 * kWidth<T>)...>(a, b);
+}
+template <class T, int... I>
+SACCADE_INLINE Vector<T> high_pairs(Vector<T> a, Vector<T> b, std::integer_sequence<int, I...>) {
+  return shuffle<T, ((kWidth<T> + I) / 2 + I % 2 * kWidth<T>)...>(a, b);
+}
+
+// a[0], b[0], a[1], b[1], ...
+template <class T>
+SACCADE_INLINE void store_pairs(T* to, Vector<T> a, Vector<T> b) {
+  constexpr std::make_integer_sequence<int, kWidth<T>> lanes{};
+  store(to, low_pairs<T>(a, b, lanes));
+  store(to + kWidth<T>, high_pairs<T>(a, b, lanes));
+}
+
+// The sums of `kWidth<T>` vectors, in order: lane i is the sum of the lanes of vectors[i].
+template <class T>
+SACCADE_INLINE Vector<T> sums(Vector<T>* vectors) {
+#pragma GCC unroll 8
+  for (int count = kWidth<T> / 2; count > 0; count /= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < count; ++i) {
+      vectors[i] = evens<T>(vectors[2 * i], vectors[2 * i + 1]) +
+                   odds<T>(vectors[2 * i], vectors[2 * i + 1]);
+    }
+  }
+  return vectors[0];
+}

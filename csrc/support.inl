@@ -1,0 +1,139 @@
+// Memory and small helpers of the kernels.
+
+// Memory that grows and is kept: the first touch of fresh pages costs more than the work on them.
+template <class T>
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { std::free(data_); }
+
+  void reserve(int64_t count) {
+    if (count <= capacity_) {
+      return;
+    }
+    constexpr std::size_t kAlignment = 64;
+    const std::size_t bytes = (count * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
+    std::free(data_);
+    capacity_ = 0;
+    data_ = static_cast<T*>(std::aligned_alloc(kAlignment, bytes));
+    if (data_ == nullptr) {
+      throw std::bad_alloc();
+    }
+    capacity_ = count;
+  }
+
+  // A buffer that one large call left behind is given back.
+  void release_if_above(int64_t count) {
+    if (capacity_ > count) {
+      std::free(data_);
+      data_ = nullptr;
+      capacity_ = 0;
+    }
+  }
+
+  T& operator[](int64_t index) { return data_[index]; }
+  const T& operator[](int64_t index) const { return data_[index]; }
+
+ private:
+  T* data_ = nullptr;
+  int64_t capacity_ = 0;
+};
+
+template <class S>
+SACCADE_INLINE void copy_numbers(S* to, const S* from, int64_t count) {
+  // A call of memcpy costs as much as copying the few cache lines that a row usually is.
+  constexpr int64_t kBlock = 64 / sizeof(S);
+  int64_t at = 0;
+  for (; at + kBlock <= count; at += kBlock) {
+    std::memcpy(to + at, from + at, 64);
+  }
+  for (; at < count; ++at) {
+    to[at] = from[at];
+  }
+}
+
+// The compute type of a storage type.
+template <class S>
+struct ComputeOf {
+  typedef float type;
+};
+template <>
+struct ComputeOf<double> {
+  typedef double type;
+};
+template <class S>
+using Compute = typename ComputeOf<S>::type;
+
+template <class T>
+const PointTable<T>& point_table(const Problem& problem);
+template <>
+inline const PointTable<float>& point_table(const Problem& problem) {
+  return problem.float_table;
+}
+template <>
+inline const PointTable<double>& point_table(const Problem& problem) {
+  return problem.double_table;
+}
+
+// One unit of work over queries: a head of a batch item and a chunk of its queries.
+struct Unit {
+  int64_t batch, head, value_head, first_query, num_queries;
+
+  Unit(const Problem& problem, int64_t index) {
+    const int64_t chunk = index % problem.num_chunks;
+    head = index / problem.num_chunks % problem.num_heads;
+    batch = index / problem.num_chunks / problem.num_heads;
+    value_head = problem.value_heads > 1 ? head : 0;
+    first_query = chunk * problem.chunk_queries;
+    num_queries = std::min(problem.chunk_queries, problem.num_queries - first_query);
+  }
+};
+
+// Numbers in whole vectors.
+template <class T>
+int64_t whole_vectors(int64_t count) {
+  return (count + kWidth<T> - 1) / kWidth<T> * kWidth<T>;
+}
+
+// Scratch of one thread, shared by all calls on it.
+constexpr int64_t kKeptBytes = int64_t(64) << 20;
+
+template <class S>
+class PackedRows {
+ public:
+  // The rows of one head: where they are, or copied together if the plan says so. Consecutive units
+  // of a head find the copy of the first.
+  const S* rows(const Problem& problem, const Value& value, const Unit& unit) {
+    const S* first = static_cast<const S*>(value.data) + unit.batch * value.batch_stride +
+                     unit.value_head * value.head_stride;
+    if (!problem.pack) {
+      row_stride_ = value.row_stride;
+      return first;
+    }
+    row_stride_ = problem.head_dim;
+    if (unit.batch != batch_ || unit.value_head != head_) {
+      packed_.reserve(problem.num_positions * problem.head_dim);
+      for (int64_t row = 0; row < problem.num_positions; ++row) {
+        copy_numbers(&packed_[row * problem.head_dim], first + row * value.row_stride,
+                     problem.head_dim);
+      }
+      batch_ = unit.batch;
+      head_ = unit.value_head;
+    }
+    return &packed_[0];
+  }
+
+  int64_t row_stride() const { return row_stride_; }
+
+  // To be called at the beginning and end of every call: the copy belongs to one value only.
+  void forget() {
+    batch_ = head_ = -1;
+    packed_.release_if_above(kKeptBytes / int64_t(sizeof(S)));
+  }
+
+ private:
+  Buffer<S> packed_;
+  int64_t batch_ = -1, head_ = -1, row_stride_ = 0;
+};

@@ -1,0 +1,299 @@
+// The only file that knows torch: schemas, checks, memory, threads. Compiled against PyTorch's stable
+// ABI, so one binary serves torch 2.10 and everything later.
+//
+// The Python functions have checked the arguments already, with better messages; what is checked
+// here keeps a direct call of torch.ops.saccade.* from reading or writing outside its tensors.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "deformable_attention.h"
+
+namespace saccade {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+std::string shape_of(const Tensor& tensor) {
+  std::string text = "[";
+  for (int64_t axis = 0; axis < tensor.dim(); ++axis) {
+    text += (axis ? ", " : "") + std::to_string(tensor.size(axis));
+  }
+  return text + "]";
+}
+
+void check_shape(const char* name, const Tensor& tensor, const std::vector<int64_t>& expected) {
+  bool same = tensor.dim() == static_cast<int64_t>(expected.size());
+  std::string text;
+  for (size_t axis = 0; axis < expected.size(); ++axis) {
+    same = same && tensor.size(axis) == expected[axis];
+    text += (axis ? ", " : "") + std::to_string(expected[axis]);
+  }
+  STD_TORCH_CHECK(same, name, ": expected [", text, "], got ", shape_of(tensor));
+}
+
+Storage storage_of(const char* name, const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor");
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Storage::float32;
+    case ScalarType::Double:
+      return Storage::float64;
+    case ScalarType::Half:
+      return Storage::float16;
+    case ScalarType::BFloat16:
+      return Storage::bfloat16;
+    default:
+      STD_TORCH_CHECK(false, name, ": expected float32, float64, float16 or bfloat16, got ",
+                      torch::headeronly::toString(tensor.scalar_type()));
+  }
+}
+
+template <class Option>
+Option option(const char* name, const std::string& given,
+              const std::vector<std::pair<const char*, Option>>& choices) {
+  std::string names;
+  for (const auto& choice : choices) {
+    if (given == choice.first) {
+      return choice.second;
+    }
+    names += (names.empty() ? "'" : ", '") + std::string(choice.first) + "'";
+  }
+  STD_TORCH_CHECK(false, name, ": expected one of ", names, ", got '", given, "'");
+}
+
+struct Options {
+  const std::vector<int64_t>& spatial_shapes;
+  const std::vector<int64_t>& num_points;
+  const std::string& interpolation;
+  const std::string& padding;
+  const std::string& coordinates;
+};
+
+// Everything is checked here, before any parallel region: an exception inside one loses its message.
+Problem understand(const Tensor& value, const Tensor& sampling_locations,
+                   const Tensor& attention_weights, const Options& options) {
+  Problem problem;
+  problem.storage = storage_of("value", value);
+  storage_of("sampling_locations", sampling_locations);
+  storage_of("attention_weights", attention_weights);
+  problem.interpolation = option<Interpolation>(
+      "interpolation", options.interpolation,
+      {{"linear", Interpolation::linear}, {"nearest", Interpolation::nearest}});
+  problem.padding = option<Padding>("padding", options.padding,
+                                    {{"zeros", Padding::zeros}, {"border", Padding::border}});
+  problem.coordinates =
+      option<Coordinates>("coordinates", options.coordinates,
+                          {{"normalized", Coordinates::normalized},
+                           {"normalized_corners", Coordinates::normalized_corners},
+                           {"pixel", Coordinates::pixel}});
+
+  const std::vector<int64_t>& shapes = options.spatial_shapes;
+  const std::vector<int64_t>& num_points = options.num_points;
+  STD_TORCH_CHECK(!num_points.empty() && shapes.size() == 2 * num_points.size(),
+                  "spatial_shapes: expected height and width for each of the ", num_points.size(),
+                  " levels of num_points, got ", shapes.size(), " numbers");
+  // Sizes up to 2^31 - 1 keep a cell's index in 32 bits; products are taken in 64.
+  constexpr int64_t kLargestSize = (int64_t(1) << 31) - 1;
+  for (size_t i = 0; i < num_points.size(); ++i) {
+    const int64_t height = shapes[2 * i], width = shapes[2 * i + 1];
+    STD_TORCH_CHECK(height >= 1 && width >= 1 && height <= kLargestSize && width <= kLargestSize,
+                    "spatial_shapes: expected sizes from 1 to ", kLargestSize, ", got (", height,
+                    ", ", width, ")");
+    STD_TORCH_CHECK(num_points[i] >= 1 && num_points[i] <= kLargestSize,
+                    "num_points: expected at least 1 for each level, got ", num_points[i]);
+    problem.levels.push_back(
+        {height, width, problem.num_positions, problem.total_points, num_points[i]});
+    problem.total_points += num_points[i];
+    STD_TORCH_CHECK(!__builtin_add_overflow(problem.num_positions, height * width,
+                                            &problem.num_positions),
+                    "spatial_shapes: the number of positions does not fit 64 bits");
+  }
+
+  STD_TORCH_CHECK(value.dim() == 4 && value.size(1) == problem.num_positions && value.size(3) >= 1,
+                  "value: expected [batch, ", problem.num_positions,
+                  ", heads or 1, head_dim] for these spatial_shapes, got ", shape_of(value));
+  STD_TORCH_CHECK(sampling_locations.dim() == 5 && sampling_locations.size(2) >= 1,
+                  "sampling_locations: expected [batch, queries, heads, points, 2], got ",
+                  shape_of(sampling_locations));
+  problem.batch_size = value.size(0);
+  problem.value_heads = value.size(2);
+  problem.head_dim = value.size(3);
+  problem.num_queries = sampling_locations.size(1);
+  problem.num_heads = sampling_locations.size(2);
+  STD_TORCH_CHECK(problem.value_heads == 1 || problem.value_heads == problem.num_heads,
+                  "value: expected 1 or ", problem.num_heads, " heads, got ", shape_of(value));
+  check_shape("sampling_locations", sampling_locations,
+              {problem.batch_size, problem.num_queries, problem.num_heads, problem.total_points,
+               2});
+  check_shape("attention_weights", attention_weights,
+              {problem.batch_size, problem.num_queries, problem.num_heads, problem.total_points});
+  problem.prepare(torch::stable::get_num_threads());
+  return problem;
+}
+
+ScalarType compute_type(const Problem& problem) {
+  return problem.storage == Storage::float64 ? ScalarType::Double : ScalarType::Float;
+}
+
+// The tensor itself if it is contiguous and of that type already.
+Tensor contiguous_as(const Tensor& tensor, ScalarType type) {
+  Tensor same_type =
+      tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
+  return same_type.is_contiguous() ? same_type : torch::stable::contiguous(same_type);
+}
+
+Value describe(const Tensor& value) {
+  return {value.const_data_ptr(), value.stride(0), value.stride(1), value.stride(2)};
+}
+
+Tensor with_contiguous_channels(const Tensor& value) {
+  return value.size(3) == 1 || value.stride(3) == 1 ? value : torch::stable::contiguous(value);
+}
+
+template <class Work>
+void in_parallel(int64_t units, int64_t unit_cost, const Work& work) {
+  // A thread is worth waking for some tens of microseconds of gathers.
+  constexpr int64_t kThreadCost = 1 << 16;
+  const int64_t grain = std::max<int64_t>(1, kThreadCost / std::max<int64_t>(1, unit_cost));
+  if (units > 0) {
+    torch::stable::parallel_for(0, units, grain, work);
+  }
+}
+
+Tensor deformable_attention(const Tensor& value, std::vector<int64_t> spatial_shapes,
+                            const Tensor& sampling_locations, const Tensor& attention_weights,
+                            std::vector<int64_t> num_points, std::string interpolation,
+                            std::string padding, std::string coordinates) {
+  const Problem problem =
+      understand(value, sampling_locations, attention_weights,
+                 {spatial_shapes, num_points, interpolation, padding, coordinates});
+  const Kernels& kernels = active_kernels();
+  const Tensor rows = with_contiguous_channels(value);
+  const Tensor locations = contiguous_as(sampling_locations, compute_type(problem));
+  const Tensor weights = contiguous_as(attention_weights, compute_type(problem));
+  Tensor output =
+      torch::stable::new_empty(value, {problem.batch_size, problem.num_queries,
+                                       problem.num_heads * problem.head_dim});
+  const Value described = describe(rows);
+  const void* location_data = locations.const_data_ptr();
+  const void* weight_data = weights.const_data_ptr();
+  void* output_data = output.mutable_data_ptr();
+  in_parallel(problem.forward_units(), problem.unit_cost(), [&](int64_t begin, int64_t end) {
+    kernels.forward(problem, described, location_data, weight_data, output_data, begin, end);
+  });
+  return output;
+}
+
+std::tuple<Tensor, Tensor, Tensor> deformable_attention_backward(
+    const Tensor& grad_output, const Tensor& value, std::vector<int64_t> spatial_shapes,
+    const Tensor& sampling_locations, const Tensor& attention_weights,
+    std::vector<int64_t> num_points, std::string interpolation, std::string padding,
+    std::string coordinates, std::vector<bool> output_mask) {
+  const Problem problem =
+      understand(value, sampling_locations, attention_weights,
+                 {spatial_shapes, num_points, interpolation, padding, coordinates});
+  STD_TORCH_CHECK(output_mask.size() == 3, "output_mask: expected 3 entries, got ",
+                  output_mask.size());
+  STD_TORCH_CHECK(storage_of("grad_output", grad_output) == problem.storage,
+                  "grad_output: expected the dtype of value");
+  check_shape("grad_output", grad_output,
+              {problem.batch_size, problem.num_queries, problem.num_heads * problem.head_dim});
+  const Kernels& kernels = active_kernels();
+  const ScalarType type = compute_type(problem);
+  const Tensor grad = contiguous_as(grad_output, value.scalar_type());
+  const Tensor locations = contiguous_as(sampling_locations, type);
+  const Tensor weights = contiguous_as(attention_weights, type);
+  const void* grad_data = grad.const_data_ptr();
+  const void* location_data = locations.const_data_ptr();
+  const void* weight_data = weights.const_data_ptr();
+  const auto empty = [&](const Tensor& like, ScalarType dtype) {
+    return torch::stable::new_empty(like, like.sizes(), dtype);
+  };
+  const auto unwanted = [](const Tensor& like) { return torch::stable::new_empty(like, {0}); };
+
+  Tensor grad_value = unwanted(value);
+  if (output_mask[0]) {
+    grad_value = empty(value, value.scalar_type());
+    void* to = grad_value.mutable_data_ptr();
+    const int64_t cost = problem.num_chunks * problem.unit_cost() +
+                         problem.num_positions * problem.head_dim / problem.num_bands;
+    in_parallel(problem.backward_value_units(), cost, [&](int64_t begin, int64_t end) {
+      kernels.backward_value(problem, grad_data, location_data, weight_data, to, begin, end);
+    });
+  }
+
+  Tensor grad_locations = unwanted(sampling_locations);
+  Tensor grad_weights = unwanted(attention_weights);
+  if (output_mask[1] || output_mask[2]) {
+    // Both come from the same dot products, so both are written, and one is dropped if unwanted.
+    const Tensor rows = with_contiguous_channels(value);
+    const Value described = describe(rows);
+    const Tensor both_locations = empty(sampling_locations, type);
+    const Tensor both_weights = empty(attention_weights, type);
+    void* to_locations = both_locations.mutable_data_ptr();
+    void* to_weights = both_weights.mutable_data_ptr();
+    in_parallel(problem.backward_points_units(), problem.unit_cost(),
+                [&](int64_t begin, int64_t end) {
+                  kernels.backward_points(problem, described, grad_data, location_data,
+                                          weight_data, to_locations, to_weights, begin, end);
+                });
+    if (output_mask[1]) {
+      grad_locations = contiguous_as(both_locations, sampling_locations.scalar_type());
+    }
+    if (output_mask[2]) {
+      grad_weights = contiguous_as(both_weights, attention_weights.scalar_type());
+    }
+  }
+  return {grad_value, grad_locations, grad_weights};
+}
+
+std::string cpu_isa() { return active_kernels().name; }
+
+std::string cpu_isas() {
+  std::string names;
+  for (const std::string& name : available_kernels()) {
+    names += (names.empty() ? "" : ",") + name;
+  }
+  return names;
+}
+
+void set_cpu_isa(std::string name) { set_active_kernels(name); }
+
+}  // namespace
+}  // namespace saccade
+
+// A test holds these schemas equal to those of src/saccade/ops/registration.py.
+STABLE_TORCH_LIBRARY(saccade, library) {
+  library.def(
+      "deformable_attention(Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations, "
+      "Tensor attention_weights, int[] num_points, str interpolation, str padding, "
+      "str coordinates) -> Tensor");
+  library.def(
+      "deformable_attention_backward(Tensor grad_output, Tensor value, SymInt[] spatial_shapes, "
+      "Tensor sampling_locations, Tensor attention_weights, int[] num_points, str interpolation, "
+      "str padding, str coordinates, bool[] output_mask) -> (Tensor, Tensor, Tensor)");
+  library.def("_cpu_isa() -> str");
+  library.def("_cpu_isas() -> str");
+  library.def("_set_cpu_isa(str name) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(saccade, CPU, library) {
+  library.impl("deformable_attention", TORCH_BOX(&saccade::deformable_attention));
+  library.impl("deformable_attention_backward", TORCH_BOX(&saccade::deformable_attention_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(saccade, CompositeExplicitAutograd, library) {
+  library.impl("_cpu_isa", TORCH_BOX(&saccade::cpu_isa));
+  library.impl("_cpu_isas", TORCH_BOX(&saccade::cpu_isas));
+  library.impl("_set_cpu_isa", TORCH_BOX(&saccade::set_cpu_isa));
+}
