@@ -9,12 +9,9 @@ void load_grad(const Problem& problem, const S* grad_output, const Unit& unit,
   const int64_t stride = whole_vectors<T>(channels);
   grads.reserve(unit.num_queries * stride);
   for (int64_t query = 0; query < unit.num_queries; ++query) {
-    const S* from =
-        grad_output +
-        ((unit.batch * problem.num_queries + unit.first_query + query) * problem.num_heads +
-         unit.head) *
-            problem.head_dim +
-        first_channel;
+    const S* from = grad_output + unit.row(problem, query) * problem.head_dim + first_channel;
+    const int64_t ahead = std::min(query + kQueriesAhead, unit.num_queries - 1);
+    prefetch(grad_output + unit.row(problem, ahead) * problem.head_dim + first_channel, channels);
     T* to = &grads[query * stride];
     int64_t at = 0;
     for (; at + kWidth<T> <= channels; at += kWidth<T>) {
@@ -40,23 +37,26 @@ SACCADE_INLINE Vector<T> group_dots(const S* rows, const LevelRows& level, const
 #pragma GCC unroll 4
   for (int i = 0; i < G; ++i) {
     const int64_t point = at + (i < count ? i : count - 1);
-    corners[i] = rows + level.offset(points.x[point], points.y[point]);
+    corners[i] = rows + level.offset(points.row(point));
   }
-  const int64_t steps[4] = {0, level.x_pair, level.y_pair, level.y_pair + level.x_pair};
-  Vector<T> dots[W] = {};
+  Vector<T> dots[W];
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) {
+    dots[i] = Vector<T>{};  // one by one: GCC fills an array through memory
+  }
   int64_t at_channel = 0;
   for (; at_channel + W <= channels; at_channel += W) {
     const Vector<T> g = load(grad + at_channel);
 #pragma GCC unroll 16
     for (int i = 0; i < W; ++i) {
       dots[i] =
-          (Vector<T>)fma(g, load_as_compute(corners[i / 4] + steps[i % 4] + at_channel), dots[i]);
+          (Vector<T>)fma(g, load_as_compute(corners[i / 4] + level.steps[i % 4] + at_channel), dots[i]);
     }
   }
   if (at_channel < channels) {
     const Vector<T> g = load(grad + at_channel);
     for (int i = 0; i < W; ++i) {
-      const S* row = corners[i / 4] + steps[i % 4] + at_channel;
+      const S* row = corners[i / 4] + level.steps[i % 4] + at_channel;
       dots[i] = (Vector<T>)fma(g, load_partial<S, T>(row, channels - at_channel), dots[i]);
     }
   }
@@ -148,9 +148,8 @@ void backward_points(const Problem& problem, const Value& value, const void* gra
     const S* rows = scratch.packed.rows(problem, value, unit);
     const int64_t row_stride = scratch.packed.row_stride();
     Points<T>& points = scratch.points;
-    points.gather(problem, static_cast<const T*>(locations), static_cast<const T*>(weights),
-                  unit.batch, unit.head, unit.first_query, unit.num_queries);
-    points.compute(problem, point_table<T>(problem), unit.num_queries);
+    points.gather(problem, static_cast<const T*>(locations), static_cast<const T*>(weights), unit);
+    points.compute(problem, unit.num_queries);
     load_grad(problem, static_cast<const S*>(grad_output), unit, 0, problem.head_dim,
               scratch.grads);
     const int64_t count = unit.num_queries * total_points;
@@ -166,10 +165,7 @@ void backward_points(const Problem& problem, const Value& value, const void* gra
       }
     }
     for (int64_t query = 0; query < unit.num_queries; ++query) {
-      const int64_t to =
-          ((unit.batch * problem.num_queries + unit.first_query + query) * problem.num_heads +
-           unit.head) *
-          total_points;
+      const int64_t to = unit.row(problem, query) * total_points;
       copy_numbers(static_cast<T*>(grad_locations) + 2 * to,
                    &scratch.grad_locations[2 * query * total_points], 2 * total_points);
       copy_numbers(static_cast<T*>(grad_weights) + to,
@@ -190,12 +186,11 @@ SACCADE_INLINE void scatter(T* rows, const LevelRows& level, const Points<T>& po
     g[v] = load(grad + v * kWidth<T>);
   }
   for (int64_t point = at; point < at + count; ++point) {
-    T* corner = rows + level.offset(points.x[point], points.y[point]);
-    const int64_t steps[4] = {0, level.x_pair, level.y_pair, level.y_pair + level.x_pair};
+    T* corner = rows + level.offset(points.row(point));
 #pragma GCC unroll 4
     for (int c = 0; c < 4; ++c) {
-      const Vector<T> weight = splat<T>(points.corner_weights[c][point]);
-      T* row = corner + steps[c];
+      const Vector<T> weight = splat<T>(points.weight(point, c));
+      T* row = corner + level.steps[c];
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) {
         if (Partial) {
@@ -290,8 +285,8 @@ void backward_value(const Problem& problem, const void* grad_output, const void*
         const Unit unit(problem, (batch * problem.num_heads + head) * problem.num_chunks + chunk);
         Points<T>& points = scratch.points;
         points.gather(problem, static_cast<const T*>(locations), static_cast<const T*>(weights),
-                      unit.batch, unit.head, unit.first_query, unit.num_queries);
-        points.compute(problem, point_table<T>(problem), unit.num_queries);
+                      unit);
+        points.compute(problem, unit.num_queries);
         load_grad(problem, static_cast<const S*>(grad_output), unit, first_channel, channels,
                   scratch.grads);
         const int64_t grads_stride = whole_vectors<T>(channels);

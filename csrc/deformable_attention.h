@@ -47,6 +47,7 @@ struct AxisTable {
 template <class T>
 struct PointTable {
   AxisTable<T> x, y;
+  std::vector<int32_t> width;
 };
 
 // Sizes and options of a call. Shapes: value [B, S, M or 1, D], locations [B, Q, M, P, 2],

@@ -11,12 +11,11 @@ SACCADE_INLINE void blend(const S* rows, const LevelRows& level, const Points<T>
     sum[v] = load(sums + v * kWidth<T>);
   }
   for (int64_t point = at; point < at + count; ++point) {
-    const S* corner = rows + level.offset(points.x[point], points.y[point]);
-    const int64_t steps[4] = {0, level.x_pair, level.y_pair, level.y_pair + level.x_pair};
+    const S* corner = rows + level.offset(points.row(point));
 #pragma GCC unroll 4
     for (int c = 0; c < 4; ++c) {
-      const Vector<T> weight = splat<T>(points.corner_weights[c][point]);
-      const S* row = corner + steps[c];
+      const Vector<T> weight = splat<T>(points.weight(point, c));
+      const S* row = corner + level.steps[c];
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) {
         const Vector<T> numbers = Partial ? load_partial<S, T>(row, channels)
@@ -94,9 +93,8 @@ void forward(const Problem& problem, const Value& value, const void* locations,
     const S* rows = scratch.packed.rows(problem, value, unit);
     const int64_t row_stride = scratch.packed.row_stride();
     scratch.points.gather(problem, static_cast<const T*>(locations),
-                          static_cast<const T*>(weights), unit.batch, unit.head, unit.first_query,
-                          unit.num_queries);
-    scratch.points.compute(problem, point_table<T>(problem), unit.num_queries);
+                          static_cast<const T*>(weights), unit);
+    scratch.points.compute(problem, unit.num_queries);
     T* sums = &scratch.sums[0];
     std::fill_n(sums, unit.num_queries * sums_stride, T(0));
     blend_chunk(problem, scratch.points, unit.num_queries, rows, row_stride, sums, sums_stride);
@@ -106,11 +104,7 @@ void forward(const Problem& problem, const Value& value, const void* locations,
       if (not_a_number && has_nan(row, sums_stride)) {
         exact_forward(problem, scratch.points, query, rows, row_stride, row);
       }
-      const int64_t to =
-          ((unit.batch * problem.num_queries + unit.first_query + query) * problem.num_heads +
-           unit.head) *
-          head_dim;
-      write_numbers(static_cast<S*>(output) + to, row, head_dim);
+      write_numbers(static_cast<S*>(output) + unit.row(problem, query) * head_dim, row, head_dim);
     }
   }
   scratch.packed.forget();

@@ -81,26 +81,43 @@ SACCADE_INLINE Located<T> locate_points(const Problem& problem, const PointTable
   return located;
 }
 
-// What stage two reads: for each point the first cell and the weights of the four corners, in the
-// order (y, x), (y, x + 1), (y + 1, x), (y + 1, x + 1).
+// What stage two reads, for a vector of points: the row of each point's first corner within its level
+// and the weights of the corners (y, x), (y, x + 1), (y + 1, x), (y + 1, x + 1), attention weight
+// included. Blocks rather than five arrays, so that one address reaches everything of a point.
+template <class T>
+struct PointBlock {
+  int32_t row[kWidth<T>];
+  T weights[4][kWidth<T>];
+};
+
 template <class T>
 struct Points {
   Buffer<T> locations;          // [chunk, P, 2], as given
   Buffer<T> attention_weights;  // [chunk, P], as given
-  Buffer<int32_t> x, y;         // [chunk, P]
-  Buffer<T> corner_weights[4];  // [chunk, P], attention weight included
+  Buffer<PointBlock<T>> blocks;
   bool weights_are_finite;
 
+  int64_t row(int64_t point) const {
+    return blocks[point / kWidth<T>].row[uint64_t(point) % kWidth<T>];
+  }
+  T weight(int64_t point, int corner) const {
+    return blocks[point / kWidth<T>].weights[corner][uint64_t(point) % kWidth<T>];
+  }
+
   // Copies the chunk's locations and weights of one head together: [.., M, P, ..] -> [chunk, P, ..].
-  void gather(const Problem& problem, const T* all_locations, const T* all_weights, int64_t batch,
-              int64_t head, int64_t first_query, int64_t num_queries) {
+  void gather(const Problem& problem, const T* all_locations, const T* all_weights,
+              const Unit& unit) {
     const int64_t total_points = problem.total_points;
-    const int64_t count = num_queries * total_points;
+    const int64_t count = unit.num_queries * total_points;
     locations.reserve(2 * count + 2 * kWidth<T>);
     attention_weights.reserve(count + kWidth<T>);
-    const int64_t first = (batch * problem.num_queries + first_query) * problem.num_heads + head;
-    for (int64_t query = 0; query < num_queries; ++query) {
-      const int64_t from = (first + query * problem.num_heads) * total_points;
+    const int64_t step = problem.num_heads * total_points;
+    const int64_t first = unit.row(problem, 0) * total_points;
+    for (int64_t query = 0; query < unit.num_queries; ++query) {
+      const int64_t from = first + query * step;
+      const int64_t ahead = from + std::min(kQueriesAhead, unit.num_queries - 1 - query) * step;
+      prefetch(all_locations + 2 * ahead, 2 * total_points);
+      prefetch(all_weights + ahead, total_points);
       copy_numbers(&locations[query * 2 * total_points], all_locations + 2 * from,
                    2 * total_points);
       copy_numbers(&attention_weights[query * total_points], all_weights + from, total_points);
@@ -110,23 +127,21 @@ struct Points {
     std::fill_n(&attention_weights[count], kWidth<T>, T(0));
   }
 
-  void compute(const Problem& problem, const PointTable<T>& table, int64_t num_queries) {
+  void compute(const Problem& problem, int64_t num_queries) {
     typedef Vector<T> V;
+    const PointTable<T>& table = point_table<T>(problem);
     const int64_t count = num_queries * problem.total_points;
-    x.reserve(count + kWidth<T>);
-    y.reserve(count + kWidth<T>);
-    for (auto& weights : corner_weights) {
-      weights.reserve(count + kWidth<T>);
-    }
+    blocks.reserve(count / kWidth<T> + 1);
     V not_finite = {};
     for (int64_t at = 0; at < count; at += kWidth<T>) {
       const Located<T> point = locate_points<T>(problem, table, &locations[0], at);
+      PointBlock<T>& block = blocks[at / kWidth<T>];
+      store_rows<T>(block.row, point.x.base, point.y.base,
+                    &table.width[at % problem.total_points]);
       const V attention = load(&attention_weights[at]);
       not_finite += attention - attention;
-      store_indices<T>(&x[at], point.x.base);
-      store_indices<T>(&y[at], point.y.base);
       for (int corner = 0; corner < 4; ++corner) {
-        store(&corner_weights[corner][at],
+        store(block.weights[corner],
               point.y.weights[corner / 2] * point.x.weights[corner % 2] * attention);
       }
     }
@@ -136,16 +151,19 @@ struct Points {
 
 // The rows of a level and the steps from a point's first corner to the others.
 struct LevelRows {
-  int64_t first;           // offset of the level's first row
-  int64_t x_step, y_step;  // between cells
-  int64_t x_pair, y_pair;  // to the second cell of a pair; 0 where there is none
+  int64_t first, stride;
+  int64_t steps[4];
 
   LevelRows(const Level& level, int64_t row_stride)
-      : first(level.first_row * row_stride),
-        x_step(row_stride),
-        y_step(level.width * row_stride),
-        x_pair(level.width > 1 ? x_step : 0),
-        y_pair(level.height > 1 ? y_step : 0) {}
+      : first(level.first_row * row_stride), stride(row_stride) {
+    // An axis of one cell has no second one: the step stays on the first, its weight is 0.
+    const int64_t right = level.width > 1 ? row_stride : 0;
+    const int64_t down = level.height > 1 ? level.width * row_stride : 0;
+    steps[0] = 0;
+    steps[1] = right;
+    steps[2] = down;
+    steps[3] = down + right;
+  }
 
-  int64_t offset(int32_t x, int32_t y) const { return first + y * y_step + x * x_step; }
+  int64_t offset(int64_t row) const { return first + row * stride; }
 };

@@ -50,6 +50,7 @@ void fill(PointTable<T>& table, const Problem& problem) {
       for (int64_t point = 0; point < level.num_points; ++point, ++filled) {
         append(table.x, level.width, problem.coordinates);
         append(table.y, level.height, problem.coordinates);
+        table.width.push_back(static_cast<int32_t>(level.width));
       }
     }
   }

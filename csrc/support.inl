@@ -54,6 +54,18 @@ SACCADE_INLINE void copy_numbers(S* to, const S* from, int64_t count) {
   }
 }
 
+// What a chunk of queries reads of a tensor [B, Q, M, ...] lies in pieces, one head apart: fetched far
+// enough ahead to cover the way to memory, near enough to still be in the cache when needed.
+constexpr int64_t kQueriesAhead = 8;
+
+template <class S>
+SACCADE_INLINE void prefetch(const S* from, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(S);
+  for (int64_t at = 0; at < count; at += kLine) {
+    __builtin_prefetch(from + at);
+  }
+}
+
 // The compute type of a storage type.
 template <class S>
 struct ComputeOf {
@@ -89,6 +101,11 @@ struct Unit {
     first_query = chunk * problem.chunk_queries;
     num_queries = std::min(problem.chunk_queries, problem.num_queries - first_query);
   }
+
+  // Index into tensors [B, Q, M, ...] of one of the unit's queries.
+  int64_t row(const Problem& problem, int64_t query) const {
+    return (batch * problem.num_queries + first_query + query) * problem.num_heads + head;
+  }
 };
 
 // Numbers in whole vectors.
@@ -116,6 +133,8 @@ class PackedRows {
     if (unit.batch != batch_ || unit.value_head != head_) {
       packed_.reserve(problem.num_positions * problem.head_dim);
       for (int64_t row = 0; row < problem.num_positions; ++row) {
+        const int64_t ahead = std::min(row + kRowsAhead, problem.num_positions - 1);
+        prefetch(first + ahead * value.row_stride, problem.head_dim);
         copy_numbers(&packed_[row * problem.head_dim], first + row * value.row_stride,
                      problem.head_dim);
       }
@@ -134,6 +153,8 @@ class PackedRows {
   }
 
  private:
+  static constexpr int64_t kRowsAhead = 16;
+
   Buffer<S> packed_;
   int64_t batch_ = -1, head_ = -1, row_stride_ = 0;
 };

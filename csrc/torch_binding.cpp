@@ -102,21 +102,19 @@ Problem understand(const Tensor& value, const Tensor& sampling_locations,
   STD_TORCH_CHECK(!num_points.empty() && shapes.size() == 2 * num_points.size(),
                   "spatial_shapes: expected height and width for each of the ", num_points.size(),
                   " levels of num_points, got ", shapes.size(), " numbers");
-  // Sizes up to 2^31 - 1 keep a cell's index in 32 bits; products are taken in 64.
-  constexpr int64_t kLargestSize = (int64_t(1) << 31) - 1;
+  // The row of a cell within its level is kept in 32 bits; everything larger is counted in 64.
+  constexpr int64_t kMost = (int64_t(1) << 31) - 1;
   for (size_t i = 0; i < num_points.size(); ++i) {
     const int64_t height = shapes[2 * i], width = shapes[2 * i + 1];
-    STD_TORCH_CHECK(height >= 1 && width >= 1 && height <= kLargestSize && width <= kLargestSize,
-                    "spatial_shapes: expected sizes from 1 to ", kLargestSize, ", got (", height,
-                    ", ", width, ")");
-    STD_TORCH_CHECK(num_points[i] >= 1 && num_points[i] <= kLargestSize,
+    STD_TORCH_CHECK(height >= 1 && width >= 1 && height <= kMost / width,
+                    "spatial_shapes: expected sizes of at least 1 and at most ", kMost,
+                    " positions for each level, got (", height, ", ", width, ")");
+    STD_TORCH_CHECK(num_points[i] >= 1 && num_points[i] <= kMost,
                     "num_points: expected at least 1 for each level, got ", num_points[i]);
     problem.levels.push_back(
         {height, width, problem.num_positions, problem.total_points, num_points[i]});
     problem.total_points += num_points[i];
-    STD_TORCH_CHECK(!__builtin_add_overflow(problem.num_positions, height * width,
-                                            &problem.num_positions),
-                    "spatial_shapes: the number of positions does not fit 64 bits");
+    problem.num_positions += height * width;
   }
 
   STD_TORCH_CHECK(value.dim() == 4 && value.size(1) == problem.num_positions && value.size(3) >= 1,

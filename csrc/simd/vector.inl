@@ -7,7 +7,6 @@ template <class T, int W>
 struct VectorOf {
   typedef T type __attribute__((vector_size(W * sizeof(T)), may_alias));
   typedef T unaligned __attribute__((vector_size(W * sizeof(T)), may_alias, aligned(alignof(T))));
-  typedef int32_t indices __attribute__((vector_size(W * sizeof(int32_t)), may_alias));
 };
 
 template <class T>
@@ -86,10 +85,14 @@ SACCADE_INLINE Vector<T> minimum(Vector<T> a, Vector<T> b) {
   return a < b ? a : b;  // b where a is NaN
 }
 
+// y * width + x in 32 bits, for whole numbers x and y.
 template <class T>
-SACCADE_INLINE void store_indices(int32_t* to, Vector<T> vector) {
-  typedef typename VectorOf<int32_t, kWidth<T>>::unaligned Indices;
-  *reinterpret_cast<Indices*>(to) = __builtin_convertvector(vector, Indices);
+SACCADE_INLINE void store_rows(int32_t* to, Vector<T> x, Vector<T> y, const int32_t* width) {
+  typedef typename VectorOf<int32_t, kWidth<T>>::type Rows;
+  typedef typename VectorOf<int32_t, kWidth<T>>::unaligned UnalignedRows;
+  const Rows widths = *reinterpret_cast<const UnalignedRows*>(width);
+  *reinterpret_cast<UnalignedRows*>(to) =
+      __builtin_convertvector(y, Rows) * widths + __builtin_convertvector(x, Rows);
 }
 
 template <class M>
