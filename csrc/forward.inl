@@ -68,7 +68,7 @@ SACCADE_INLINE void write_numbers(S* to, const T* from, int64_t count) {
     store_from_compute(to + at, load(from + at));
   }
   if (at < count) {
-    store_partial<S, T>(to + at, load(from + at), count - at);
+    store_partial<S, T>(to + at, load_partial<T, T>(from + at, count - at), count - at);
   }
 }
 

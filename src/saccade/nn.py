@@ -8,7 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from saccade.arguments import Interpolation, Padding, SpatialShapes, understand_spatial_shapes
+from saccade.arguments import (
+    Interpolation,
+    Padding,
+    SpatialShapes,
+    check_option,
+    understand_spatial_shapes,
+)
 from saccade.functional import deformable_attention
 from saccade.sampling import Sampling, sampling_locations
 
@@ -57,6 +63,8 @@ class MultiScaleDeformableAttention(nn.Module):
         padding: Padding = "zeros",
     ) -> None:
         super().__init__()
+        check_option("interpolation", interpolation, Interpolation)
+        check_option("padding", padding, Padding)
         _check_heads(embed_dim, num_heads)
         self.embed_dim = embed_dim
         self.num_heads = num_heads
@@ -191,6 +199,8 @@ class DeformableAttention(nn.Module):
         super().__init__()
         if spatial_dims != 2:
             raise ValueError(f"spatial_dims: expected 2, got {spatial_dims}")
+        check_option("interpolation", interpolation, Interpolation)
+        check_option("padding", padding, Padding)
         if value_projection:
             _check_heads(embed_dim, num_heads)
         self.embed_dim = embed_dim

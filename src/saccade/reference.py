@@ -68,11 +68,12 @@ def execute(call: Call) -> Tensor:
     for queries in _query_slices(call):
         total = None
         for level in _levels(call, queries):
-            for corner in _corners(level, call):
-                sampled = corner.weight[..., None] * _gather(level.value, corner)
-                # sum over the points of this level: [B, q, M, K, D] -> [B, q, M, D]
-                term = (level.attention_weights[..., None] * sampled).sum(3)
-                total = term if total is None else total + term
+            corners = _corners(level, call)
+            # z(p), what each point reads: [B, q, M, K, D]
+            sampled = sum(corner.weight[..., None] * _gather(level.value, corner) for corner in corners)
+            # Summed over the points of this level: [B, q, M, D]
+            attended = (level.attention_weights[..., None] * sampled).sum(3)
+            total = attended if total is None else total + attended
         assert total is not None
         slices.append(total)
     output = torch.cat(slices, 1).to(call.value.dtype)
@@ -108,10 +109,10 @@ def execute_backward(
                     grad_levels[index] = _scatter(grad_levels[index], corner, scattered)
                 # <gradient of the output, value at this corner>: [B, q, M, K]
                 dot = (grad * _gather(level.value, corner)).sum(-1)
-                grad_weight = grad_weight + corner.weight * dot
-                grad_location = (
-                    grad_location + corner.weight_gradient * (weights * dot)[..., None]
-                )
+                moved = corner.weight_gradient * (weights * dot)[..., None]
+                # A corner outside takes no part, not even with infinite numbers.
+                grad_weight = grad_weight + torch.where(corner.inside, corner.weight * dot, 0)
+                grad_location = grad_location + torch.where(corner.inside[..., None], moved, 0)
             grad_location_levels.append(grad_location)
             grad_weight_levels.append(grad_weight)
         grad_locations.append(torch.cat(grad_location_levels, 3))

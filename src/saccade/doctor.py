@@ -1,0 +1,266 @@
+"""`saccade doctor`: what is installed, what runs, and whether it computes the right numbers.
+
+Needs torch alone, and prints plain text.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from importlib import metadata, util
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import saccade
+from saccade import backend, functional, reference
+from saccade.ops import native
+
+EXTRAS = {
+    "cli": ("typer", "rich"),
+    "explain": ("typer", "rich", "matplotlib", "numpy"),
+    "detect": (
+        "typer",
+        "rich",
+        "matplotlib",
+        "numpy",
+        "transformers",
+        "PIL",
+        "safetensors",
+        "scipy",
+    ),
+}
+"""The modules that each extra of the package brings, for those the command line uses."""
+
+DEFAULT_MODEL = Path(__file__).resolve().parent / "vision" / "model"
+DEFAULT_MODEL_FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
+
+# Largest difference from the reference, in parts of the largest number of the reference's result.
+TOLERANCE = 1e-4
+
+
+class Finding(NamedTuple):
+    """One line of the report."""
+
+    section: str
+    name: str
+    text: str
+    ok: bool = True
+
+
+def missing_modules(extra: str) -> list[str]:
+    """The modules of an extra (a key of `EXTRAS`) that are not installed here."""
+    return [name for name in EXTRAS[extra] if not _installed(name)]
+
+
+def missing_model_files() -> list[str]:
+    """The files of the default model that this installation lacks."""
+    return [name for name in DEFAULT_MODEL_FILES if not (DEFAULT_MODEL / name).is_file()]
+
+
+def run(write: Callable[[str], None] = print) -> int:
+    """Examines this installation and writes a report, in a few seconds.
+
+    Args:
+        write: takes the report, line by line.
+
+    Returns:
+        The exit code: 0 when everything that is here works, also on the reference alone; 1 when a
+        check fails: wrong numbers, or a native library that is there and does not load.
+    """
+    section, healthy = "", True
+    for finding in examine():
+        if finding.section != section:
+            write(("\n" if section else "") + finding.section)
+            section = finding.section
+        healthy = healthy and finding.ok
+        mark = "  " if finding.ok else "! "
+        lines = finding.text.splitlines() or [""]
+        write(f"{mark}{finding.name:<20} {lines[0]}")
+        for line in lines[1:]:
+            write(" " * 23 + line)
+    write("")
+    write("All checks passed." if healthy else "Some checks FAILED: see the lines marked with !")
+    return 0 if healthy else 1
+
+
+def examine() -> Iterator[Finding]:
+    """The findings, one after the other, as they are made."""
+    yield from _versions()
+    yield from _processor()
+    yield from _library()
+    yield from _self_check()
+    yield from _installation()
+
+
+def _versions() -> Iterator[Finding]:
+    yield Finding("Versions", "saccade", saccade.__version__)
+    yield Finding("Versions", "torch", torch.__version__)
+    yield Finding("Versions", "Python", platform.python_version())
+    yield Finding("Versions", "platform", f"{platform.system()} {platform.machine()}")
+
+
+def _processor() -> Iterator[Finding]:
+    yield Finding("Processor", "name", _processor_name())
+    yield Finding("Processor", "torch sees", torch.backends.cpu.get_cpu_capability())
+    text = (
+        f"{torch.get_num_threads()} (torch.set_num_threads changes it), {os.cpu_count()} processors"
+    )
+    yield Finding("Processor", "threads", text)
+
+
+def _processor_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _library() -> Iterator[Finding]:
+    section = "Native library"
+    yield Finding(section, "file", str(native.LIBRARY))
+    if native.failure is None:
+        yield Finding(section, "state", "loaded")
+        yield Finding(section, "can run", ", ".join(native.available_isas()))
+    else:
+        # One that is not there, or not wanted, is a choice; one that does not load is a fault.
+        disabled = os.environ.get("SACCADE_DISABLE_NATIVE", "0") not in ("", "0")
+        broken = native.LIBRARY.exists() and not disabled
+        yield Finding(section, "state", f"not loaded: {native.failure}", not broken)
+    try:
+        chosen = backend.which_backend()
+    except RuntimeError as error:  # SACCADE_CPU_ISA names what is not there
+        yield Finding(section, "backend", f"none: {_first_line(error)}", False)
+        return
+    yield Finding(section, "backend", f"{chosen.name}\n{chosen.reason}")
+
+
+def _self_check() -> Iterator[Finding]:
+    section = "Self check"
+    try:
+        output = _worked_example()
+        text = "output 7.5, as it must be" if output == 7.5 else f"output {output}, expected 7.5"
+        yield Finding(section, "worked example", text, output == 7.5)
+    except RuntimeError as error:
+        yield Finding(section, "worked example", f"failed: {_first_line(error)}", False)
+    kernels = [f"cpu-{isa}" for isa in native.available_isas()]
+    if not kernels:
+        yield Finding(section, "native", "nothing to compare: the reference does the work")
+    for kernel in kernels:
+        try:
+            with backend.use_backend(kernel):
+                errors = compare_with_reference()
+        except (RuntimeError, ValueError) as error:
+            yield Finding(section, kernel, f"failed: {_first_line(error)}", False)
+            continue
+        yield judge(kernel, errors)
+
+
+def judge(kernel: str, errors: dict[str, float]) -> Finding:
+    """The finding for one kernel from its relative errors by the name of the result."""
+    # A NaN is the worst of all: it compares as larger than any number here.
+    name, worst = max(errors.items(), key=lambda item: (item[1] != item[1], item[1]))
+    passed = worst <= TOLERANCE
+    verdict = "agrees with" if passed else "DISAGREES with"
+    return Finding(
+        "Self check",
+        kernel,
+        f"{verdict} the reference, forward and gradients\n"
+        f"largest relative error {worst:.1e}, in {name}",
+        passed,
+    )
+
+
+def _worked_example() -> float:
+    """One query, a 4 x 4 map z(x, y) = 4 y + x, four points around (1.5, 1.5)."""
+    value = torch.arange(16.0).view(1, 16, 1, 1)
+    locations = torch.tensor([[2.0, 2], [1, 2], [2, 1], [1, 1]]).view(1, 1, 1, 1, 4, 2)
+    weights = torch.full((1, 1, 1, 1, 4), 0.25)
+    output = functional.deformable_attention(
+        value, [(4, 4)], locations, weights, coordinates="pixel"
+    )
+    return float(output)
+
+
+def compare_with_reference() -> dict[str, float]:
+    """The errors of the kernel in force against the reference, on small random cases.
+
+    Returns:
+        For "output" and the gradient of each input the largest difference, over head sizes that
+        fill vectors and such that do not, divided by the largest number of the reference's result.
+    """
+    generator = torch.Generator().manual_seed(0)
+    worst: dict[str, float] = {}
+    for head_dim, padding in ((32, "zeros"), (5, "zeros"), (16, "border")):
+        shapes = [(9, 7), (4, 5), (1, 3)]
+        total = sum(height * width for height, width in shapes)
+        inputs = {
+            "value": torch.randn(2, total, 3, head_dim, generator=generator),
+            # some points outside the map
+            "sampling_locations": torch.rand(2, 50, 3, 3, 4, 2, generator=generator) * 1.4 - 0.2,
+            "attention_weights": torch.rand(2, 50, 3, 3, 4, generator=generator),
+        }
+        grad_output = torch.randn(2, 50, 3 * head_dim, generator=generator)
+        results = []
+        for compute in (functional.deformable_attention, reference.deformable_attention):
+            leaves = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
+            output = compute(
+                leaves["value"],
+                shapes,
+                leaves["sampling_locations"],
+                leaves["attention_weights"],
+                padding=padding,  # type: ignore[arg-type]
+            )
+            output.backward(grad_output)
+            found: dict[str, Tensor] = {"output": output.detach()}
+            for name, leaf in leaves.items():
+                assert leaf.grad is not None
+                found[f"the gradient of {name}"] = leaf.grad
+            results.append(found)
+        for name, expected in results[1].items():
+            difference = (results[0][name] - expected).abs().max() / expected.abs().max()
+            error = float(difference)
+            if error != error or error > worst.get(name, -1.0):
+                worst[name] = error
+    return worst
+
+
+def _installation() -> Iterator[Finding]:
+    for extra in EXTRAS:
+        missing = missing_modules(extra)
+        text = f"missing: {', '.join(missing)}; pip install 'saccade[{extra}]'"
+        yield Finding("Extras", extra, text if missing else "installed")
+    for name in ("transformers", "matplotlib", "typer", "rich"):
+        if _installed(name):
+            yield Finding("Extras", f"  {name}", _version(name))
+    lacking = missing_model_files()
+    state = f"not in this installation ({', '.join(lacking)} missing); saccade detect needs --model"
+    yield Finding("Default model", "vision/model", state if lacking else "present")
+
+
+def _installed(name: str) -> bool:
+    if name in sys.modules:
+        return sys.modules[name] is not None
+    try:
+        return util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "version unknown"
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,1 @@
+"""What the command line shows and draws: detection, and where queries looked."""

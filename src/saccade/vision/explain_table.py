@@ -1,0 +1,262 @@
+"""An explanation as tables in the terminal, 80 columns wide."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from saccade.vision.explain import Corner, Explanation, Point
+
+MAX_POINTS = 32
+"""Points listed; a head with more shows those with the largest attention weights."""
+
+
+def print_explanation(console: Console, explanation: Explanation, num_detailed: int = 4) -> None:
+    """Prints an explanation step by step.
+
+    Args:
+        console: where to.
+        explanation: what to.
+        num_detailed: of how many points the corners are shown, those with the largest attention
+            weights first.
+    """
+    console.print()
+    console.print(explanation.subject, style="bold", highlight=False)
+    _print_map(console, explanation)
+    _print_reference(console, explanation)
+    _print_positions(console, explanation)
+    _print_corners(console, explanation, num_detailed)
+    _print_sum(console, explanation)
+    _print_checks(console, explanation)
+
+
+def number(value: float, digits: int = 3) -> str:
+    """`value` with at most `digits` decimals and no trailing zeros; very small ones as 1.2e-07."""
+    if value != 0 and (abs(value) < 0.5 * 10**-digits or abs(value) >= 1e6):
+        return f"{value:.2g}"
+    return _decimals(value, digits)
+
+
+def pair(values: tuple[float, ...], *, sign: bool = False, digits: int = 3) -> str:
+    """`(x, y)` for a person; with `sign`, offsets carry + or -."""
+    texts = [_decimals(value, digits) for value in values]
+    if sign:
+        texts = [text if text.startswith("-") else f"+{text}" for text in texts]
+    return f"({', '.join(texts)})"
+
+
+def _decimals(value: float, digits: int) -> str:
+    if abs(value) >= 1e6:
+        return f"{value:.2g}"
+    if abs(value) >= 100:
+        digits = min(digits, 1)  # far outside a map, or a long value: keep the tables narrow
+    text = f"{value:.{digits}f}"
+    if "." in text:
+        text = text.rstrip("0").rstrip(".")
+    return "0" if text == "-0" else text
+
+
+def _step(console: Console, title: str, *sentences: str) -> None:
+    console.print()
+    console.print(title, style="bold cyan", highlight=False)
+    for sentence in sentences:
+        console.print(sentence, highlight=False, markup=False)
+
+
+def _table(*columns: str, left: int = 0) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < left else "right", no_wrap=True)
+    return table
+
+
+def _print_map(console: Console, explanation: Explanation) -> None:
+    if not explanation.worked_example:
+        maps = ", ".join(f"{height} x {width}" for height, width in explanation.spatial_shapes)
+        _step(
+            console,
+            "1  The map",
+            f"Levels (height x width): {maps}.",
+            f"Shown: channel {explanation.channel} of the head's {explanation.num_channels}.",
+        )
+        return
+    _step(
+        console,
+        "1  The map",
+        "z(x, y) = 10 x + y: each value spells its own address, 21 stands at x=2, y=1.",
+        "x runs to the right, y runs down, (0, 0) is the centre of the first pixel.",
+    )
+    values = explanation.maps[0]
+    table = _table("", *(f"x={x}" for x in range(values.shape[1])))
+    for y, row in enumerate(values.tolist()):
+        table.add_row(f"[bold]y={y}[/bold]", *(number(value) for value in row))
+    console.print(table)
+
+
+def _print_reference(console: Console, explanation: Explanation) -> None:
+    unit = "pixels" if explanation.coordinates == "pixel" else "normalized: 0 and 1 are the edges"
+    is_box = len(explanation.reference[0]) == 4
+    _step(
+        console,
+        "2  The reference " + ("box" if is_box else "point"),
+        f"Where the query stands ({unit}"
+        + ("; centre x, centre y, width, height)." if is_box else ")."),
+    )
+    references = explanation.reference
+    if len(set(references)) == 1:
+        console.print(f"  p = {pair(references[0])}", highlight=False)
+    else:
+        for level, reference in enumerate(references):
+            console.print(f"  level {level}: p = {pair(reference)}", highlight=False)
+
+
+def _shown(explanation: Explanation, count: int) -> list[Point]:
+    """The `count` points with the largest attention weights, in their own order."""
+    largest = sorted(explanation.points, key=lambda point: -point.attention_weight)[:count]
+    return sorted(largest, key=lambda point: point.number)
+
+
+def _limit_note(explanation: Explanation, points: list[Point]) -> list[str]:
+    if len(points) == explanation.num_points:
+        return []
+    return [
+        f"The {len(points)} of {explanation.num_points} points with the largest attention weights."
+    ]
+
+
+def _print_positions(console: Console, explanation: Explanation) -> None:
+    points = _shown(explanation, MAX_POINTS)
+    several_levels = len(explanation.spatial_shapes) > 1
+    if explanation.coordinates == "pixel":
+        formula = "position = reference point + offset; the query chooses the offsets."
+    elif len(explanation.reference[0]) == 4:
+        formula = "location = centre + offset * 0.5 / K * (width, height), K points on a level;"
+    else:
+        formula = "location = reference + offset / (width, height) of the level;"
+    sentences = [formula]
+    if explanation.coordinates != "pixel":
+        sentences.append("position = location * (width, height) - 0.5, in pixels of the level.")
+    if explanation.padding == "border":
+        sentences.append('padding="border": a position outside is moved to the border pixels.')
+    _step(console, "3  Offsets and positions", *sentences, *_limit_note(explanation, points))
+    columns = ["point", *(["level"] if several_levels else []), "offset"]
+    if explanation.coordinates == "pixel":
+        columns += ["position", "normalized", "normalized_corners"]
+    else:
+        columns += ["location", "position", "weight"]
+    table = _table(*columns)
+    for point in points:
+        cells = [str(point.number), *([str(point.level)] if several_levels else [])]
+        cells.append(pair(point.offset, sign=True, digits=2))
+        if explanation.coordinates == "pixel":
+            height, width = explanation.spatial_shapes[0]
+            x, y = point.location
+            cells += [
+                pair(point.position),
+                pair(((x + 0.5) / width, (y + 0.5) / height)),
+                pair((x / (width - 1), y / (height - 1))),
+            ]
+        else:
+            cells += [
+                pair(point.location),
+                pair(point.position, digits=2),
+                number(point.attention_weight),
+            ]
+        table.add_row(*cells)
+    console.print(table)
+    if explanation.coordinates == "pixel":
+        console.print(
+            "The two columns on the right are the same positions in the other coordinates.",
+            highlight=False,
+        )
+
+
+def _print_corners(console: Console, explanation: Explanation, num_detailed: int) -> None:
+    points = _shown(explanation, num_detailed)
+    if explanation.interpolation == "nearest":
+        sentences = ["Each point reads the nearest pixel; half way, the even one."]
+    else:
+        sentences = [
+            "Each point reads the four pixels around it: the nearer, the larger the weight;",
+            "read is the sum of the products weight * value.",
+            "A corner's weight is the area of the rectangle on the far side of the point.",
+        ]
+    if any(corner.value is None for point in points for corner in point.corners):
+        sentences.append("A corner outside the map counts as 0.")
+    _step(
+        console,
+        "4  Corners and their interpolation weights",
+        *sentences,
+        *_limit_note(explanation, points),
+    )
+    table = _table("point", "position", "corner", "weight", "value", "product", "read")
+    for point in points:
+        rows: list[Corner | None] = [*point.corners] or [None]
+        for index, corner in enumerate(rows):
+            first, last = index == 0, index == len(rows) - 1
+            table.add_row(
+                str(point.number) if first else "",
+                pair(point.position) if first else "",
+                *_corner_cells(corner),
+                f"[bold]{number(point.read)}[/bold]" if last else "",
+                end_section=last,
+            )
+    console.print(table)
+
+
+def _corner_cells(corner: Corner | None) -> list[str]:
+    if corner is None:
+        return ["not finite", "", "", "0"]
+    value = 0.0 if corner.value is None else corner.value
+    cells = [
+        pair((corner.x, corner.y)),
+        number(corner.weight),
+        "outside" if corner.value is None else number(value),
+        number(corner.weight * value),
+    ]
+    # A corner that does not count steps back.
+    return [f"[dim]{cell}[/dim]" for cell in cells] if corner.weight * value == 0 else cells
+
+
+def _print_sum(console: Console, explanation: Explanation) -> None:
+    points = _shown(explanation, MAX_POINTS)
+    total = sum(point.attention_weight for point in explanation.points)
+    _step(
+        console,
+        "5  Attention weights and output",
+        f"output = sum of attention weight * read; the weights sum to {number(total)}.",
+        *_limit_note(explanation, points),
+    )
+    several_levels = len(explanation.spatial_shapes) > 1
+    table = _table(
+        "point", *(["level"] if several_levels else []), "attention weight", "read", "product"
+    )
+    for point in points:
+        table.add_row(
+            str(point.number),
+            *([str(point.level)] if several_levels else []),
+            number(point.attention_weight),
+            number(point.read),
+            number(point.attention_weight * point.read, 4),
+        )
+    table.add_section()
+    blank = [""] * (2 if several_levels else 1)
+    name = "sum" if len(points) == explanation.num_points else "sum of all"
+    table.add_row(
+        f"[bold]{name}[/bold]", *blank, "", f"[bold]{number(explanation.by_hand, 5)}[/bold]"
+    )
+    console.print(table)
+
+
+def _print_checks(console: Console, explanation: Explanation) -> None:
+    what = (
+        "saccade.deformable_attention gives"
+        if explanation.worked_example
+        else f"The module's attended value, this head, channel {explanation.channel}:"
+    )
+    console.print(f"{what} [bold]{number(explanation.library, 5)}[/bold]", highlight=False)
+    for check in explanation.checks:
+        verdict = "[green]equal[/green]" if check.passed else "[bold red]DIFFERENT[/bold red]"
+        difference = number(check.largest_difference)
+        console.print(f"{verdict} (difference {difference}): {check.name}", highlight=False)

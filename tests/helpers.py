@@ -1,0 +1,208 @@
+"""The independent truth, random calls, and the one tolerance table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import saccade
+
+# Relative to the largest number of the expected tensor. float32: sums of some hundred products.
+# 16-bit kernels are held by `assert_16_bit_is_as_good_as_naive` instead.
+TOLERANCE = {torch.float32: 2e-6, torch.float64: 4e-15}
+
+
+@dataclass
+class Case:
+    """A random call of the operator: sizes and options, tensors drawn on demand."""
+
+    shapes: list[tuple[int, int]] = field(default_factory=lambda: [(6, 7), (3, 4)])
+    num_points: int | list[int] = 3
+    batch_size: int = 2
+    num_queries: int = 11
+    num_heads: int = 3
+    head_dim: int = 8
+    shared_head: bool = False
+    interpolation: str = "linear"
+    padding: str = "zeros"
+    coordinates: str = "normalized"
+    dtype: torch.dtype = torch.float32
+    location_dtype: torch.dtype | None = None
+    spread: float = 0.3  # how far locations reach outside the map, in parts of its size
+
+    def with_(self, **changes: Any) -> Case:
+        return replace(self, **changes)
+
+    @property
+    def points(self) -> list[int]:
+        return (
+            [self.num_points] * len(self.shapes)
+            if isinstance(self.num_points, int)
+            else self.num_points
+        )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {
+            "num_points": self.num_points,
+            "interpolation": self.interpolation,
+            "padding": self.padding,
+            "coordinates": self.coordinates,
+        }
+
+    def draw(self) -> tuple[Tensor, Tensor, Tensor]:
+        """value, flat sampling_locations, attention_weights."""
+        positions = sum(height * width for height, width in self.shapes)
+        default = torch.float64 if self.dtype == torch.float64 else torch.float32
+        location_dtype = self.location_dtype or default
+        value = torch.randn(
+            self.batch_size,
+            positions,
+            1 if self.shared_head else self.num_heads,
+            self.head_dim,
+            dtype=torch.float64,
+        )
+        shape = (self.batch_size, self.num_queries, self.num_heads, sum(self.points))
+        locations = torch.rand(*shape, 2, dtype=torch.float64) * (1 + 2 * self.spread) - self.spread
+        if self.coordinates == "pixel":
+            sizes = [
+                (width, height)
+                for (height, width), count in zip(self.shapes, self.points, strict=True)
+                for _ in range(count)
+            ]
+            locations = locations * torch.tensor(sizes, dtype=torch.float64) - 0.5
+        weights = torch.rand(shape, dtype=torch.float64)
+        return value.to(self.dtype), locations.to(location_dtype), weights.to(location_dtype)
+
+    def call(self, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        return saccade.deformable_attention(value, self.shapes, locations, weights, **self.options)
+
+
+def loops(case: Case, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+    """The operator as scalar loops in Python floats, which are float64. Shares no code with saccade."""
+    batch_size, num_queries, num_heads = locations.shape[:3]
+    head_dim = value.shape[3]
+    output = torch.zeros(batch_size, num_queries, num_heads * head_dim, dtype=torch.float64)
+    for b in range(batch_size):
+        for q in range(num_queries):
+            for m in range(num_heads):
+                for d in range(head_dim):
+                    total, first_row, first_point = 0.0, 0, 0
+                    for (height, width), count in zip(case.shapes, case.points, strict=True):
+                        for k in range(first_point, first_point + count):
+                            x, y = (float(number) for number in locations[b, q, m, k])
+                            level = [
+                                [
+                                    float(value[b, first_row + row * width + column, m if value.shape[2] > 1 else 0, d])
+                                    for column in range(width)
+                                ]
+                                for row in range(height)
+                            ]
+                            total += float(weights[b, q, m, k]) * read(case, level, x, y)
+                        first_row += height * width
+                        first_point += count
+                    output[b, q, m * head_dim + d] = total
+    return output
+
+
+def read(case: Case, level: list[list[float]], x: float, y: float) -> float:
+    """What a point at (x, y) finds on one level and channel."""
+    height, width = len(level), len(level[0])
+    if not (math.isfinite(x) and math.isfinite(y)):
+        return 0.0
+    if case.coordinates == "normalized":
+        x, y = x * width - 0.5, y * height - 0.5
+    elif case.coordinates == "normalized_corners":
+        x, y = x * (width - 1), y * (height - 1)
+    if case.padding == "border":
+        x, y = min(max(x, 0.0), width - 1.0), min(max(y, 0.0), height - 1.0)
+
+    def cell(column: int, row: int) -> float:
+        return level[row][column] if 0 <= column < width and 0 <= row < height else 0.0
+
+    if case.interpolation == "nearest":
+        return cell(round(x), round(y))
+    left, top = math.floor(x), math.floor(y)
+    right_share, bottom_share = x - left, y - top
+    return (
+        (1 - right_share) * (1 - bottom_share) * cell(left, top)
+        + right_share * (1 - bottom_share) * cell(left + 1, top)
+        + (1 - right_share) * bottom_share * cell(left, top + 1)
+        + right_share * bottom_share * cell(left + 1, top + 1)
+    )
+
+
+def run(case: Case, inputs: Sequence[Tensor], grad_output: Tensor | None) -> list[Tensor]:
+    """[output] or [output, grad_value, grad_locations, grad_weights] on the backend in force."""
+    if grad_output is None:
+        with torch.no_grad():
+            return [case.call(*inputs)]
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    output = case.call(*leaves)
+    output.backward(grad_output)
+    return [
+        output.detach(),
+        *(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves),
+    ]
+
+
+NAMES = ("output", "grad_value", "grad_sampling_locations", "grad_attention_weights")
+
+
+def assert_same(
+    actual: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float | None = None
+) -> None:
+    """Holds each tensor to the tolerance of its dtype, relative to the largest expected number."""
+    for name, got, want in zip(NAMES, actual, expected, strict=False):
+        assert got.dtype == want.dtype, name
+        assert got.shape == want.shape, name
+        assert not got.isnan().any(), f"{name} has NaN"
+        if want.numel() == 0:
+            continue
+        error = (got.double() - want.double()).abs().max().item()
+        allowed = (tolerance or TOLERANCE[want.dtype]) * max(1.0, want.abs().max().item())
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def assert_16_bit_is_as_good_as_naive(
+    actual: Sequence[Tensor], naive: Sequence[Tensor], truth: Sequence[Tensor]
+) -> None:
+    """The error of a 16-bit result is at most twice that of the naive 16-bit computation."""
+    for name, got, simple, want in zip(NAMES, actual, naive, truth, strict=False):
+        assert not got.isnan().any(), f"{name} has NaN"
+        error = (got.double() - want).abs().max().item()
+        naive_error = (simple.double() - want).abs().max().item()
+        assert error <= 2 * naive_error + 1e-6, f"{name}: error {error:.3g}, naive {naive_error:.3g}"
+
+
+def grid_sample_path(case: Case, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+    """The operator by `torch.nn.functional.grid_sample` in the dtype of `value`, as detectors do it."""
+    batch_size, num_queries, num_heads = locations.shape[:3]
+    head_dim = value.shape[3]
+    value = value.expand(-1, -1, num_heads, -1)
+    output = torch.zeros(batch_size * num_heads, head_dim, num_queries, dtype=value.dtype)
+    first_row = first_point = 0
+    for (height, width), count in zip(case.shapes, case.points, strict=True):
+        level = value[:, first_row : first_row + height * width].permute(0, 2, 3, 1)
+        points = slice(first_point, first_point + count)
+        if case.coordinates == "pixel":
+            unit = (locations[:, :, :, points] + 0.5) / torch.tensor([width, height])
+        else:
+            unit = locations[:, :, :, points]
+        sampled = torch.nn.functional.grid_sample(
+            level.reshape(batch_size * num_heads, head_dim, height, width),
+            (2 * unit - 1).transpose(1, 2).flatten(0, 1).to(value.dtype),
+            mode={"linear": "bilinear", "nearest": "nearest"}[case.interpolation],
+            padding_mode=case.padding,
+            align_corners=case.coordinates == "normalized_corners",
+        )
+        share = weights[:, :, :, points].transpose(1, 2).flatten(0, 1).to(value.dtype)
+        output = output + (sampled * share[:, None]).sum(-1)
+        first_row += height * width
+        first_point += count
+    return output.view(batch_size, num_heads * head_dim, num_queries).transpose(1, 2)

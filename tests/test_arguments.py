@@ -1,0 +1,163 @@
+"""Bad arguments: an error that names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import Case
+
+import saccade
+
+CASE = Case()
+VALUE, LOCATIONS, WEIGHTS = CASE.draw()
+GOOD = {
+    "value": VALUE,
+    "spatial_shapes": CASE.shapes,
+    "sampling_locations": LOCATIONS,
+    "attention_weights": WEIGHTS,
+    "num_points": 3,
+}
+SIX_AXES = {
+    "sampling_locations": LOCATIONS.unflatten(3, (2, 3)),
+    "attention_weights": WEIGHTS.unflatten(3, (2, 3)),
+    "num_points": None,
+}
+
+BAD = {
+    "value-not-a-tensor": ({"value": [1.0]}, TypeError, "value: expected a Tensor, got list"),
+    "value-integer": ({"value": VALUE.long()}, ValueError, "value: expected one of .*int64"),
+    "value-complex": ({"value": VALUE + 0j}, ValueError, "value: expected one of .*complex64"),
+    "value-axes": ({"value": VALUE[0]}, ValueError, r"value: expected 4 axes .* got 3 axes"),
+    "value-sparse": ({"value": VALUE.to_sparse()}, ValueError, "value: expected a dense"),
+    "value-heads": ({"value": VALUE[:, :, :2]}, ValueError, r"value: expected 3 heads .*got 2"),
+    "value-no-channels": ({"value": VALUE[..., :0]}, ValueError, "value: expected a head_dim"),
+    "value-batch": ({"value": VALUE[:1]}, ValueError, r"sampling_locations: expected \[1, any"),
+    "shapes-sum": ({"spatial_shapes": [(6, 7), (3, 5)]}, ValueError, r"spatial_shapes: .*54.*57"),
+    "shapes-empty": ({"spatial_shapes": []}, ValueError, "spatial_shapes: expected at least one"),
+    "shapes-negative": ({"spatial_shapes": [(-6, -7), (3, 4)]}, ValueError, "positive sizes"),
+    "shapes-zero": ({"spatial_shapes": [(6, 9), (0, 4)]}, ValueError, "positive sizes"),
+    "shapes-float": ({"spatial_shapes": [(6.0, 7), (3, 4)]}, TypeError, "spatial_shapes: expected"),
+    "shapes-flat": ({"spatial_shapes": [6, 7]}, TypeError, "spatial_shapes: expected a sequence"),
+    "shapes-3d": ({"spatial_shapes": [(6, 7, 1)]}, ValueError, r"\(height, width\) for each"),
+    "shapes-levels": ({"spatial_shapes": [(6, 9)]}, ValueError, r"\[2, any, any, 3, 2\]"),
+    "locations-last-axis": (
+        {"sampling_locations": torch.zeros(2, 11, 3, 6, 3)},
+        ValueError,
+        r"sampling_locations: expected \[2, any, any, 6, 2\], got \[2, 11, 3, 6, 3\] "
+        r"\(last axis must be 2 for 2-D spatial_shapes\)",
+    ),
+    "locations-axes": (
+        {"sampling_locations": LOCATIONS[0]},
+        ValueError,
+        "sampling_locations: expected 6 axes",
+    ),
+    "locations-integer": ({"sampling_locations": LOCATIONS.long()}, ValueError, "sampling_loc"),
+    "locations-none": ({"sampling_locations": None}, TypeError, "sampling_locations: .*NoneType"),
+    "locations-device": (
+        {"sampling_locations": LOCATIONS.to("meta")},
+        ValueError,
+        "sampling_locations: expected a tensor on cpu like value, got meta",
+    ),
+    "weights-shape": (
+        {"attention_weights": WEIGHTS[:, :10]},
+        ValueError,
+        r"attention_weights: expected \[2, 11, 3, 6\], got \[2, 10, 3, 6\]",
+    ),
+    "points-missing": ({"num_points": None}, ValueError, "num_points: expected a number of points"),
+    "points-levels": ({"num_points": [6]}, ValueError, "num_points: expected 2 numbers"),
+    "points-sum": ({"num_points": [3, 4]}, ValueError, r"\[2, any, any, 7, 2\]"),
+    "points-zero": ({"num_points": [6, 0]}, ValueError, "num_points: expected at least 1"),
+    "points-float": ({"num_points": 3.0}, TypeError, "num_points: expected an int"),
+    "points-bool": ({"num_points": True}, TypeError, "num_points: expected an int"),
+    "points-contradict": (
+        {**SIX_AXES, "num_points": [2, 4]},
+        ValueError,
+        r"num_points: expected 3 for each level.*got \[2, 4\]",
+    ),
+    "levels-contradict": (
+        {**SIX_AXES, "spatial_shapes": [(6, 9)]},
+        ValueError,
+        r"spatial_shapes has 1 levels",
+    ),
+    "interpolation": ({"interpolation": "cubic"}, ValueError, "interpolation: .*'cubic'"),
+    "padding": ({"padding": "reflect"}, ValueError, "padding: .*'zeros', 'border'.*'reflect'"),
+    "coordinates": ({"coordinates": None}, ValueError, "coordinates: .*'normalized'.*None"),
+    "mask-dtype": (
+        {"value_padding_mask": torch.zeros(2, 54)},
+        ValueError,
+        "value_padding_mask: expected torch.bool",
+    ),
+    "mask-shape": (
+        {"value_padding_mask": torch.zeros(2, 53, dtype=torch.bool)},
+        ValueError,
+        r"value_padding_mask: expected \[2, 54\]",
+    ),
+    "mask-kind": ({"value_padding_mask": 1}, TypeError, "value_padding_mask: expected a Tensor"),
+}
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD.values(), ids=BAD)
+def test_bad_argument_is_named(backend, change, error, message):
+    with pytest.raises(error, match=message):
+        saccade.deformable_attention(**{**GOOD, **change})
+    with pytest.raises(error, match=message):
+        saccade.reference.deformable_attention(**{**GOOD, **change})
+
+
+def test_spatial_shapes_of_every_kind_agree():
+    expected = saccade.deformable_attention(**GOOD)
+    as_tensor = torch.tensor(CASE.shapes)
+    for shapes in (
+        as_tensor,
+        as_tensor.int(),
+        as_tensor.numpy(),
+        tuple(CASE.shapes),
+        [list(shape) for shape in CASE.shapes],
+        [torch.Size(shape) for shape in CASE.shapes],
+    ):
+        found = saccade.deformable_attention(**{**GOOD, "spatial_shapes": shapes})
+        assert torch.equal(found, expected)
+
+
+def test_six_axes_equal_five_with_num_points():
+    expected = saccade.deformable_attention(**GOOD)
+    assert torch.equal(saccade.deformable_attention(**{**GOOD, **SIX_AXES}), expected)
+
+
+def operator(**changes):
+    arguments = {
+        "value": VALUE,
+        "spatial_shapes": [6, 7, 3, 4],
+        "sampling_locations": LOCATIONS,
+        "attention_weights": WEIGHTS,
+        "num_points": [3, 3],
+        "interpolation": "linear",
+        "padding": "zeros",
+        "coordinates": "normalized",
+    }
+    return torch.ops.saccade.deformable_attention(*{**arguments, **changes}.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"spatial_shapes": [6, 7, 3, 400000]}, "value: expected"),
+        ({"spatial_shapes": [6, 7, 3]}, "spatial_shapes: expected"),
+        ({"spatial_shapes": [2**40, 2**40, 3, 4]}, "spatial_shapes: expected"),
+        ({"spatial_shapes": [-6, -7, 3, 4]}, "spatial_shapes: expected"),
+        ({"num_points": [3, 300]}, "sampling_locations: expected"),
+        ({"num_points": [7, -1]}, "num_points: expected"),
+        ({"num_points": []}, "spatial_shapes: expected"),
+        ({"attention_weights": WEIGHTS[:1]}, "attention_weights: expected"),
+        ({"sampling_locations": LOCATIONS[..., :1]}, "sampling_locations: expected"),
+        ({"value": VALUE.int()}, "value: expected"),
+        ({"value": VALUE[:, :, :2]}, "value: expected 1 or 3 heads"),
+        ({"padding": "reflect"}, "padding: expected one of 'zeros', 'border', got 'reflect'"),
+    ],
+)
+def test_the_operator_itself_checks_what_could_read_out_of_bounds(
+    native_backend, changes, message
+):
+    assert operator().shape == (2, 11, 24)
+    with pytest.raises(RuntimeError, match=message):
+        operator(**changes)

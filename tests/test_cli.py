@@ -1,0 +1,308 @@
+"""The command line: exit codes, messages, 80 columns, and what works without the extras."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import saccade
+from saccade import doctor
+from saccade.ops import native
+
+typer_testing = pytest.importorskip("typer.testing")
+pytest.importorskip("rich")
+
+
+def run(*arguments: object, blocked: tuple[str, ...] = (), **environment: str):
+    """`python -m saccade` in a process of its own, with some modules that cannot be imported."""
+    program = (
+        "import sys\n"
+        "class Block:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.partition('.')[0] in {blocked!r}:\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Block())\n"
+        "from saccade.__main__ import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    source = str(Path(saccade.__file__).resolve().parent.parent)
+    path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
+    return subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=240,
+        check=False,
+        env={
+            **os.environ,
+            "PYTHONPATH": path,
+            "COLUMNS": "80",
+            "PYTHONIOENCODING": "utf-8",
+            **environment,
+        },
+    )
+
+
+def invoke(*arguments: object):
+    from saccade.cli import app
+
+    return typer_testing.CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_version_and_help() -> None:
+    result = invoke("--version")
+    assert (result.exit_code, result.output) == (0, f"saccade {saccade.__version__}\n")
+    result = invoke("--help")
+    assert result.exit_code == 0
+    for command in ("detect", "explain", "doctor"):
+        assert command in result.output
+    assert "Exit code: 0 all done" in " ".join(invoke("detect", "--help").output.split())
+
+
+def test_help_imports_nothing_heavy() -> None:
+    program = (
+        "import sys\n"
+        "from saccade.__main__ import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'transformers', 'matplotlib', 'PIL', 'scipy'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+    )
+    source = str(Path(saccade.__file__).resolve().parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": source},
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# --- explain ----------------------------------------------------------------------------------
+
+
+def test_explain_walks_through_the_worked_example_in_80_columns() -> None:
+    done = run("explain")
+    assert done.returncode == 0, done.stderr
+    assert "saccade.deformable_attention gives 16.5" in done.stdout
+    assert "(+0.5, -0.5)" in done.stdout
+    assert "…" not in done.stdout  # no column was cut
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_explain_moves_the_reference_point_and_draws(tmp_path) -> None:
+    pytest.importorskip("matplotlib")
+    result = invoke("explain", "--reference", "1.3", "-0.6", "--out", tmp_path / "explain.png")
+    assert result.exit_code == 0, result.output
+    assert "outside" in result.output
+    from PIL import Image
+
+    assert Image.open(tmp_path / "explain.png").width > 1000
+    result = invoke("explain", "--out", tmp_path / "no" / "folder.png")
+    assert result.exit_code == 2
+    assert "cannot write" in result.output
+
+
+def test_explain_shows_a_module_in_80_columns(tmp_path) -> None:
+    module = saccade.nn.MultiScaleDeformableAttention(32, num_heads=4, num_levels=4)
+    torch.nn.init.normal_(module.sampling_offsets.weight, std=3.0)
+    torch.save(module, tmp_path / "module.pt")
+    shapes = [(40, 60), (20, 30), (10, 15), (5, 8)]
+    inputs = {
+        "query": torch.randn(1, 9, 32),
+        "reference_points": torch.rand(1, 9, 1, 4),
+        "value": torch.randn(1, sum(h * w for h, w in shapes), 32),
+        "spatial_shapes": shapes,
+    }
+    torch.save(inputs, tmp_path / "inputs.pt")
+    done = run("explain", tmp_path / "module.pt", tmp_path / "inputs.pt", "--query", 8, "--head", 3)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("equal (difference") == 2
+    assert "…" not in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    result = invoke("explain", tmp_path / "module.pt", tmp_path / "inputs.pt", "--query", 9)
+    assert result.exit_code == 2
+    assert "query: expected 0 to 8, got 9" in result.output
+    result = invoke("explain", tmp_path / "module.pt")
+    assert result.exit_code == 2
+    assert "together" in result.output
+
+
+# --- doctor -----------------------------------------------------------------------------------
+
+
+def test_doctor_needs_torch_alone() -> None:
+    blocked = ("typer", "rich", "matplotlib", "transformers", "PIL", "numpy", "scipy")
+    done = run("doctor", blocked=blocked)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"torch                {torch.__version__}" in done.stdout
+    assert "pip install 'saccade[cli]'" in done.stdout
+    assert "All checks passed." in done.stdout
+    assert run("--version", blocked=blocked).stdout == f"saccade {saccade.__version__}\n"
+    assert "doctor" in run(blocked=blocked).stdout
+
+
+@pytest.mark.parametrize("command", ["detect", "explain"])
+def test_commands_without_their_extras_say_what_to_install(command) -> None:
+    done = run(command, "x.png", blocked=("typer",))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "pip install 'saccade[detect]'" in done.stderr
+
+
+def test_detect_and_pictures_without_their_extras_say_what_to_install() -> None:
+    done = run("detect", "x.png", blocked=("transformers", "PIL"))
+    assert done.returncode == 2
+    assert "needs transformers, PIL" in done.stderr
+    assert "pip install 'saccade[detect]'" in done.stderr
+    done = run("explain", "--out", "x.png", blocked=("matplotlib",))
+    assert done.returncode == 2
+    assert "pip install 'saccade[explain]'" in done.stderr
+    assert run("explain", blocked=("matplotlib", "transformers", "PIL")).returncode == 0
+
+
+def test_doctor_names_the_reason_for_the_reference() -> None:
+    done = run("doctor", SACCADE_DISABLE_NATIVE="1")
+    assert done.returncode == 0, done.stdout
+    assert "SACCADE_DISABLE_NATIVE is set" in done.stdout
+    assert "backend              reference" in done.stdout
+
+
+def test_doctor_fails_for_a_library_that_does_not_load(tmp_path, monkeypatch) -> None:
+    broken = tmp_path / "_native.so"
+    broken.write_text("no library")
+    monkeypatch.delenv("SACCADE_DISABLE_NATIVE", raising=False)
+    monkeypatch.setattr(native, "LIBRARY", broken)
+    monkeypatch.setattr(native, "failure", "_native.so did not load: invalid ELF header")
+    lines: list[str] = []
+    assert doctor.run(lines.append) == 1
+    assert any(line.startswith("! state") and "invalid ELF" in line for line in lines)
+    assert "FAILED" in lines[-1]
+
+
+def test_doctor_fails_for_wrong_numbers() -> None:
+    good = {"output": 1e-7, "the gradient of value": 2e-6}
+    assert doctor.judge("cpu-avx2", good).ok
+    assert "2.0e-06, in the gradient of value" in doctor.judge("cpu-avx2", good).text
+    assert not doctor.judge("cpu-avx2", {**good, "output": 0.01}).ok
+    worst = doctor.judge("cpu-avx2", {"output": float("nan"), "the gradient of value": 0.5})
+    assert not worst.ok
+    assert "in output" in worst.text
+
+
+def test_doctor_compares_forward_and_gradients(monkeypatch) -> None:
+    errors = doctor.compare_with_reference()
+    assert set(errors) == {
+        "output",
+        "the gradient of value",
+        "the gradient of sampling_locations",
+        "the gradient of attention_weights",
+    }
+    assert max(errors.values()) < 1e-5
+    right = doctor.functional.deformable_attention
+    monkeypatch.setattr(
+        doctor.functional, "deformable_attention", lambda *a, **k: right(*a, **k) * 1.01
+    )
+    assert min(doctor.compare_with_reference().values()) > 5e-3
+
+
+# --- detect -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    pytest.importorskip("transformers")
+    from vision_helpers import save_random_detector
+
+    return save_random_detector(tmp_path_factory.mktemp("cli") / "model")
+
+
+@pytest.fixture
+def pictures(tmp_path) -> list[Path]:
+    from vision_helpers import gradient_picture
+
+    paths = [tmp_path / "one" / "scene.png", tmp_path / "two" / "scene.jpg"]
+    for path in paths:
+        path.parent.mkdir()
+        gradient_picture(80, 60).save(path)
+    return paths
+
+
+def test_detect_writes_three_files_a_picture(model, pictures, tmp_path) -> None:
+    out = tmp_path / "out"
+    result = invoke("detect", *pictures, "--model", model, "--out", out, "--threshold", 0.99)
+    assert result.exit_code == 0, result.output
+    assert sorted(file.name for file in out.iterdir()) == [
+        "scene-2.json",
+        "scene-2_detections.png",
+        "scene-2_looked.png",
+        "scene.json",
+        "scene_detections.png",
+        "scene_looked.png",
+    ]
+    assert str(pictures[0]) in result.output
+
+
+def test_detect_skips_what_it_cannot_read(model, pictures, tmp_path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_text("no picture")
+    out = tmp_path / "out"
+    result = invoke("detect", broken, pictures[0], "gone.png", "--model", model, "--out", out)
+    assert result.exit_code == 1
+    assert f"skipped: {broken} is not a picture" in result.stderr
+    assert "skipped: gone.png there is no such file" in result.stderr
+    assert "2 of 3 pictures skipped" in result.stderr
+    assert (out / "scene.json").exists()
+    result = invoke("detect", broken, "--model", model, "--out", out)
+    assert result.exit_code == 2
+
+
+def test_detect_is_quiet_and_repeatable_in_a_process_of_its_own(model, pictures, tmp_path) -> None:
+    reports = []
+    for name, environment in (("a", {}), ("b", {"SACCADE_DISABLE_NATIVE": "1"})):
+        done = run(
+            "detect", pictures[0], "--model", model, "--out", tmp_path / name, "--threshold", 0.9,
+            **environment,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""  # no notes or bars of other libraries
+        reports.append((tmp_path / name / "scene.json").read_text())
+    import json
+
+    first, second = map(json.loads, reports)
+    assert second["backend"] == "reference"
+    assert len(first["detections"]) == len(second["detections"])
+    for one, other in zip(first["detections"], second["detections"], strict=True):
+        assert one["query"] == other["query"]
+        assert one["box"] == pytest.approx(other["box"], abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "nothing"], "neither a folder nor the id"),
+        (["--layer", "7"], "--layer: expected 1 to 2"),
+        (["--threshold", "2"], "threshold"),
+    ],
+)
+def test_detect_with_wrong_usage_ends_with_2(model, pictures, tmp_path, arguments, message) -> None:
+    given = ["--model", model] if "--model" not in arguments else []
+    result = invoke("detect", pictures[0], *given, "--out", tmp_path / "out", *arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert invoke("detect").exit_code == 2
+
+
+def test_detect_into_a_place_that_is_a_file_ends_with_2(model, pictures, tmp_path) -> None:
+    (tmp_path / "out").write_text("")
+    result = invoke("detect", pictures[0], "--model", model, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "cannot make the folder" in result.output

@@ -1,0 +1,235 @@
+"""The modules: shapes, keys, initialisation, masks, autocast, gradients, reconstruction."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import saccade
+from saccade.nn import DeformableAttention, MultiScaleDeformableAttention
+
+SHAPES = [(6, 7), (3, 4)]
+
+
+def multi_scale(**options):
+    return MultiScaleDeformableAttention(
+        **{"embed_dim": 32, "num_heads": 4, "num_levels": 2, "num_points": 3, **options}
+    )
+
+
+def multi_scale_inputs(coordinates=2, levels=1, dtype=torch.float32):
+    return {
+        "query": torch.randn(2, 11, 32, dtype=dtype),
+        "reference_points": torch.rand(2, 11, levels, coordinates, dtype=dtype),
+        "value": torch.randn(2, 54, 32, dtype=dtype),
+        "spatial_shapes": SHAPES,
+    }
+
+
+def randomize(module):
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return module
+
+
+def test_state_dict_has_the_keys_of_the_family():
+    expected = {
+        f"{layer}.{kind}"
+        for layer in ("sampling_offsets", "attention_weights", "value_proj", "output_proj")
+        for kind in ("weight", "bias")
+    }
+    assert set(multi_scale().state_dict()) == expected
+    assert set(DeformableAttention(32).state_dict()) == expected | {
+        "reference_points.weight",
+        "reference_points.bias",
+    }
+
+
+def test_transformers_layer_and_module_exchange_weights_and_agree():
+    from transformers import DeformableDetrConfig
+    from transformers.models.deformable_detr.modeling_deformable_detr import (
+        DeformableDetrMultiscaleDeformableAttention as Peer,
+    )
+
+    config = DeformableDetrConfig(d_model=32, num_feature_levels=2)
+    peer = randomize(Peer(config, num_heads=4, n_points=3))
+    module = multi_scale()
+    module.load_state_dict(peer.state_dict())
+    mask = torch.rand(2, 54) < 0.3
+    for coordinates in (2, 4):
+        inputs = multi_scale_inputs(coordinates, levels=2)
+        expected, _ = peer(
+            inputs["query"],
+            attention_mask=~mask,
+            encoder_hidden_states=inputs["value"],
+            reference_points=inputs["reference_points"],
+            spatial_shapes=torch.tensor(SHAPES),
+            spatial_shapes_list=SHAPES,
+        )
+        found = module(**inputs, value_padding_mask=mask)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_initialisation_looks_in_the_directions_of_the_paper():
+    module = multi_scale(num_heads=8, num_points=[2, 3])
+    offsets = module.sampling_offsets.bias.view(8, 5, 2)
+    assert (module.sampling_offsets.weight == 0).all()
+    assert (module.attention_weights.weight == 0).all()
+    assert (module.attention_weights.bias == 0).all()
+    torch.testing.assert_close(offsets[0, :, 0], torch.tensor([1.0, 2, 1, 2, 3]))  # points of head 0
+    torch.testing.assert_close(offsets[2, :, 1], torch.tensor([1.0, 2, 1, 2, 3]))  # head 2 looks down
+    torch.testing.assert_close(offsets[1, 0], torch.tensor([1.0, 1.0]))  # diagonals reach the square
+    assert offsets[:, 0].abs().amax(-1).allclose(torch.ones(8))
+    bound = math.sqrt(6 / 64)
+    assert module.value_proj.weight.abs().max() <= bound
+    assert module.output_proj.bias.abs().max() == 0
+
+
+@pytest.mark.parametrize("coordinates", [2, 4])
+@pytest.mark.parametrize("levels", [1, 2])
+def test_sampling_reconstructs_the_output(backend, coordinates, levels):
+    module = randomize(multi_scale(num_points=[2, 3]))
+    inputs = multi_scale_inputs(coordinates, levels)
+    output, sampling = module(**inputs, return_sampling=True)
+    value = module.value_proj(inputs["value"]).view(2, 54, 4, 8)
+    attended = saccade.deformable_attention(
+        value,
+        SHAPES,
+        sampling.sampling_locations,
+        sampling.attention_weights,
+        num_points=[2, 3],
+    )
+    torch.testing.assert_close(module.output_proj(attended), output)
+    torch.testing.assert_close(sampling.attention_weights.sum(-1), torch.ones(2, 11, 4))
+    assert torch.equal(module(**inputs), output)
+
+
+@pytest.mark.parametrize("value_projection", [True, False])
+def test_single_map_module_by_the_equation(backend, value_projection):
+    module = randomize(
+        DeformableAttention(12, num_heads=3, num_points=2, value_projection=value_projection)
+    )
+    query, feature_map = torch.randn(2, 5, 12), torch.randn(2, 4, 6, 12)
+    output, sampling = module(query, feature_map, return_sampling=True)
+    assert sampling.reference_points.shape == (2, 5, 1, 2)
+    torch.testing.assert_close(
+        sampling.sampling_locations,
+        sampling.reference_points[:, :, None]
+        + sampling.sampling_offsets / torch.tensor([6.0, 4.0]),
+    )
+    # Equation 2: sum over heads of W_m [sum over points of A * W'_m x(p)].
+    maps = feature_map if module.value_proj is None else module.value_proj(feature_map)
+    grid = 2 * sampling.sampling_locations.flatten(2, 3) - 1
+    read = torch.nn.functional.grid_sample(maps.permute(0, 3, 1, 2), grid, align_corners=False)
+    read = read.permute(0, 2, 3, 1).unflatten(2, (3, 2))  # [B, Q, M, K, C]
+    heads = (sampling.attention_weights[..., None] * read).sum(3)
+    if value_projection:
+        heads = torch.stack([heads[:, :, m, 4 * m : 4 * m + 4] for m in range(3)], 2)
+    torch.testing.assert_close(output, module.output_proj(heads.flatten(2)))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: (multi_scale(), multi_scale_inputs()),
+        lambda: (multi_scale(), multi_scale_inputs(4, 2)),
+        lambda: (
+            DeformableAttention(32),
+            {"query": torch.randn(2, 5, 32), "feature_map": torch.randn(2, 6, 7, 32)},
+        ),
+        lambda: (
+            DeformableAttention(32, value_projection=False, predict_reference_points=False),
+            {
+                "query": torch.randn(2, 5, 32),
+                "feature_map": torch.randn(2, 6, 7, 32),
+                "reference_points": torch.rand(2, 5, 2),
+            },
+        ),
+    ],
+    ids=["points", "boxes", "single-map", "plain-form"],
+)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_every_parameter_gets_a_gradient_and_learns(backend, make, autocast):
+    module, inputs = make()
+    randomize(module)
+    target = torch.randn_like(inputs["query"])
+    optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
+    losses = []
+    for step in range(100 if backend != "reference" else 5):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            output, sampling = module(**inputs, return_sampling=True)
+        assert sampling.sampling_locations.dtype == torch.float32
+        loss = (output.float() - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        if step == 0:
+            for name, parameter in module.named_parameters():
+                assert parameter.grad is not None, name
+                assert parameter.grad.isfinite().all(), name
+                assert parameter.grad.abs().max() > 0, name
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert not math.isnan(losses[-1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_modules_of_other_dtypes(dtype):
+    module = multi_scale().to(dtype)
+    output, sampling = module(**multi_scale_inputs(dtype=dtype), return_sampling=True)
+    assert output.dtype == dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert sampling.sampling_locations.dtype == sampling.attention_weights.dtype == wide
+
+
+def test_padding_mask_of_the_single_map_module():
+    module = randomize(DeformableAttention(32))
+    query, feature_map = torch.randn(1, 5, 32), torch.randn(1, 6, 7, 32)
+    mask = torch.zeros(1, 6, 7, dtype=torch.bool)
+    mask[:, :, 4:] = True
+    changed = feature_map.clone()
+    changed[:, :, 4:] = 1e3
+    assert torch.equal(
+        module(query, feature_map, value_padding_mask=mask),
+        module(query, changed, value_padding_mask=mask),
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: multi_scale(num_heads=5), "num_heads: expected a divisor of embed_dim 32, got 5"),
+        (lambda: multi_scale(num_points=[1, 2, 3]), "num_points: expected a positive number or 2"),
+        (lambda: multi_scale(num_points=0), "num_points: expected a positive number"),
+        (lambda: multi_scale(padding="wrap"), "padding: expected one of"),
+        (lambda: DeformableAttention(32, spatial_dims=3), "spatial_dims: expected 2, got 3"),
+        (lambda: DeformableAttention(30), "num_heads: expected a divisor of embed_dim 30"),
+        (
+            lambda: multi_scale()(**{**multi_scale_inputs(), "query": torch.zeros(2, 11, 31)}),
+            r"query: expected \[batch, positions, 32\], got \[2, 11, 31\]",
+        ),
+        (
+            lambda: multi_scale()(**{**multi_scale_inputs(), "spatial_shapes": [(6, 9)]}),
+            r"spatial_shapes: expected 2 levels \(num_levels\), got \[\(6, 9\)\]",
+        ),
+        (
+            lambda: multi_scale()(**multi_scale_inputs(coordinates=3)),
+            r"reference_points: expected \[2, 11, 1 or 2, 2 or 4\], got \[2, 11, 1, 3\]",
+        ),
+        (
+            lambda: DeformableAttention(32, predict_reference_points=False)(
+                torch.zeros(1, 5, 32), torch.zeros(1, 6, 7, 32)
+            ),
+            "reference_points: expected a tensor",
+        ),
+        (
+            lambda: DeformableAttention(32)(torch.zeros(1, 5, 32), torch.zeros(1, 42, 32)),
+            r"feature_map: expected \[batch, height, width, 32\], got \[1, 42, 32\]",
+        ),
+    ],
+)
+def test_errors_name_the_argument(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

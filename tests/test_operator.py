@@ -1,0 +1,291 @@
+"""The registered operator: opcheck, tracing, gradients of both orders, schemas, autocast, backends."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from helpers import Case, assert_same, run
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import saccade
+from saccade.ops import native, registration
+
+OPERATOR = torch.ops.saccade.deformable_attention
+BACKWARD = torch.ops.saccade.deformable_attention_backward
+
+
+def operator_arguments(case, *, requires_grad=True):
+    value, locations, weights = case.draw()
+    if requires_grad:
+        value, locations, weights = (t.requires_grad_() for t in (value, locations, weights))
+    shapes = [size for shape in case.shapes for size in shape]
+    return (
+        value, shapes, locations, weights, case.points,
+        case.interpolation, case.padding, case.coordinates,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(),
+        Case(shared_head=True, num_points=[1, 2], padding="border"),
+        Case(dtype=torch.bfloat16, coordinates="pixel"),
+        Case(batch_size=0),
+    ],
+    ids=["plain", "shared-head", "bfloat16", "no-batch"],
+)
+def test_opcheck(case):
+    arguments = operator_arguments(case)
+    torch.library.opcheck(OPERATOR, arguments)
+    permuted = tuple(
+        a.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+        if isinstance(a, torch.Tensor)
+        else a
+        for a in arguments
+    )
+    torch.library.opcheck(OPERATOR, permuted)
+
+
+@pytest.mark.parametrize("mask", [[True, True, True], [True, False, False], [False, True, False]])
+def test_opcheck_of_the_backward(mask):
+    case = Case(dtype=torch.float64)
+    arguments = operator_arguments(case)
+    grad_output = torch.randn(2, 24, 11, dtype=torch.float64).transpose(1, 2).requires_grad_()
+    torch.library.opcheck(
+        BACKWARD,
+        (grad_output, *arguments, mask),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
+@pytest.mark.parametrize("head_dim", [1, 30, 32, 71])
+def test_gradcheck(backend, head_dim):
+    case = Case(
+        shapes=[(3, 4), (2, 2)],
+        num_points=[1, 2],
+        batch_size=1,
+        num_queries=2,
+        num_heads=2,
+        head_dim=head_dim,
+        dtype=torch.float64,
+    )
+    inputs = [tensor.requires_grad_() for tensor in case.draw()]
+    assert torch.autograd.gradcheck(case.call, inputs, fast_mode=head_dim > 1)
+
+
+@pytest.mark.parametrize("coordinates", ["normalized", "pixel"])
+def test_second_derivatives(native_backend, coordinates):
+    case = Case(
+        shapes=[(3, 4), (1, 2)],
+        num_points=[2, 1],
+        batch_size=1,
+        num_queries=2,
+        num_heads=2,
+        head_dim=2,
+        dtype=torch.float64,
+        coordinates=coordinates,
+    )
+    inputs = [tensor.requires_grad_() for tensor in case.draw()]
+    assert torch.autograd.gradgradcheck(case.call, inputs)
+
+
+def test_third_derivatives_equal_those_of_the_reference(native_backend):
+    case = Case(num_queries=2, head_dim=2, dtype=torch.float64)
+    inputs = case.draw()
+
+    def third(backend):
+        with saccade.use_backend(backend):
+            leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+            result = case.call(*leaves).pow(2).sum()
+            for _ in range(3):
+                gradients = torch.autograd.grad(result, leaves, create_graph=True)
+                result = sum(gradient.pow(2).sum() for gradient in gradients)
+            return result.detach()
+
+    torch.testing.assert_close(third(native_backend), third("reference"))
+
+
+@pytest.mark.parametrize("name", list(registration.SCHEMAS))
+def test_schema_of_the_binary_equals_that_of_python(name):
+    if native.failure:
+        pytest.skip(f"no native library: {native.failure}")
+    operator = getattr(torch.ops.saccade, name).default
+    assert str(operator._schema) == f"saccade::{name}{registration.SCHEMAS[name]}"
+
+
+def test_compile_whole_graph_with_dynamic_sizes():
+    torch.compiler.reset()
+    module = saccade.nn.MultiScaleDeformableAttention(32, num_heads=4, num_levels=2)
+
+    def attend(query, reference, value):
+        return module(query, reference, value, [(6, 7), (3, 4)]).square()
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=counter)
+    # Not 2 first: torch would take that size and the two coordinates for one and the same number.
+    for batch_size, num_queries in ((3, 5), (2, 5), (4, 9)):
+        inputs = (
+            torch.randn(batch_size, num_queries, 32),
+            torch.rand(batch_size, num_queries, 1, 2),
+            torch.randn(batch_size, 54, 32),
+        )
+        module.zero_grad()
+        expected = attend(*inputs)
+        expected.sum().backward()
+        gradients = [parameter.grad.clone() for parameter in module.parameters()]
+        module.zero_grad()
+        found = compiled(*inputs)
+        found.sum().backward()
+        torch.testing.assert_close(found, expected)
+        for parameter, want in zip(module.parameters(), gradients, strict=True):
+            torch.testing.assert_close(parameter.grad, want)
+    assert counter.frame_count == 1, "recompiled for another batch size or number of queries"
+
+
+def test_export_of_the_function():
+    class Attend(torch.nn.Module):
+        def forward(self, value, locations, weights):
+            return saccade.deformable_attention(
+                value, [(6, 7), (3, 4)], locations, weights, num_points=3
+            )
+
+    inputs = Case().draw()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(Attend(), inputs, dynamic_shapes=[{0: batch}] * 3)
+    other = Case(batch_size=5).draw()
+    assert torch.equal(program.module()(*other), Attend()(*other))
+
+
+def test_under_autocast_values_may_be_16_bit_and_locations_stay_float32(native_backend):
+    case = Case()
+    value, locations, weights = case.draw()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert case.call(value, locations, weights).dtype == torch.float32
+        low = case.call(value.bfloat16(), locations, weights)
+    assert low.dtype == torch.bfloat16
+
+
+def test_activation_checkpointing_and_a_value_used_twice():
+    from torch.utils.checkpoint import checkpoint
+
+    case = Case(num_heads=8, shapes=[(6, 7)], num_points=2)
+    inputs = case.draw()
+
+    def twice(value, locations, weights):
+        first = case.call(value, locations, weights)
+        second = case.call(value * 2, locations.flip(1), weights)
+        return (first * second).sum()
+
+    plain = [tensor.clone().requires_grad_() for tensor in inputs]
+    twice(*plain).backward()
+    saved = [tensor.clone().requires_grad_() for tensor in inputs]
+    checkpoint(twice, *saved, use_reentrant=False).backward()
+    for got, want in zip(saved, plain, strict=True):
+        assert torch.equal(got.grad, want.grad)
+
+
+def test_calls_from_many_threads_at_once(native_backend):
+    cases = [Case(num_queries=300 + 50 * i, head_dim=8 * (i + 1)) for i in range(4)]
+    inputs = [case.draw() for case in cases]
+    expected = [run(case, given, None) for case, given in zip(cases, inputs, strict=True)]
+    failures = []
+
+    def work(index):
+        for _ in range(20):
+            try:
+                assert_same(run(cases[index], inputs[index], None), expected[index], 1e-9)
+            except AssertionError as error:
+                failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(i % 4,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_which_backend_names_kernel_and_reason(backend):
+    found = saccade.which_backend(torch.zeros(1))
+    assert found.name == backend
+    assert found.reason
+
+
+def test_which_backend_for_a_device_without_a_kernel():
+    assert saccade.which_backend(torch.zeros(1, device="meta")).name == "reference"
+    assert "meta" in saccade.which_backend(torch.zeros(1, device="meta")).reason
+
+
+def test_use_backend_refuses_what_is_not_there_and_restores():
+    before = saccade.which_backend()
+    with pytest.raises(ValueError, match="name: expected one of reference, .*got 'cuda'"):
+        saccade.use_backend("cuda").__enter__()
+    with pytest.raises(ZeroDivisionError), saccade.use_backend("reference"):
+        raise ZeroDivisionError
+    assert saccade.which_backend() == before
+
+
+def python(code, **environment):
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_environment_chooses_the_instruction_set():
+    if native.failure:
+        pytest.skip(f"no native library: {native.failure}")
+    code = "import saccade; print(saccade.which_backend())"
+    for isa in native.available_isas():
+        assert python(code, SACCADE_CPU_ISA=isa).stdout.startswith(f"cpu-{isa} (SACCADE_CPU_ISA")
+    wrong = python(code, SACCADE_CPU_ISA="mmx")
+    assert wrong.returncode != 0
+    assert "SACCADE_CPU_ISA: expected one of" in wrong.stderr
+
+
+WITHOUT_LIBRARY = """
+import torch, saccade
+print(saccade.which_backend())
+value, locations, weights = (
+    torch.rand(*shape, requires_grad=True) for shape in ((1, 20, 2, 4), (1, 3, 2, 1, 4, 2), (1, 3, 2, 1, 4))
+)
+output = saccade.deformable_attention(value, [(4, 5)], locations, weights)
+output.square().sum().backward()
+expected = torch.autograd.grad(
+    saccade.reference.deformable_attention(value, [(4, 5)], locations, weights).square().sum(),
+    (value, locations, weights))
+for leaf, want in zip((value, locations, weights), expected):
+    torch.testing.assert_close(leaf.grad, want)
+print(torch.ops.saccade.deformable_attention.default._schema)
+"""
+
+
+def test_without_the_binary_everything_works_and_says_why():
+    done = python(WITHOUT_LIBRARY, SACCADE_DISABLE_NATIVE="1")
+    assert done.returncode == 0, done.stderr
+    backend, schema = done.stdout.splitlines()
+    assert backend == "reference (SACCADE_DISABLE_NATIVE is set)"
+    assert schema == "saccade::deformable_attention" + registration.SCHEMAS["deformable_attention"]
+
+
+def test_a_binary_that_does_not_load_is_reported_not_raised(tmp_path):
+    import shutil
+    from pathlib import Path
+
+    package = Path(saccade.__file__).parent
+    shutil.copytree(package, tmp_path / "saccade", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "saccade" / "_native.so").write_bytes(b"not a library")
+    done = python(WITHOUT_LIBRARY, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("reference (_native.so did not load into torch")
+    assert done.stderr == ""

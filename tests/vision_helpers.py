@@ -1,0 +1,95 @@
+"""Small detectors with random weights, and pictures, for the tests of the vision layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+
+def save_random_detector(folder: Path) -> Path:
+    """A Deformable DETR of a few layers with random weights, as `save_pretrained` writes it."""
+    from transformers import (
+        DeformableDetrConfig,
+        DeformableDetrForObjectDetection,
+        DeformableDetrImageProcessorPil,
+        ResNetConfig,
+    )
+
+    torch.manual_seed(0)
+    backbone = ResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 16, 16, 32],
+        depths=[1, 1, 1, 1],
+        layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )
+    config = DeformableDetrConfig(
+        backbone_config=backbone,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        num_feature_levels=4,
+        num_queries=20,
+        with_box_refine=True,
+        id2label={index: f"digit {index}" for index in range(10)},
+    )
+    model = DeformableDetrForObjectDetection(config).eval()
+    # The default initialisation makes all queries and classes alike.
+    for name, parameter in model.named_parameters():
+        if "query_position" in name or ("class_embed" in name and "weight" in name):
+            torch.nn.init.normal_(parameter)
+        elif "attention_weights.weight" in name or "model.reference_points.weight" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    size = {"shortest_edge": 64, "longest_edge": 96}
+    DeformableDetrImageProcessorPil(size=size).save_pretrained(folder)
+    return folder
+
+
+def save_random_rt_detr(folder: Path) -> Path:
+    """An RT-DETR with random weights: another family, no pixel mask, another decoder."""
+    from transformers import (
+        RTDetrConfig,
+        RTDetrForObjectDetection,
+        RTDetrImageProcessorPil,
+        RTDetrResNetConfig,
+    )
+
+    torch.manual_seed(0)
+    backbone = RTDetrResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 16, 16, 32],
+        depths=[1, 1, 1, 1],
+        layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )
+    config = RTDetrConfig(
+        backbone_config=backbone,
+        encoder_hidden_dim=32,
+        encoder_in_channels=[16, 16, 32],
+        encoder_ffn_dim=32,
+        encoder_attention_heads=4,
+        d_model=32,
+        num_queries=15,
+        decoder_in_channels=[32, 32, 32],
+        decoder_ffn_dim=32,
+        decoder_layers=2,
+        decoder_attention_heads=4,
+        num_denoising=0,
+    )
+    RTDetrForObjectDetection(config).eval().save_pretrained(folder)
+    RTDetrImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(folder)
+    return folder
+
+
+def gradient_picture(width: int, height: int) -> Image.Image:
+    """A picture whose red channel grows with x and whose green channel grows with y."""
+    red = Image.linear_gradient("L").rotate(90).resize((width, height))
+    green = Image.linear_gradient("L").resize((width, height))
+    return Image.merge("RGB", (red, green, Image.new("L", (width, height), 128)))
