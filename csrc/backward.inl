@@ -49,8 +49,8 @@ SACCADE_INLINE Vector<T> group_dots(const S* rows, const LevelRows& level, const
     const Vector<T> g = load(grad + at_channel);
 #pragma GCC unroll 16
     for (int i = 0; i < W; ++i) {
-      dots[i] =
-          (Vector<T>)fma(g, load_as_compute(corners[i / 4] + level.steps[i % 4] + at_channel), dots[i]);
+      dots[i] = (Vector<T>)fma(g, load_as_compute(corners[i / 4] + level.steps[i % 4] + at_channel),
+                               dots[i]);
     }
   }
   if (at_channel < channels) {
@@ -75,8 +75,7 @@ void dots_of_chunk(const Problem& problem, const Points<T>& points, int64_t num_
       int64_t at = query * problem.total_points + level.first_point;
       const int64_t end = at + level.num_points;
       for (; at + G <= end; at += G) {
-        store(dots + 4 * at,
-              group_dots(rows, level_rows, points, at, G, grad, problem.head_dim));
+        store(dots + 4 * at, group_dots(rows, level_rows, points, at, G, grad, problem.head_dim));
       }
       if (at < end) {
         // Not the whole vector: beyond the level lie dot products that are there already.
@@ -112,8 +111,7 @@ bool chain(const Problem& problem, const Points<T>& points, int64_t num_queries,
     const V* wx = point.x.weights;
     const V* wy = point.y.weights;
     const V grad_weight = wy[0] * row(wx, 0) + wy[1] * row(wx, 1);
-    const V grad_x =
-        attention * (wy[0] * row(point.x.slopes, 0) + wy[1] * row(point.x.slopes, 1));
+    const V grad_x = attention * (wy[0] * row(point.x.slopes, 0) + wy[1] * row(point.x.slopes, 1));
     const V grad_y = attention * (point.y.slopes[0] * row(wx, 0) + point.y.slopes[1] * row(wx, 1));
     store(grad_weights + at, grad_weight);
     store_pairs<T>(grad_locations + 2 * at, grad_x, grad_y);
@@ -168,8 +166,8 @@ void backward_points(const Problem& problem, const Value& value, const void* gra
       const int64_t to = unit.row(problem, query) * total_points;
       copy_numbers(static_cast<T*>(grad_locations) + 2 * to,
                    &scratch.grad_locations[2 * query * total_points], 2 * total_points);
-      copy_numbers(static_cast<T*>(grad_weights) + to,
-                   &scratch.grad_weights[query * total_points], total_points);
+      copy_numbers(static_cast<T*>(grad_weights) + to, &scratch.grad_weights[query * total_points],
+                   total_points);
     }
   }
   scratch.packed.forget();

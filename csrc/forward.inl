@@ -3,8 +3,8 @@
 // `count` points of one query on one level, added to NV vectors of sums. With Partial, NV is 1 and
 // only `channels` numbers of the rows exist.
 template <class S, class T, int NV, bool Partial>
-SACCADE_INLINE void blend(const S* rows, const LevelRows& level, const Points<T>& points, int64_t at,
-                          int64_t count, T* sums, int64_t channels) {
+SACCADE_INLINE void blend(const S* rows, const LevelRows& level, const Points<T>& points,
+                          int64_t at, int64_t count, T* sums, int64_t channels) {
   Vector<T> sum[NV];
 #pragma GCC unroll 4
   for (int v = 0; v < NV; ++v) {
@@ -18,8 +18,8 @@ SACCADE_INLINE void blend(const S* rows, const LevelRows& level, const Points<T>
       const S* row = corner + level.steps[c];
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) {
-        const Vector<T> numbers = Partial ? load_partial<S, T>(row, channels)
-                                          : load_as_compute(row + v * kWidth<T>);
+        const Vector<T> numbers =
+            Partial ? load_partial<S, T>(row, channels) : load_as_compute(row + v * kWidth<T>);
         sum[v] = (Vector<T>)fma(weight, numbers, sum[v]);
       }
     }
@@ -80,8 +80,8 @@ struct ForwardScratch {
 };
 
 template <class S>
-void forward(const Problem& problem, const Value& value, const void* locations,
-             const void* weights, void* output, int64_t begin, int64_t end) {
+void forward(const Problem& problem, const Value& value, const void* locations, const void* weights,
+             void* output, int64_t begin, int64_t end) {
   typedef Compute<S> T;
   thread_local ForwardScratch<S> scratch;
   const int64_t head_dim = problem.head_dim;
@@ -92,8 +92,8 @@ void forward(const Problem& problem, const Value& value, const void* locations,
     const Unit unit(problem, index);
     const S* rows = scratch.packed.rows(problem, value, unit);
     const int64_t row_stride = scratch.packed.row_stride();
-    scratch.points.gather(problem, static_cast<const T*>(locations),
-                          static_cast<const T*>(weights), unit);
+    scratch.points.gather(problem, static_cast<const T*>(locations), static_cast<const T*>(weights),
+                          unit);
     scratch.points.compute(problem, unit.num_queries);
     T* sums = &scratch.sums[0];
     std::fill_n(sums, unit.num_queries * sums_stride, T(0));

@@ -18,7 +18,7 @@ namespace avx2 {
 }  // namespace avx2
 
 const Kernels kAvx2Kernels = {"avx2", avx2::any_forward, avx2::any_backward_points,
-                            avx2::any_backward_value};
+                              avx2::any_backward_value};
 }  // namespace saccade
 
 #if defined(__clang__)

@@ -3,7 +3,9 @@
 #include <immintrin.h>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(                                                    \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+    apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
@@ -18,7 +20,7 @@ namespace avx512 {
 }  // namespace avx512
 
 const Kernels kAvx512Kernels = {"avx512", avx512::any_forward, avx512::any_backward_points,
-                            avx512::any_backward_value};
+                                avx512::any_backward_value};
 }  // namespace saccade
 
 #if defined(__clang__)

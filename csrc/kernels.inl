@@ -30,10 +30,9 @@ inline void any_forward(const Problem& problem, const Value& value, const void* 
   });
 }
 
-inline void any_backward_points(const Problem& problem, const Value& value,
-                                const void* grad_output, const void* locations,
-                                const void* weights, void* grad_locations, void* grad_weights,
-                                int64_t begin, int64_t end) {
+inline void any_backward_points(const Problem& problem, const Value& value, const void* grad_output,
+                                const void* locations, const void* weights, void* grad_locations,
+                                void* grad_weights, int64_t begin, int64_t end) {
   with_storage(problem, [&](auto storage) {
     backward_points<decltype(storage)>(problem, value, grad_output, locations, weights,
                                        grad_locations, grad_weights, begin, end);

@@ -2,17 +2,17 @@
 // points at a time. All variety (coordinates, padding, interpolation) ends here.
 //
 // A point reads two cells along each axis, the pair (base, base + 1). The base is clamped into the
-// map and the weights are a hat around the position, 1 - |position - cell|: where a cell of the pair
-// is not one of the two around the position, its weight is exactly 0. There is nothing to branch on
-// and no read outside the map. The one difference to the definition is 0 * infinity, which exact.inl
-// puts right.
+// map and the weights are a hat around the position, 1 - |position - cell|: where a cell of the
+// pair is not one of the two around the position, its weight is exactly 0. There is nothing to
+// branch on and no read outside the map. The one difference to the definition is 0 * infinity,
+// which exact.inl puts right.
 
 template <class T>
 struct Axis {
-  Vector<T> base;                // index of the first cell, a whole number
-  Vector<T> weights[2];          // of the two cells
-  Vector<T> slopes[2];           // derivatives of the weights by the location
-  Vector<T> is_corner[2];        // 1 where the definition reads the cell, even if its weight is 0
+  Vector<T> base;          // index of the first cell, a whole number
+  Vector<T> weights[2];    // of the two cells
+  Vector<T> slopes[2];     // derivatives of the weights by the location
+  Vector<T> is_corner[2];  // 1 where the definition reads the cell, even if its weight is 0
 };
 
 template <class T>
@@ -40,9 +40,9 @@ SACCADE_INLINE Axis<T> locate(Vector<T> location, const AxisTable<T>& table, int
   // Zero where the argument is negative or NaN.
   axis.weights[0] = maximum<T>(distance < zero ? one + distance : one - distance, zero);
   axis.weights[1] = maximum<T>(minimum<T>(distance, two - distance), zero) * pair;
-  const V below = distance >= -one && distance < zero ? one : zero;   // base is the upper cell
-  const V inside = distance >= zero && distance < one ? one : zero;   // both cells
-  const V above = distance >= one && distance < two ? one : zero;     // base + 1 is the lower cell
+  const V below = distance >= -one && distance < zero ? one : zero;  // base is the upper cell
+  const V inside = distance >= zero && distance < one ? one : zero;  // both cells
+  const V above = distance >= one && distance < two ? one : zero;    // base + 1 is the lower cell
   axis.slopes[0] = slope * (below - inside);
   axis.slopes[1] = slope * (inside - above) * pair;
   axis.is_corner[0] = nearest ? axis.weights[0] : below + inside;
@@ -55,8 +55,8 @@ struct Located {
   Axis<T> x, y;
 };
 
-// The points [at, at + width) of a chunk: `locations` holds x and y in turns. A point whose location
-// is not finite has weight, slope and corners 0.
+// The points [at, at + width) of a chunk: `locations` holds x and y in turns. A point whose
+// location is not finite has weight, slope and corners 0.
 template <class T>
 SACCADE_INLINE Located<T> locate_points(const Problem& problem, const PointTable<T>& table,
                                         const T* locations, int64_t at) {
@@ -81,9 +81,10 @@ SACCADE_INLINE Located<T> locate_points(const Problem& problem, const PointTable
   return located;
 }
 
-// What stage two reads, for a vector of points: the row of each point's first corner within its level
-// and the weights of the corners (y, x), (y, x + 1), (y + 1, x), (y + 1, x + 1), attention weight
-// included. Blocks rather than five arrays, so that one address reaches everything of a point.
+// What stage two reads, for a vector of points: the row of each point's first corner within its
+// level and the weights of the corners (y, x), (y, x + 1), (y + 1, x), (y + 1, x + 1), attention
+// weight included. Blocks rather than five arrays, so that one address reaches everything of a
+// point.
 template <class T>
 struct PointBlock {
   int32_t row[kWidth<T>];
@@ -104,7 +105,8 @@ struct Points {
     return blocks[point / kWidth<T>].weights[corner][uint64_t(point) % kWidth<T>];
   }
 
-  // Copies the chunk's locations and weights of one head together: [.., M, P, ..] -> [chunk, P, ..].
+  // Copies the chunk's locations and weights of one head together: [.., M, P, ..] -> [chunk, P,
+  // ..].
   void gather(const Problem& problem, const T* all_locations, const T* all_weights,
               const Unit& unit) {
     const int64_t total_points = problem.total_points;
@@ -136,8 +138,7 @@ struct Points {
     for (int64_t at = 0; at < count; at += kWidth<T>) {
       const Located<T> point = locate_points<T>(problem, table, &locations[0], at);
       PointBlock<T>& block = blocks[at / kWidth<T>];
-      store_rows<T>(block.row, point.x.base, point.y.base,
-                    &table.width[at % problem.total_points]);
+      store_rows<T>(block.row, point.x.base, point.y.base, &table.width[at % problem.total_points]);
       const V attention = load(&attention_weights[at]);
       not_finite += attention - attention;
       for (int corner = 0; corner < 4; ++corner) {

@@ -54,8 +54,8 @@ SACCADE_INLINE void copy_numbers(S* to, const S* from, int64_t count) {
   }
 }
 
-// What a chunk of queries reads of a tensor [B, Q, M, ...] lies in pieces, one head apart: fetched far
-// enough ahead to cover the way to memory, near enough to still be in the cache when needed.
+// What a chunk of queries reads of a tensor [B, Q, M, ...] lies in pieces, one head apart: fetched
+// far enough ahead to cover the way to memory, near enough to still be in the cache when needed.
 constexpr int64_t kQueriesAhead = 8;
 
 template <class S>

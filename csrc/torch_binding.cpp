@@ -1,5 +1,5 @@
-// The only file that knows torch: schemas, checks, memory, threads. Compiled against PyTorch's stable
-// ABI, so one binary serves torch 2.10 and everything later.
+// The only file that knows torch: schemas, checks, memory, threads. Compiled against PyTorch's
+// stable ABI, so one binary serves torch 2.10 and everything later.
 //
 // The Python functions have checked the arguments already, with better messages; what is checked
 // here keeps a direct call of torch.ops.saccade.* from reading or writing outside its tensors.
@@ -79,7 +79,8 @@ struct Options {
   const std::string& coordinates;
 };
 
-// Everything is checked here, before any parallel region: an exception inside one loses its message.
+// Everything is checked here, before any parallel region: an exception inside one loses its
+// message.
 Problem understand(const Tensor& value, const Tensor& sampling_locations,
                    const Tensor& attention_weights, const Options& options) {
   Problem problem;
@@ -130,9 +131,9 @@ Problem understand(const Tensor& value, const Tensor& sampling_locations,
   problem.num_heads = sampling_locations.size(2);
   STD_TORCH_CHECK(problem.value_heads == 1 || problem.value_heads == problem.num_heads,
                   "value: expected 1 or ", problem.num_heads, " heads, got ", shape_of(value));
-  check_shape("sampling_locations", sampling_locations,
-              {problem.batch_size, problem.num_queries, problem.num_heads, problem.total_points,
-               2});
+  check_shape(
+      "sampling_locations", sampling_locations,
+      {problem.batch_size, problem.num_queries, problem.num_heads, problem.total_points, 2});
   check_shape("attention_weights", attention_weights,
               {problem.batch_size, problem.num_queries, problem.num_heads, problem.total_points});
   problem.prepare(torch::stable::get_num_threads());
@@ -145,8 +146,7 @@ ScalarType compute_type(const Problem& problem) {
 
 // The tensor itself if it is contiguous and of that type already.
 Tensor contiguous_as(const Tensor& tensor, ScalarType type) {
-  Tensor same_type =
-      tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
+  Tensor same_type = tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
   return same_type.is_contiguous() ? same_type : torch::stable::contiguous(same_type);
 }
 
@@ -179,9 +179,8 @@ Tensor deformable_attention(const Tensor& value, std::vector<int64_t> spatial_sh
   const Tensor rows = with_contiguous_channels(value);
   const Tensor locations = contiguous_as(sampling_locations, compute_type(problem));
   const Tensor weights = contiguous_as(attention_weights, compute_type(problem));
-  Tensor output =
-      torch::stable::new_empty(value, {problem.batch_size, problem.num_queries,
-                                       problem.num_heads * problem.head_dim});
+  Tensor output = torch::stable::new_empty(
+      value, {problem.batch_size, problem.num_queries, problem.num_heads * problem.head_dim});
   const Value described = describe(rows);
   const void* location_data = locations.const_data_ptr();
   const void* weight_data = weights.const_data_ptr();
@@ -242,8 +241,8 @@ std::tuple<Tensor, Tensor, Tensor> deformable_attention_backward(
     void* to_weights = both_weights.mutable_data_ptr();
     in_parallel(problem.backward_points_units(), problem.unit_cost(),
                 [&](int64_t begin, int64_t end) {
-                  kernels.backward_points(problem, described, grad_data, location_data,
-                                          weight_data, to_locations, to_weights, begin, end);
+                  kernels.backward_points(problem, described, grad_data, location_data, weight_data,
+                                          to_locations, to_weights, begin, end);
                 });
     if (output_mask[1]) {
       grad_locations = contiguous_as(both_locations, sampling_locations.scalar_type());

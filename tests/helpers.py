@@ -98,7 +98,14 @@ def loops(case: Case, value: Tensor, locations: Tensor, weights: Tensor) -> Tens
                             x, y = (float(number) for number in locations[b, q, m, k])
                             level = [
                                 [
-                                    float(value[b, first_row + row * width + column, m if value.shape[2] > 1 else 0, d])
+                                    float(
+                                        value[
+                                            b,
+                                            first_row + row * width + column,
+                                            m if value.shape[2] > 1 else 0,
+                                            d,
+                                        ]
+                                    )
                                     for column in range(width)
                                 ]
                                 for row in range(height)
@@ -177,7 +184,9 @@ def assert_16_bit_is_as_good_as_naive(
         assert not got.isnan().any(), f"{name} has NaN"
         error = (got.double() - want).abs().max().item()
         naive_error = (simple.double() - want).abs().max().item()
-        assert error <= 2 * naive_error + 1e-6, f"{name}: error {error:.3g}, naive {naive_error:.3g}"
+        assert error <= 2 * naive_error + 1e-6, (
+            f"{name}: error {error:.3g}, naive {naive_error:.3g}"
+        )
 
 
 def grid_sample_path(case: Case, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:

@@ -155,9 +155,7 @@ def operator(**changes):
         ({"padding": "reflect"}, "padding: expected one of 'zeros', 'border', got 'reflect'"),
     ],
 )
-def test_the_operator_itself_checks_what_could_read_out_of_bounds(
-    native_backend, changes, message
-):
+def test_the_operator_itself_checks_what_could_read_out_of_bounds(native_backend, changes, message):
     assert operator().shape == (2, 11, 24)
     with pytest.raises(RuntimeError, match=message):
         operator(**changes)

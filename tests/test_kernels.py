@@ -67,9 +67,7 @@ def test_sizes(native_backend, case, dtype):
 @pytest.mark.parametrize(("interpolation", "padding", "coordinates"), OPTIONS)
 @pytest.mark.parametrize("name", ["standard", "single-cells", "packed", "shared-head"])
 def test_options(native_backend, name, interpolation, padding, coordinates):
-    case = CASES[name].with_(
-        interpolation=interpolation, padding=padding, coordinates=coordinates
-    )
+    case = CASES[name].with_(interpolation=interpolation, padding=padding, coordinates=coordinates)
     inputs = case.draw()
     grad_output = torch.randn(case.call(*inputs).shape)
     assert_same(run(case, inputs, grad_output), reference(case, inputs, grad_output))
@@ -96,15 +94,15 @@ def test_exactly_on_edges_and_centres(native_backend, interpolation, padding):
     assert_same(run(case, inputs, grad_output), reference(case, inputs, grad_output))
 
 
-@pytest.mark.parametrize("name", ["standard", "head-dim-32", "odd-head-dim", "packed", "shared-head"])
+@pytest.mark.parametrize(
+    "name", ["standard", "head-dim-32", "odd-head-dim", "packed", "shared-head"]
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_16_bit_values(native_backend, name, dtype):
     case = CASES[name].with_(dtype=dtype)
     inputs = case.draw()
     grad_output = torch.randn(case.call(*inputs).shape).to(dtype)
-    truth = reference(
-        case, [tensor.double() for tensor in inputs], grad_output.double()
-    )
+    truth = reference(case, [tensor.double() for tensor in inputs], grad_output.double())
     leaves = [tensor.clone().requires_grad_() for tensor in inputs]
     naive = grid_sample_path(case, *leaves)
     naive.backward(grad_output)

@@ -78,9 +78,15 @@ def test_initialisation_looks_in_the_directions_of_the_paper():
     assert (module.sampling_offsets.weight == 0).all()
     assert (module.attention_weights.weight == 0).all()
     assert (module.attention_weights.bias == 0).all()
-    torch.testing.assert_close(offsets[0, :, 0], torch.tensor([1.0, 2, 1, 2, 3]))  # points of head 0
-    torch.testing.assert_close(offsets[2, :, 1], torch.tensor([1.0, 2, 1, 2, 3]))  # head 2 looks down
-    torch.testing.assert_close(offsets[1, 0], torch.tensor([1.0, 1.0]))  # diagonals reach the square
+    torch.testing.assert_close(
+        offsets[0, :, 0], torch.tensor([1.0, 2, 1, 2, 3])
+    )  # points of head 0
+    torch.testing.assert_close(
+        offsets[2, :, 1], torch.tensor([1.0, 2, 1, 2, 3])
+    )  # head 2 looks down
+    torch.testing.assert_close(
+        offsets[1, 0], torch.tensor([1.0, 1.0])
+    )  # diagonals reach the square
     assert offsets[:, 0].abs().amax(-1).allclose(torch.ones(8))
     bound = math.sqrt(6 / 64)
     assert module.value_proj.weight.abs().max() <= bound

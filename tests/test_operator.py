@@ -257,7 +257,8 @@ WITHOUT_LIBRARY = """
 import torch, saccade
 print(saccade.which_backend())
 value, locations, weights = (
-    torch.rand(*shape, requires_grad=True) for shape in ((1, 20, 2, 4), (1, 3, 2, 1, 4, 2), (1, 3, 2, 1, 4))
+    torch.rand(*shape, requires_grad=True)
+    for shape in ((1, 20, 2, 4), (1, 3, 2, 1, 4, 2), (1, 3, 2, 1, 4))
 )
 output = saccade.deformable_attention(value, [(4, 5)], locations, weights)
 output.square().sum().backward()

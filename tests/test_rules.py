@@ -279,5 +279,8 @@ def test_reference_points_and_boxes():
     torch.testing.assert_close(found.view(2, 2), torch.tensor(expected))
     box = torch.tensor([0.5, 0.25, 0.2, 0.4]).view(1, 1, 1, 4)
     found = sampling_locations(box, offsets.repeat(1, 1, 1, 2, 1), shapes, [2, 2])
-    expected = [[0.5 + 2 * 0.25 * 0.2, 0.25 - 0.25 * 0.4], [0.5 + 0.25 * 0.2, 0.25 + 3 * 0.25 * 0.4]]
+    expected = [
+        [0.5 + 2 * 0.25 * 0.2, 0.25 - 0.25 * 0.4],
+        [0.5 + 0.25 * 0.2, 0.25 + 3 * 0.25 * 0.4],
+    ]
     torch.testing.assert_close(found.view(4, 2), torch.tensor(expected * 2))

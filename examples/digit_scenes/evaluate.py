@@ -1,7 +1,7 @@
 """Measure a detector on the held-out digit scenes, through Saccade's operator.
 
-    python evaluate.py                                  # the model that Saccade ships
-    python evaluate.py --model /tmp/digit_scenes_run/model --output figures.json
+python evaluate.py                                  # the model that Saccade ships
+python evaluate.py --model /tmp/digit_scenes_run/model --output figures.json
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import typer
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from scenes import SCENE_SIZE, TEST_SCENES, coco_dataset
+from scenes import TEST_SCENES, coco_dataset
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 import saccade

@@ -86,7 +86,9 @@ def _initialise_as_in_the_paper(model: DeformableDetrForObjectDetection) -> None
     nn.init.normal_(core.query_position_embeddings.weight)
     for head in model.class_embed:
         head.reset_parameters()
-        nn.init.constant_(head.bias, -math.log(99.0))  # every class starts at 1 %: focal loss needs it
+        nn.init.constant_(
+            head.bias, -math.log(99.0)
+        )  # every class starts at 1 %: focal loss needs it
     for head in model.bbox_embed:  # the decoder's own list holds the same modules' parameters
         for layer in head.layers:
             layer.reset_parameters()
@@ -104,9 +106,7 @@ def new_image_processor() -> DeformableDetrImageProcessorPil:
     return DeformableDetrImageProcessorPil(size={"shortest_edge": 160, "longest_edge": 240})
 
 
-def save_model(
-    state: dict[str, torch.Tensor], config: DeformableDetrConfig, folder: Path
-) -> None:
+def save_model(state: dict[str, torch.Tensor], config: DeformableDetrConfig, folder: Path) -> None:
     """Save trained weights as a plain transformers folder, in half precision: config, weights, image processor.
 
     Half precision halves the file and costs no accuracy; ``config.json`` says float32, so that the weights are widened

@@ -58,7 +58,9 @@ def photographs(split: Split) -> tuple[Image.Image, ...]:
     parts = []
     for pixels in load_sample_images().images:
         middle = pixels.shape[1] // 2
-        parts.append(Image.fromarray(pixels[:, :middle] if split == "train" else pixels[:, middle:]))
+        parts.append(
+            Image.fromarray(pixels[:, :middle] if split == "train" else pixels[:, middle:])
+        )
     return tuple(parts)
 
 
@@ -87,7 +89,9 @@ def make_scene(
         annotation = _add_digit(rng, canvas, split, float(cell), [a["bbox"] for a in annotations])
         if annotation is not None:
             annotations.append(annotation)
-    canvas += rng.standard_normal(canvas.shape, dtype=np.float32) * np.float32(rng.uniform(0.0, 8.0))
+    canvas += rng.standard_normal(canvas.shape, dtype=np.float32) * np.float32(
+        rng.uniform(0.0, 8.0)
+    )
     picture = Image.fromarray(np.clip(canvas + 0.5, 0.0, 255.0).astype(np.uint8))
     return picture, annotations
 

@@ -8,6 +8,6 @@ from saccade.backend import which_backend as which_backend
 from saccade.functional import deformable_attention as deformable_attention
 from saccade.integrations import patch as patch
 from saccade.integrations import unpatch as unpatch
-from saccade.nn import Sampling as Sampling
+from saccade.sampling import Sampling as Sampling
 
 __version__ = "0.1.0"

@@ -114,7 +114,7 @@ def understand(
             f"{spatial_dims}] or 5 axes with the points flat, got {_shape(sampling_locations)}"
         )
     _check_shape("sampling_locations", sampling_locations, expected, shapes)
-    num_queries, num_heads = sampling_locations.shape[1:3]
+    num_heads = sampling_locations.shape[2]
     if num_heads < 1:
         raise ValueError(
             f"sampling_locations: expected at least 1 head, got {_shape(sampling_locations)}"

@@ -80,7 +80,9 @@ def use_backend(name: str) -> Iterator[None]:
     global _forced_reference
     available = ["reference", *(f"cpu-{isa}" for isa in native.available_isas())]
     if name not in available:
-        raise ValueError(f"name: expected one of {', '.join(available)} on this machine, got {name!r}")
+        raise ValueError(
+            f"name: expected one of {', '.join(available)} on this machine, got {name!r}"
+        )
     previous_forced = _forced_reference
     previous_isa = None if native.failure else native.isa()
     try:

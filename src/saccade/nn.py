@@ -346,9 +346,7 @@ def _init_projection(projection: nn.Linear) -> None:
 
 def _check_heads(embed_dim: int, num_heads: int) -> None:
     if num_heads < 1 or embed_dim % num_heads:
-        raise ValueError(
-            f"num_heads: expected a divisor of embed_dim {embed_dim}, got {num_heads}"
-        )
+        raise ValueError(f"num_heads: expected a divisor of embed_dim {embed_dim}, got {num_heads}")
 
 
 def _check_channels(name: str, tensor: Tensor, axes: int, embed_dim: int) -> None:

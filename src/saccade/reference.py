@@ -70,7 +70,9 @@ def execute(call: Call) -> Tensor:
         for level in _levels(call, queries):
             corners = _corners(level, call)
             # z(p), what each point reads: [B, q, M, K, D]
-            sampled = sum(corner.weight[..., None] * _gather(level.value, corner) for corner in corners)
+            sampled = sum(
+                corner.weight[..., None] * _gather(level.value, corner) for corner in corners
+            )
             # Summed over the points of this level: [B, q, M, D]
             attended = (level.attention_weights[..., None] * sampled).sum(3)
             total = attended if total is None else total + attended
@@ -181,8 +183,8 @@ def _corners(level: _Level, call: Call) -> Iterator[_Corner]:
     for cells in itertools.product(*axes):
         inside, row, weight = finite, torch.zeros_like(finite, dtype=torch.int64), None
         for cell, size in zip(reversed(cells), level.shape, strict=True):
-            inside = inside & (cell.index >= 0) & (cell.index <= size - 1)
-            in_range = torch.where(inside, cell.index, 0).to(torch.int64)
+            inside = inside & (cell.number >= 0) & (cell.number <= size - 1)
+            in_range = torch.where(inside, cell.number, 0).to(torch.int64)
             row = row * size + in_range
             weight = cell.weight if weight is None else weight * cell.weight
         assert weight is not None
@@ -199,9 +201,9 @@ def _corners(level: _Level, call: Call) -> Iterator[_Corner]:
 
 
 class _Cell(NamedTuple):
-    """A cell along one axis: its index (a whole number in floating point) and weight."""
+    """A cell along one axis: its number (a whole number in floating point) and weight."""
 
-    index: Tensor
+    number: Tensor
     weight: Tensor
     slope: Tensor  # derivative of the weight by the location
 

@@ -55,8 +55,7 @@ Call<T> draw() {
   const int64_t num_levels = integer(1, 4);
   for (int64_t i = 0; i < num_levels; ++i) {
     const int64_t height = integer(1, 7), width = integer(1, 7), points = integer(1, 5);
-    problem.levels.push_back(
-        {height, width, problem.num_positions, problem.total_points, points});
+    problem.levels.push_back({height, width, problem.num_positions, problem.total_points, points});
     problem.num_positions += height * width;
     problem.total_points += points;
   }
@@ -76,10 +75,14 @@ Call<T> draw() {
   fill(call.weights, points, 0, 1);
   fill(call.grad_output,
        problem.batch_size * problem.num_queries * problem.num_heads * problem.head_dim, -1, 1);
-  const T extreme[] = {std::numeric_limits<T>::infinity(), -std::numeric_limits<T>::infinity(),
-                       std::numeric_limits<T>::quiet_NaN(), std::numeric_limits<T>::max(),
-                       std::numeric_limits<T>::lowest(),    T(1e9),
-                       T(-0.0),                             T(3e15)};
+  const T extreme[] = {std::numeric_limits<T>::infinity(),
+                       -std::numeric_limits<T>::infinity(),
+                       std::numeric_limits<T>::quiet_NaN(),
+                       std::numeric_limits<T>::max(),
+                       std::numeric_limits<T>::lowest(),
+                       T(1e9),
+                       T(-0.0),
+                       T(3e15)};
   for (T& location : call.locations) {
     if (integer(0, 30) == 0) {
       location = extreme[integer(0, 7)];

@@ -1,0 +1,55 @@
+# make demo   set up, then find and explain the digits of a shipped scene
+# make test   set up, then run the tests
+# make lint   formatting, style, types
+# make bench  the figures of the README (minutes; a quiet machine, please)
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The development set-up pins torch; the library itself asks for torch>=2.10 only.
+TORCH := torch==2.13.0
+BUILD_TOOLS := scikit-build-core cmake ninja pathspec
+LIBRARY_SOURCES := $(shell git ls-files -co --exclude-standard src csrc 2>/dev/null) \
+  CMakeLists.txt pyproject.toml LICENSE README.md
+
+.PHONY: demo test lint format bench install clean
+
+demo: $(VENV)/.installed
+	$(BIN)/saccade detect examples/digit_scenes/scenes/scene_0.png --out saccade-out
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest --cov=saccade --cov-report=term
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*.inl csrc/simd/*.inl tests/native/*.cpp
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h csrc/*.inl csrc/simd/*.inl tests/native/*.cpp
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks
+
+install: $(VENV)/.installed
+
+# Torch first and alone: what is installed after it must not pick another one. The library is built
+# against that torch, hence without isolation.
+$(VENV)/.dependencies: pyproject.toml
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Saccade needs Python 3.10 or newer"'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet $(TORCH) $(BUILD_TOOLS) \
+	  $$($(BIN)/python .ci/requirements.py dev)
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.dependencies $(LIBRARY_SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --force-reinstall .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build saccade-out

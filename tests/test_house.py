@@ -1,0 +1,141 @@
+"""The house: layers, a fast silent import, the public names, no trace of a machine."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import saccade
+
+PACKAGE = Path(__file__).resolve().parent.parent / "src/saccade"
+
+# From the top down; a module may import from its own layer and from those below it.
+LAYERS = [
+    {"__main__", "cli", "__init__"},
+    {"vision", "doctor", "benchmark"},
+    {"integrations"},
+    {"nn"},
+    {"functional"},
+    {"backend", "sampling"},
+    {"ops"},
+    {"reference", "backends"},
+    {"arguments"},
+]
+CORE = {"arguments", "backend", "functional", "nn", "ops", "reference", "sampling", "integrations"}
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        yield parts[0], path, ast.parse(path.read_text())
+
+
+def imported(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, "absolute imports only"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def layer_of(part):
+    return next(number for number, layer in enumerate(LAYERS) if part in layer)
+
+
+def test_imports_go_downward_only():
+    parts = {part for part, _, _ in modules()}
+    for part, path, tree in modules():
+        for name in imported(tree):
+            if name.split(".")[0] != "saccade":
+                continue
+            target = name.split(".")[1] if "." in name else "__init__"
+            if target not in parts or target == "__init__":
+                # The package's public names: for those who use the library as anybody does.
+                assert layer_of(part) <= 1, f"{path.name} imports {name} from the top"
+                continue
+            assert layer_of(part) <= layer_of(target), f"{path.name} imports {name} upward"
+
+
+def test_the_core_depends_on_torch_alone():
+    for part, path, tree in modules():
+        if part not in CORE:
+            continue
+        for name in imported(tree):
+            root = name.split(".")[0]
+            assert root in {"saccade", "torch"} | sys.stdlib_module_names, f"{path}: {name}"
+
+
+def python(code):
+    return subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_import_is_silent_and_brings_nothing_but_torch():
+    code = """
+import socket, subprocess, sys, torch
+def refuse(*args, **kwargs): raise AssertionError("import reached outside")
+socket.socket.connect = subprocess.Popen.__init__ = refuse
+before = set(sys.modules)
+import saccade
+extra = {name.split(".")[0] for name in set(sys.modules) - before} - sys.stdlib_module_names
+assert extra <= {"saccade", "torch"}, extra
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == done.stderr == ""
+
+
+def test_import_patches_nothing():
+    code = """
+from transformers.models.deformable_detr import modeling_deformable_detr as module
+before = module.MultiScaleDeformableAttention.forward
+import saccade
+assert module.MultiScaleDeformableAttention.forward is before
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_public_names():
+    for name in (
+        "deformable_attention", "nn", "Sampling", "reference", "which_backend", "use_backend",
+        "patch", "unpatch",
+    ):  # fmt: skip
+        assert hasattr(saccade, name)
+        assert getattr(saccade, name).__doc__
+
+
+def test_docstrings_run():
+    import doctest
+    import importlib
+
+    failed = []
+    for name in (
+        "functional", "nn", "reference", "sampling", "backend", "integrations.transformers",
+    ):  # fmt: skip
+        module = importlib.import_module(f"saccade.{name}")
+        result = doctest.testmod(module)
+        if result.failed:
+            failed.append(name)
+    assert not failed
+    functional = importlib.import_module("saccade.functional")
+    assert doctest.testmod(functional).attempted > 0
+
+
+def test_no_file_is_too_long_to_keep_in_mind():
+    root = PACKAGE.parent.parent
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=root, capture_output=True, text=True, check=False
+    )
+    names = listed.stdout.split()
+    for name in names:
+        path = root / name
+        if path.suffix in {".py", ".cpp", ".h", ".inl"} and path.exists():
+            assert len(path.read_text().splitlines()) <= 420, name
