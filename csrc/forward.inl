@@ -30,6 +30,19 @@ SACCADE_INLINE void blend(const S* rows, const LevelRows& level, const Points<T>
   }
 }
 
+// Fetches the rows that `count` points read. Worth it where they are strewn over a whole value map
+// that is not in the caches; rows copied together are.
+template <class S, class T>
+SACCADE_INLINE void prefetch_rows(const S* rows, const LevelRows& level, const Points<T>& points,
+                                  int64_t at, int64_t count, int64_t head_dim) {
+  for (int64_t point = at; point < at + count; ++point) {
+    const S* corner = rows + level.offset(points.row(point));
+    for (int c = 0; c < 4; ++c) {
+      prefetch(corner + level.steps[c], head_dim);
+    }
+  }
+}
+
 // Level after level over the whole chunk, so that the rows of one level stay in the caches.
 template <class S, class T>
 void blend_chunk(const Problem& problem, const Points<T>& points, int64_t num_queries,
@@ -40,6 +53,10 @@ void blend_chunk(const Problem& problem, const Points<T>& points, int64_t num_qu
     const LevelRows level_rows(level, row_stride);
     for (int64_t query = 0; query < num_queries; ++query) {
       const int64_t at = query * problem.total_points + level.first_point;
+      if (!problem.pack && query + 1 < num_queries) {
+        prefetch_rows(rows, level_rows, points, at + problem.total_points, level.num_points,
+                      head_dim);
+      }
       T* to = sums + query * sums_stride;
       int64_t c = 0;
       for (; c + 4 * W <= head_dim; c += 4 * W) {
@@ -83,7 +100,8 @@ template <class S>
 void forward(const Problem& problem, const Value& value, const void* locations, const void* weights,
              void* output, int64_t begin, int64_t end) {
   typedef Compute<S> T;
-  thread_local ForwardScratch<S> scratch;
+  thread_local ForwardScratch<S> of_this_thread;
+  ForwardScratch<S>& scratch = of_this_thread;  // looked up once
   const int64_t head_dim = problem.head_dim;
   const int64_t sums_stride = whole_vectors<T>(head_dim);
   scratch.packed.forget();

@@ -43,14 +43,21 @@ class Buffer {
 
 template <class S>
 SACCADE_INLINE void copy_numbers(S* to, const S* from, int64_t count) {
-  // A call of memcpy costs as much as copying the few cache lines that a row usually is.
-  constexpr int64_t kBlock = 64 / sizeof(S);
-  int64_t at = 0;
-  for (; at + kBlock <= count; at += kBlock) {
-    std::memcpy(to + at, from + at, 64);
+  // In pieces of fixed sizes: a call of memcpy costs as much as copying the few cache lines that a
+  // row usually is.
+  char* target = reinterpret_cast<char*>(to);
+  const char* source = reinterpret_cast<const char*>(from);
+  int64_t bytes = count * static_cast<int64_t>(sizeof(S));
+  for (; bytes >= 64; bytes -= 64, target += 64, source += 64) {
+    std::memcpy(target, source, 64);
   }
-  for (; at < count; ++at) {
-    to[at] = from[at];
+#pragma GCC unroll 5
+  for (int64_t piece = 32; piece >= 2; piece /= 2) {
+    if (bytes & piece) {
+      std::memcpy(target, source, piece);
+      target += piece;
+      source += piece;
+    }
   }
 }
 

@@ -1,7 +1,8 @@
 """The embedded detector: a small Deformable DETR, how it starts, and how it is saved.
 
-The model is transformers' own class, unchanged. Trained from scratch, that class needs three corrections, which
-:func:`new_model` makes: it freezes its backbone, its batch norms never learn, and its initialisation is not the paper's.
+The model is transformers' own class, unchanged. Trained from scratch, that class needs three
+corrections, which `new_model` makes: its backbone is frozen, its batch norms never learn, and its
+initialisation is not the paper's.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ LABELS = {digit: str(digit) for digit in range(10)}
 
 
 def new_config() -> DeformableDetrConfig:
-    """Return the configuration of the embedded detector: about 1.2 million parameters."""
+    """Returns the configuration of the embedded detector: about 1.2 million parameters."""
     backbone = ResNetConfig(
         embedding_size=32,
         hidden_sizes=[32, 64, 96, 128],
@@ -54,7 +55,7 @@ def new_config() -> DeformableDetrConfig:
 
 
 def new_model(config: DeformableDetrConfig | None = None) -> DeformableDetrForObjectDetection:
-    """Return an untrained model that is ready to learn from scratch."""
+    """Returns an untrained model that is ready to learn from scratch."""
     model = DeformableDetrForObjectDetection(config or new_config())
     # transformers freezes every layer of a ResNet backbone: the names that it exempts do not occur.
     model.requires_grad_(True)
@@ -64,7 +65,7 @@ def new_model(config: DeformableDetrConfig | None = None) -> DeformableDetrForOb
 
 
 def _thaw_batch_norm(module: nn.Module) -> None:
-    """Replace the frozen batch norms, which suit a pretrained backbone, by ones that learn."""
+    """Replaces the frozen batch norms, which suit a pretrained backbone, by ones that learn."""
     for name, child in module.named_children():
         if isinstance(child, DeformableDetrFrozenBatchNorm2d):
             module.register_module(name, nn.BatchNorm2d(child.weight.numel()))
@@ -74,7 +75,7 @@ def _thaw_batch_norm(module: nn.Module) -> None:
 
 @torch.no_grad()
 def _initialise_as_in_the_paper(model: DeformableDetrForObjectDetection) -> None:
-    """Initialise as the authors' code does: transformers' small normal values barely learn in a short training."""
+    """Initialises as the authors' code does; from transformers' values, training barely starts."""
     core = model.model
     for part in (core.encoder.layers, core.decoder.layers, core.input_proj):
         for name, parameter in part.named_parameters():
@@ -98,19 +99,19 @@ def _initialise_as_in_the_paper(model: DeformableDetrForObjectDetection) -> None
 
 
 def new_image_processor() -> DeformableDetrImageProcessorPil:
-    """Return the image processor that ships with the model.
+    """Returns the image processor that ships with the model.
 
-    A scene keeps its 160 x 160 pixels. Any other picture keeps its shape and is scaled to a shorter side of 160, or, when
-    it is longer than 3:2, to a longer side of 240; the training covers these shapes.
+    A scene keeps its 160 x 160 pixels. Any other picture keeps its shape and is scaled to a shorter
+    side of 160 or, when it is longer than 3:2, to a longer side of 240: the shapes trained on.
     """
     return DeformableDetrImageProcessorPil(size={"shortest_edge": 160, "longest_edge": 240})
 
 
 def save_model(state: dict[str, torch.Tensor], config: DeformableDetrConfig, folder: Path) -> None:
-    """Save trained weights as a plain transformers folder, in half precision: config, weights, image processor.
+    """Saves trained weights, configuration and image processor as a plain transformers folder.
 
-    Half precision halves the file and costs no accuracy; ``config.json`` says float32, so that the weights are widened
-    again when they are loaded.
+    Half precision halves the file and costs no accuracy; `config.json` says float32, so that the
+    weights are widened again when they are loaded.
     """
     stock = DeformableDetrForObjectDetection(config)
     # The stock model's frozen batch norms hold the same statistics, but do not count batches.

@@ -1,11 +1,12 @@
 """Scenes of handwritten digits over photographs: the data that the embedded detector learns from.
 
-A scene is a 160 x 160 crop of a real photograph with one to eight real handwritten digits drawn over it. Digits and
-photographs come with scikit-learn, so nothing is downloaded. Training and test scenes share no digit sample and no part
-of a photograph. A scene depends on its split, its index and the seed alone: the training set is an endless stream that
-needs no disk, and the held-out set is the same wherever it is built.
+A scene is a 160 x 160 crop of a real photograph with one to eight real handwritten digits drawn
+over it. Digits and photographs come with scikit-learn, so nothing is downloaded. Training and test
+scenes share no digit sample and no part of a photograph. A scene depends on its split, its index
+and the seed alone: the training set is an endless stream that needs no disk, and the held-out set
+is the same wherever it is built.
 
-    python scenes.py --output /tmp/digit_scenes        # the held-out scenes as a COCO data set
+    python scenes.py --output data        # the held-out scenes as a COCO data set
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ DIGIT_PIXELS = (12.0, 64.0)  # side of the 8 x 8 cell that holds a digit, in pix
 MAX_DIGITS = 8
 MAX_COVERED = 0.10  # of the smaller of two boxes: more, and the lower digit could not be read
 
-# A digit is drawn once, large, then shrunk to its size: its box is then exact to a fraction of a pixel, which small
-# digits need (a box 12 pixels high that is rounded to whole pixels already misses an IoU of 0.95).
+# A digit is drawn once, large, then shrunk to its size: its box is then exact to a fraction of a
+# pixel. Small digits need it: rounding a box of 12 pixels can already cost it an IoU of 0.95.
 MASTER_PIXELS = 104
 MASTER_CELL = 64  # the 8 x 8 cell within the master; the rest is room for the rotation
 
@@ -41,10 +42,10 @@ _SPLIT_NUMBER = {"train": 0, "test": 1}
 
 @functools.cache
 def digit_samples(split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """Return the images [N, 8, 8] in 0 … 1 and the labels [N] of one split of scikit-learn's digits.
+    """Returns the images [N, 8, 8] in 0 … 1 and the labels [N] of a split of scikit-learn's digits.
 
-    The checksum of a sample's own pixels decides on its split (a fifth goes to the test split), so two equal samples can
-    never end up on both sides.
+    The checksum of a sample's own pixels decides on its split (a fifth goes to the test split), so
+    two equal samples can never end up on both sides.
     """
     digits = load_digits()
     in_test = np.array([zlib.crc32(i.astype(np.uint8).tobytes()) % 5 == 0 for i in digits.images])
@@ -54,7 +55,7 @@ def digit_samples(split: Split) -> tuple[np.ndarray, np.ndarray]:
 
 @functools.cache
 def photographs(split: Split) -> tuple[Image.Image, ...]:
-    """Return the parts of scikit-learn's two photographs that a split may use: left halves to train, right to test."""
+    """Returns a split's parts of scikit-learn's photographs: left halves train, right ones test."""
     parts = []
     for pixels in load_sample_images().images:
         middle = pixels.shape[1] // 2
@@ -67,17 +68,17 @@ def photographs(split: Split) -> tuple[Image.Image, ...]:
 def make_scene(
     split: Split, index: int, seed: int = 0, size: tuple[int, int] = SCENE_SIZE
 ) -> tuple[Image.Image, list[Annotation]]:
-    """Draw one scene.
+    """Draws one scene.
 
     Args:
-        split: ``"train"`` or ``"test"``: which digits and which parts of the photographs may appear.
-        index: Number of the scene in the endless stream of its split.
-        seed: Another seed gives another stream.
-        size: Width and height of the scene, in pixels.
+        split: `"train"` or `"test"`: which digits and which parts of the photographs may appear.
+        index: number of the scene in the endless stream of its split.
+        seed: another seed gives another stream.
+        size: width and height of the scene, in pixels.
 
     Returns:
-        The RGB picture, and for each digit a COCO annotation: ``bbox`` (left, top, width, height, in pixels),
-        ``category_id`` (the digit itself, 0 … 9), ``area``, ``iscrowd``.
+        The RGB picture, and for each digit a COCO annotation: `bbox` (left, top, width, height, in
+        pixels), `category_id` (the digit itself, 0 … 9), `area`, `iscrowd`.
     """
     rng = np.random.default_rng([seed, _SPLIT_NUMBER[split], index])
     canvas = _background(rng, split, size)
@@ -97,7 +98,7 @@ def make_scene(
 
 
 def _background(rng: np.random.Generator, split: Split, size: tuple[int, int]) -> np.ndarray:
-    """Cut a piece of a photograph at a random scale, perhaps mirrored, with random brightness and colour cast."""
+    """Cuts out a piece of a photograph at a random scale, with random brightness and colour cast."""
     photograph = photographs(split)[rng.integers(len(photographs(split)))]
     largest = min(photograph.width / size[0], photograph.height / size[1])
     scale = rng.uniform(0.4 * largest, largest)
@@ -109,8 +110,8 @@ def _background(rng: np.random.Generator, split: Split, size: tuple[int, int]) -
     if rng.random() < 0.5:
         piece = piece.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if split == "train":
-        # Two half photographs are few: turned upside down and with their colours swapped, they teach the model to
-        # leave alone what it has never seen. The test split stays as photographed.
+        # Two half photographs are few. Upside down and with swapped colours, they teach the model
+        # to leave alone what it has never seen. The test split stays as photographed.
         if rng.random() < 0.5:
             piece = piece.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
         bands = piece.split()
@@ -126,7 +127,11 @@ def _add_digit(
     cell: float,
     taken: list[list[float]],
 ) -> Annotation | None:
-    """Draw a digit where it hides no other, in a colour that can be read there; None where no place was found."""
+    """Draws a digit where it hides no other, in a colour that can be read there.
+
+    Returns:
+        Its annotation; None if no place was found.
+    """
     images, labels = digit_samples(split)
     sample = int(rng.integers(len(labels)))
     ink, (left, top, right, bottom) = _draw_digit(rng, images[sample], cell)
@@ -161,7 +166,11 @@ def _add_digit(
 def _draw_digit(
     rng: np.random.Generator, sample: np.ndarray, cell: float
 ) -> tuple[np.ndarray, tuple[float, float, float, float]]:
-    """Return the ink [side, side] in 0 … 1 of a digit turned by up to 15 degrees, and the box of its visible part."""
+    """Turns a digit by up to 15 degrees and scales it so that its 8 x 8 cell measures `cell` pixels.
+
+    Returns:
+        The ink [side, side] in 0 … 1, and the box of its visible part: left, top, right, bottom.
+    """
     angle = math.radians(rng.uniform(-15.0, 15.0))
     widening = rng.uniform(0.8, 1.2)
     step = 8.0 / MASTER_CELL  # pixels of the sample for one of the master
@@ -196,7 +205,7 @@ def _draw_digit(
 
 
 def _covered(first: list[float], second: list[float]) -> float:
-    """Return the intersection of two boxes as a share of the smaller one."""
+    """Returns the intersection of two boxes as a share of the smaller one."""
     width = min(first[0] + first[2], second[0] + second[2]) - max(first[0], second[0])
     height = min(first[1] + first[3], second[1] + second[3]) - max(first[1], second[1])
     if width <= 0 or height <= 0:
@@ -205,7 +214,7 @@ def _covered(first: list[float], second: list[float]) -> float:
 
 
 def _readable_colour(rng: np.random.Generator, behind: np.ndarray) -> np.ndarray:
-    """Return a random colour whose brightness differs clearly from that of the background behind the digit."""
+    """Returns a random colour whose brightness differs clearly from that of the colour behind."""
     brightness = np.array([0.299, 0.587, 0.114], dtype=np.float32)
     while True:
         colour = rng.uniform(0.0, 255.0, 3).astype(np.float32)
@@ -216,9 +225,10 @@ def _readable_colour(rng: np.random.Generator, behind: np.ndarray) -> np.ndarray
 def coco_dataset(
     split: Split, count: int = TEST_SCENES, seed: int = 0, size: tuple[int, int] = SCENE_SIZE
 ) -> tuple[dict[str, Any], list[Image.Image]]:
-    """Return the first ``count`` scenes of a split: the COCO dictionary, and the pictures in the order of its images.
+    """Returns the first `count` scenes of a split: a COCO dictionary, and the pictures in its order.
 
-    The id of an image is the index of its scene. Annotation ids start at 1: pycocotools reads a match with 0 as none.
+    The id of an image is the index of its scene. Annotation ids start at 1: pycocotools takes a
+    match with annotation 0 for none.
     """
     pictures: list[Image.Image] = []
     images: list[dict[str, Any]] = []
@@ -246,7 +256,11 @@ def coco_dataset(
 
 
 def write_coco(folder: Path, split: Split, count: int = TEST_SCENES, seed: int = 0) -> Path:
-    """Write scenes as a COCO data set: ``images/000000.png`` …, ``instances.json``; return the latter's path."""
+    """Writes scenes as a COCO data set, `images/000000.png` … and `instances.json`.
+
+    Returns:
+        The path of `instances.json`.
+    """
     dataset, pictures = coco_dataset(split, count, seed)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for image, picture in zip(dataset["images"], pictures, strict=True):
@@ -262,7 +276,7 @@ def main(
     count: Annotated[int, typer.Option(help="Number of scenes.")] = TEST_SCENES,
     seed: Annotated[int, typer.Option(help="Seed of the stream.")] = 0,
 ) -> None:
-    """Write scenes of handwritten digits as a COCO data set."""
+    """Writes scenes of handwritten digits as a COCO data set."""
     if split not in _SPLIT_NUMBER:
         raise typer.BadParameter(f"split: expected train or test, got {split}")
     path = write_coco(output, split, count, seed)  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""Benchmarks of the operator: the registry of workloads, the peers, the clock."""

@@ -1,0 +1,131 @@
+"""The registry of workloads: the shapes in which detectors use the operator, and realistic inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# The spread of model-like locations around their reference point.
+OFFSET_PIXELS = 4.0
+
+
+class Workload(NamedTuple):
+    """One use of the operator; `num_queries` None: every position of the map is a query."""
+
+    name: str
+    source: str
+    shapes: Sequence[tuple[int, int]]
+    num_queries: int | None = None
+    num_heads: int = 8
+    head_dim: int = 32
+    num_points: int | Sequence[int] = 4
+    batch_size: int = 1
+    shared_head: bool = False
+
+    @property
+    def num_positions(self) -> int:
+        """Positions of the value map, all levels together."""
+        return sum(height * width for height, width in self.shapes)
+
+    @property
+    def queries(self) -> int:
+        """Number of queries."""
+        return self.num_positions if self.num_queries is None else self.num_queries
+
+    @property
+    def points(self) -> list[int]:
+        """Points of each level."""
+        given = self.num_points
+        return [given] * len(self.shapes) if isinstance(given, int) else list(given)
+
+
+_DETR = [(100, 167), (50, 84), (25, 42), (13, 21)]
+_REAL_TIME = [(80, 80), (40, 40), (20, 20)]
+
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        Workload("detr-encoder", "Deformable DETR R50, 800 x 1333", _DETR),
+        Workload("detr-decoder", "Deformable DETR R50, 800 x 1333", _DETR, 300),
+        Workload("dino-decoder", "DINO and Grounding DINO, 4 scales", _DETR, 900),
+        Workload("dino5-encoder", "DINO, 5 scales", [(200, 334), *_DETR]),
+        Workload("mask2former-encoder", "Mask2Former, 1024²", [(32, 32), (64, 64), (128, 128)]),
+        Workload("rtdetr-decoder", "RT-DETR R50, 640²", _REAL_TIME, 300),
+        Workload("dfine-decoder", "D-FINE, DEIMv2", _REAL_TIME, 300, num_points=[3, 6, 3]),
+        Workload("rfdetr-nano", "RF-DETR N", [(24, 24)], 300, 16, 16, 2),
+        Workload("rfdetr-large", "RF-DETR L", [(44, 44)], 300, 16, 16, 2),
+        Workload("rfdetr-issue-1385", "roboflow/rf-detr #1385", [(48, 48)], 1300, 16, 16, 2),
+        Workload("bevformer-tsa", "BEVFormer base, temporal", [(200, 200)], batch_size=2),
+        Workload(
+            "bevformer-sca",
+            "BEVFormer base, spatial, 6 cameras",
+            [(116, 200), (58, 100), (29, 50), (15, 25)],
+            9675,
+            num_points=8,
+            batch_size=6,
+        ),
+        Workload("plain-single-map", "the plain form", [(64, 64)], head_dim=256, shared_head=True),
+    )
+}
+
+
+class Inputs(NamedTuple):
+    """Tensors of one call; the points of all levels lie flat."""
+
+    value: Tensor
+    sampling_locations: Tensor
+    attention_weights: Tensor
+    grad_output: Tensor
+
+
+def draw(workload: Workload, *, dtype: torch.dtype, uniform: bool, seed: int = 0) -> Inputs:
+    """Random inputs of a workload.
+
+    Args:
+        workload: the sizes.
+        dtype: of the value (and the gradient of the output); locations and weights are float32.
+        uniform: False, model-like locations: every query looks around its own place on the map
+            (decoders: around a random one). True, locations anywhere on the map.
+        seed: of the random numbers.
+    """
+    random = torch.Generator().manual_seed(seed)
+    batch_size, queries, heads = workload.batch_size, workload.queries, workload.num_heads
+    value = torch.randn(
+        batch_size,
+        workload.num_positions,
+        1 if workload.shared_head else heads,
+        workload.head_dim,
+        generator=random,
+    )
+    sizes = torch.tensor(
+        [
+            (width, height)
+            for (height, width), count in zip(workload.shapes, workload.points, strict=True)
+            for _ in range(count)
+        ],
+        dtype=torch.float32,
+    )
+    shape = (batch_size, queries, heads, len(sizes), 2)
+    if uniform:
+        locations = torch.rand(shape, generator=random)
+    else:
+        offsets = torch.randn(shape, generator=random) * (OFFSET_PIXELS / sizes)
+        locations = _reference_points(workload, random)[:, None, None] + offsets
+    logits = torch.randn(shape[:-1], generator=random)
+    grad_output = torch.randn(batch_size, queries, heads * workload.head_dim, generator=random)
+    return Inputs(value.to(dtype), locations, logits.softmax(-1), grad_output.to(dtype))
+
+
+def _reference_points(workload: Workload, random: torch.Generator) -> Tensor:
+    """[Q, 2], normalized: the centres of the cells where each position is a query."""
+    if workload.num_queries is not None:
+        return torch.rand(workload.queries, 2, generator=random)
+    centres = []
+    for height, width in workload.shapes:
+        y = (torch.arange(height) + 0.5) / height
+        x = (torch.arange(width) + 0.5) / width
+        centres.append(torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).reshape(-1, 2))
+    return torch.cat(centres)
