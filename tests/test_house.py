@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import saccade
 
 PACKAGE = Path(__file__).resolve().parent.parent / "src/saccade"
@@ -127,6 +129,15 @@ def test_docstrings_run():
     assert not failed
     functional = importlib.import_module("saccade.functional")
     assert doctest.testmod(functional).attempted > 0
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/definition.md", "docs/backends.md"])
+def test_examples_of_the_pages_run(page):
+    import doctest
+
+    result = doctest.testfile(str(PACKAGE.parent.parent / page), module_relative=False)
+    assert result.attempted > 0
+    assert not result.failed
 
 
 def test_no_file_is_too_long_to_keep_in_mind():

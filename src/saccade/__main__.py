@@ -10,7 +10,8 @@ _PLAIN_HELP = """usage: saccade [--help] [--version] doctor
 The other commands need more packages; pip install 'saccade[detect]' brings all of them.
   doctor   what is installed, which kernel runs, and whether its numbers are right
   detect   find objects in pictures and show where their queries looked
-  explain  deformable attention, one query, step by step"""
+  explain  deformable attention, one query, step by step
+  bench    the operator's speed on this machine"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

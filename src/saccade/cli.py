@@ -82,6 +82,55 @@ def doctor() -> None:
 
 
 @app.command()
+def bench(
+    workloads: Annotated[
+        list[str] | None,
+        typer.Argument(help="Names from --list; default: detr-encoder detr-decoder."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16 values.")] = "float32",
+    uniform: Annotated[
+        bool, typer.Option("--uniform", help="Locations anywhere, not around the queries' places.")
+    ] = False,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: torch's choice.")] = 0,
+    seconds: Annotated[float, typer.Option(min=0, help="Time for each figure.")] = 5.0,
+    names: Annotated[bool, typer.Option("--list", help="Only list the workloads.")] = False,
+) -> None:
+    """The operator's speed on this machine, beside the grid_sample path of today's detectors.
+
+    Both run in this process, taking turns, on the same inputs; times are medians. The grid_sample
+    path is transformers' own code and always float32. Exit code: 2 for a usage error.
+    """
+    from saccade.benchmark.workloads import WORKLOADS
+
+    if names:
+        for workload in WORKLOADS.values():
+            out.print(f"{workload.name:20} {workload.source}")
+        return
+    _need("bench", "detect")
+    chosen = workloads or ["detr-encoder", "detr-decoder"]
+    if unknown := [name for name in chosen if name not in WORKLOADS]:
+        _fail(f"WORKLOADS: expected names from saccade bench --list, got {', '.join(unknown)}")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        _fail(f"--dtype: expected float32, bfloat16 or float16, got {dtype}")
+    from saccade.benchmark.operator import compare
+    from saccade.benchmark.timing import machine
+
+    if threads:
+        torch.set_num_threads(threads)
+    out.print(", ".join(f"{key} {value}" for key, value in machine().items()), soft_wrap=True)
+    out.print(f"{torch.get_num_threads()} threads, {dtype} values; ratio = grid_sample / saccade")
+    out.print(f"\n{'':20} {'':18}    ratio    saccade   grid_sample")
+    for name in chosen:
+        for figure in compare(
+            WORKLOADS[name], dtype=getattr(torch, dtype), uniform=uniform, seconds=seconds
+        ):
+            out.print(
+                f"{name:20} {figure.direction:18} {figure.ratio:6.1f} x"
+                f" {figure.saccade_ms:8.2f} ms {figure.grid_sample_ms:10.2f} ms"
+            )
+
+
+@app.command()
 def explain(
     module: Annotated[
         Path | None,

@@ -53,11 +53,12 @@ def grid_sample_call(workload: Workload) -> Attend:
     def attend(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
         value = value.expand(-1, -1, workload.num_heads, -1)
         if len(set(points)) > 1:
-            return multi_scale_deformable_attention_v2(
+            found: Tensor = multi_scale_deformable_attention_v2(
                 value, torch.tensor(shapes), locations, weights, points
             )
+            return found
         by_level = (len(shapes), points[0])
-        return operator(
+        attended: Tensor = operator(
             value,
             torch.tensor(shapes),
             shapes,
@@ -66,6 +67,7 @@ def grid_sample_call(workload: Workload) -> Attend:
             weights.unflatten(3, by_level),
             64,
         )
+        return attended
 
     return attend
 
