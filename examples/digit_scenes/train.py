@@ -135,7 +135,6 @@ def new_optimizer(model: nn.Module) -> torch.optim.Optimizer:
             for (slow, decays), parameters in groups.items()
         ],
         betas=(0.9, 0.98),
-        fused=True,
     )
 
 
@@ -187,7 +186,7 @@ def validate(model: nn.Module, processor: Any) -> str:
 
 def main(
     output: Annotated[Path, typer.Option(help="Folder for checkpoints and the model.")],
-    steps: Annotated[int, typer.Option(help="Training steps in all.")] = 8000,
+    steps: Annotated[int, typer.Option(help="Training steps in all.")] = 6500,
     batch_size: Annotated[int, typer.Option(help="Scenes a step.")] = 16,
     threads: Annotated[int, typer.Option(help="CPU threads for PyTorch; 0: its choice.")] = 0,
     workers: Annotated[int, typer.Option(help="Processes that draw scenes.")] = 1,
