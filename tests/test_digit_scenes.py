@@ -46,8 +46,8 @@ def test_coco_data_set_is_whole(tmp_path):
     assert len(coco.getImgIds()) == 4
     for annotation in coco.loadAnns(coco.getAnnIds()):
         x, y, width, height = annotation["bbox"]
-        assert 0 <= x
-        assert 0 <= y
+        assert x >= 0
+        assert y >= 0
         assert x + width <= 160
         assert y + height <= 160
         assert annotation["category_id"] in range(10)
