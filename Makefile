@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # The development set-up pins torch; the library itself asks for torch>=2.10 only.
 TORCH := torch==2.13.0
 BUILD_TOOLS := scikit-build-core cmake ninja pathspec
-LIBRARY_SOURCES := $(shell git ls-files -co --exclude-standard src csrc 2>/dev/null) \
+LIBRARY_SOURCES := $(wildcard $(shell git ls-files -co --exclude-standard src csrc 2>/dev/null)) \
   CMakeLists.txt pyproject.toml LICENSE README.md
 
 .PHONY: demo test lint format bench install clean
@@ -40,7 +40,7 @@ install: $(VENV)/.installed
 # against that torch, hence without isolation.
 $(VENV)/.dependencies: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Saccade needs Python 3.10 or newer"'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet $(TORCH) $(BUILD_TOOLS) \

@@ -101,8 +101,10 @@ void exact_backward_value(const Problem& problem, const Points<T>& points, int64
     for (int i = 0; i < corners.count; ++i) {
       const Corner<T>& corner = corners.list[i];
       T* row = grad_rows + corner.row * row_stride;
+      const Vector<T> weight = splat<T>(corner.weight * attention);
       for (int64_t channel = 0; channel < num_channels; ++channel) {
-        row[channel] += corner.weight * attention * grad[channel];
+        // Rounded as in the fast path: other bands of the channels may have gone that way.
+        row[channel] = Vector<T>(fma(weight, splat<T>(grad[channel]), splat<T>(row[channel])))[0];
       }
     }
   });

@@ -122,7 +122,7 @@ int64_t whole_vectors(int64_t count) {
 }
 
 // Scratch of one thread, shared by all calls on it.
-constexpr int64_t kKeptBytes = int64_t(64) << 20;
+constexpr int64_t kKeptBytes = int64_t(16) << 20;
 
 template <class S>
 class PackedRows {

@@ -18,6 +18,29 @@
 #include "deformable_attention.h"
 
 namespace saccade {
+
+// A string argument. torch's own conversion to std::string (as of 2.13) never frees its copy.
+struct Text {
+  std::string text;
+};
+
+}  // namespace saccade
+
+template <>
+struct torch::stable::detail::ToImpl<saccade::Text> {
+  static saccade::Text call(StableIValue value, uint64_t, bool) {
+    StringHandle handle = torch::stable::detail::to<StringHandle>(value);
+    size_t length = 0;
+    const char* data = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+    saccade::Text text{std::string(data, length)};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    return text;
+  }
+};
+
+namespace saccade {
 namespace {
 
 using torch::headeronly::ScalarType;
@@ -43,6 +66,8 @@ void check_shape(const char* name, const Tensor& tensor, const std::vector<int64
 
 Storage storage_of(const char* name, const Tensor& tensor) {
   STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor");
+  STD_TORCH_CHECK(tensor.numel() == 0 || tensor.const_data_ptr() != nullptr, name,
+                  ": expected a tensor with memory, got one whose storage was freed");
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
       return Storage::float32;
@@ -170,11 +195,11 @@ void in_parallel(int64_t units, int64_t unit_cost, const Work& work) {
 
 Tensor deformable_attention(const Tensor& value, std::vector<int64_t> spatial_shapes,
                             const Tensor& sampling_locations, const Tensor& attention_weights,
-                            std::vector<int64_t> num_points, std::string interpolation,
-                            std::string padding, std::string coordinates) {
+                            std::vector<int64_t> num_points, Text interpolation, Text padding,
+                            Text coordinates) {
   const Problem problem =
       understand(value, sampling_locations, attention_weights,
-                 {spatial_shapes, num_points, interpolation, padding, coordinates});
+                 {spatial_shapes, num_points, interpolation.text, padding.text, coordinates.text});
   const Kernels& kernels = active_kernels();
   const Tensor rows = with_contiguous_channels(value);
   const Tensor locations = contiguous_as(sampling_locations, compute_type(problem));
@@ -194,11 +219,11 @@ Tensor deformable_attention(const Tensor& value, std::vector<int64_t> spatial_sh
 std::tuple<Tensor, Tensor, Tensor> deformable_attention_backward(
     const Tensor& grad_output, const Tensor& value, std::vector<int64_t> spatial_shapes,
     const Tensor& sampling_locations, const Tensor& attention_weights,
-    std::vector<int64_t> num_points, std::string interpolation, std::string padding,
-    std::string coordinates, std::vector<bool> output_mask) {
+    std::vector<int64_t> num_points, Text interpolation, Text padding, Text coordinates,
+    std::vector<bool> output_mask) {
   const Problem problem =
       understand(value, sampling_locations, attention_weights,
-                 {spatial_shapes, num_points, interpolation, padding, coordinates});
+                 {spatial_shapes, num_points, interpolation.text, padding.text, coordinates.text});
   STD_TORCH_CHECK(output_mask.size() == 3, "output_mask: expected 3 entries, got ",
                   output_mask.size());
   STD_TORCH_CHECK(storage_of("grad_output", grad_output) == problem.storage,
@@ -264,7 +289,7 @@ std::string cpu_isas() {
   return names;
 }
 
-void set_cpu_isa(std::string name) { set_active_kernels(name); }
+void set_cpu_isa(Text name) { set_active_kernels(name.text); }
 
 }  // namespace
 }  // namespace saccade

@@ -190,7 +190,11 @@ def assert_16_bit_is_as_good_as_naive(
 
 
 def grid_sample_path(case: Case, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-    """The operator by `torch.nn.functional.grid_sample` in the dtype of `value`, as detectors do it."""
+    """The operator by `torch.nn.functional.grid_sample`, as detectors do it.
+
+    Positions are float32 whatever the value's dtype (else their error would hide every other one);
+    what is read, the weights and the sums are in the dtype of `value`.
+    """
     batch_size, num_queries, num_heads = locations.shape[:3]
     head_dim = value.shape[3]
     value = value.expand(-1, -1, num_heads, -1)
@@ -204,12 +208,12 @@ def grid_sample_path(case: Case, value: Tensor, locations: Tensor, weights: Tens
         else:
             unit = locations[:, :, :, points]
         sampled = torch.nn.functional.grid_sample(
-            level.reshape(batch_size * num_heads, head_dim, height, width),
-            (2 * unit - 1).transpose(1, 2).flatten(0, 1).to(value.dtype),
+            level.reshape(batch_size * num_heads, head_dim, height, width).float(),
+            (2 * unit - 1).transpose(1, 2).flatten(0, 1),
             mode={"linear": "bilinear", "nearest": "nearest"}[case.interpolation],
             padding_mode=case.padding,
             align_corners=case.coordinates == "normalized_corners",
-        )
+        ).to(value.dtype)
         share = weights[:, :, :, points].transpose(1, 2).flatten(0, 1).to(value.dtype)
         output = output + (sampled * share[:, None]).sum(-1)
         first_row += height * width

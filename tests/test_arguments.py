@@ -79,6 +79,27 @@ BAD = {
         ValueError,
         r"spatial_shapes has 1 levels",
     ),
+    "shapes-too-large": (
+        {"value": torch.zeros(1, 1, 1, 1).expand(2, 2**31, 1, 1), "spatial_shapes": [(2, 2**30)]},
+        ValueError,
+        "spatial_shapes: expected at most 2147483647 positions a level",
+    ),
+    "shapes-meta": (
+        {"spatial_shapes": torch.tensor(CASE.shapes).to("meta")},
+        ValueError,
+        "spatial_shapes: expected numbers, got a meta tensor",
+    ),
+    "value-nested": (
+        {"value": torch.nested.nested_tensor([torch.zeros(54, 3, 8)] * 2)},
+        ValueError,
+        "value: expected a dense",
+    ),
+    "option-tensor": ({"padding": VALUE}, ValueError, "padding: .*got Tensor$"),
+    "mask-device": (
+        {"value_padding_mask": torch.zeros(2, 54, dtype=torch.bool, device="meta")},
+        ValueError,
+        "value_padding_mask: expected a dense tensor on cpu",
+    ),
     "interpolation": ({"interpolation": "cubic"}, ValueError, "interpolation: .*'cubic'"),
     "padding": ({"padding": "reflect"}, ValueError, "padding: .*'zeros', 'border'.*'reflect'"),
     "coordinates": ({"coordinates": None}, ValueError, "coordinates: .*'normalized'.*None"),

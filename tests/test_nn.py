@@ -207,8 +207,8 @@ def test_padding_mask_of_the_single_map_module():
     ("call", "message"),
     [
         (lambda: multi_scale(num_heads=5), "num_heads: expected a divisor of embed_dim 32, got 5"),
-        (lambda: multi_scale(num_points=[1, 2, 3]), "num_points: expected a positive number or 2"),
-        (lambda: multi_scale(num_points=0), "num_points: expected a positive number"),
+        (lambda: multi_scale(num_points=[1, 2, 3]), "num_points: expected 2 numbers"),
+        (lambda: multi_scale(num_points=0), "num_points: expected at least 1"),
         (lambda: multi_scale(padding="wrap"), "padding: expected one of"),
         (lambda: DeformableAttention(32, spatial_dims=3), "spatial_dims: expected 2, got 3"),
         (lambda: DeformableAttention(30), "num_heads: expected a divisor of embed_dim 30"),
@@ -238,4 +238,50 @@ def test_padding_mask_of_the_single_map_module():
 )
 def test_errors_name_the_argument(call, message):
     with pytest.raises(ValueError, match=message):
+        call()
+
+
+SINGLE = {"query": torch.zeros(1, 5, 32), "feature_map": torch.zeros(1, 6, 7, 32)}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: multi_scale(num_points=4.0), "num_points: expected an int or a sequence"),
+        (lambda: multi_scale(num_points=[2.5, 1]), "num_points: expected an int or a sequence"),
+        (lambda: multi_scale(num_points=True), "num_points: expected an int or a sequence"),
+        (lambda: multi_scale(num_levels=0), "num_levels: expected at least 1, got 0"),
+        (lambda: multi_scale(embed_dim=0), "embed_dim: expected at least 1, got 0"),
+        (lambda: multi_scale(num_heads=4.0), "num_heads: expected an int, got 4.0"),
+        (
+            lambda: DeformableAttention(32, 0, value_projection=False),
+            "num_heads: expected at least 1",
+        ),
+        (lambda: DeformableAttention(32, 8, [4]), r"num_points: expected an int, got \[4\]"),
+        (
+            lambda: multi_scale()(**{**multi_scale_inputs(), "reference_points": None}),
+            "reference_points: expected a Tensor, got NoneType",
+        ),
+        (
+            lambda: multi_scale()(**{**multi_scale_inputs(), "value": torch.zeros(1, 54, 32)}),
+            r"value: expected a batch of 2 as in query, got \[1, 54, 32\]",
+        ),
+        (
+            lambda: DeformableAttention(32)(**SINGLE, reference_points=torch.zeros(1, 5, 1, 2)),
+            r"reference_points: expected \[1, 5, 2\] or \[1, 5, 4\], got \[1, 5, 1, 2\]",
+        ),
+        (
+            lambda: DeformableAttention(32)(
+                **SINGLE, value_padding_mask=torch.zeros(1, 7, 6, dtype=torch.bool)
+            ),
+            r"value_padding_mask: expected \[1, 6, 7\], got \[1, 7, 6\]",
+        ),
+        (
+            lambda: DeformableAttention(32)(SINGLE["query"], torch.zeros(1, 0, 7, 32)),
+            r"feature_map: expected \[1, 1, 7, 32\], got \[1, 0, 7, 32\]",
+        ),
+    ],
+)
+def test_more_errors_name_the_argument(call, message):
+    with pytest.raises((TypeError, ValueError), match=message):
         call()

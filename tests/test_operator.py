@@ -56,6 +56,7 @@ def test_opcheck_of_the_backward(mask):
     case = Case(dtype=torch.float64)
     arguments = operator_arguments(case)
     grad_output = torch.randn(2, 24, 11, dtype=torch.float64).transpose(1, 2).requires_grad_()
+    # Not the AOT test: it would differentiate the backward, whose formula runs autograd itself.
     torch.library.opcheck(
         BACKWARD,
         (grad_output, *arguments, mask),
@@ -189,6 +190,44 @@ def test_activation_checkpointing_and_a_value_used_twice():
         assert torch.equal(got.grad, want.grad)
 
 
+def test_forward_mode_and_torch_func_give_right_numbers(native_backend):
+    case = Case(dtype=torch.float64, num_queries=3, batch_size=1)
+    inputs = case.draw()
+    tangents = tuple(torch.randn_like(tensor) for tensor in inputs)
+    _, found = torch.func.jvp(case.call, inputs, tangents)
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    weights = torch.randn_like(found)
+    gradients = torch.autograd.grad((case.call(*leaves) * weights).sum(), leaves)
+    expected = sum((g * t).sum() for g, t in zip(gradients, tangents, strict=True))
+    torch.testing.assert_close((found * weights).sum(), expected)
+
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(inputs[1], tangents[1])
+        output = case.call(inputs[0], dual, inputs[2])
+        assert torch.autograd.forward_ad.unpack_dual(output).tangent is not None
+
+    by_func = torch.func.grad(lambda value: (case.call(value, *inputs[1:]) * weights).sum())
+    torch.testing.assert_close(by_func(inputs[0]), gradients[0])
+    batched = torch.stack((inputs[0], 2 * inputs[0]))
+    mapped = torch.func.vmap(lambda value: case.call(value, *inputs[1:]))(batched)
+    torch.testing.assert_close(mapped[1], 2 * case.call(*inputs))
+
+
+def test_freed_storage_is_an_error_not_a_crash(native_backend):
+    case = Case()
+    inputs = case.draw()
+    inputs[0].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="value: expected a tensor with memory"):
+        case.call(*inputs)
+
+
+def test_fake_tensors_on_different_devices_are_refused():
+    arguments = list(operator_arguments(Case(), requires_grad=False))
+    arguments[2] = arguments[2].to("meta")
+    with pytest.raises(ValueError, match="sampling_locations: expected a tensor on cpu like value"):
+        OPERATOR(*arguments)
+
+
 def test_calls_from_many_threads_at_once(native_backend):
     cases = [Case(num_queries=300 + 50 * i, head_dim=8 * (i + 1)) for i in range(4)]
     inputs = [case.draw() for case in cases]
@@ -248,6 +287,8 @@ def test_environment_chooses_the_instruction_set():
     code = "import saccade; print(saccade.which_backend())"
     for isa in native.available_isas():
         assert python(code, SACCADE_CPU_ISA=isa).stdout.startswith(f"cpu-{isa} (SACCADE_CPU_ISA")
+    forced = "import saccade\nwith saccade.use_backend('reference'): print(saccade.which_backend())"
+    assert python(forced, SACCADE_CPU_ISA="mmx").stdout.startswith("reference")
     wrong = python(code, SACCADE_CPU_ISA="mmx")
     assert wrong.returncode != 0
     assert "SACCADE_CPU_ISA: expected one of" in wrong.stderr

@@ -96,10 +96,23 @@ def test_non_finite_location_contributes_0_and_gets_gradient_0(bad, padding, int
     output = case.call(*leaves)
     torch.testing.assert_close(output, expected)
     output.sum().backward()
-    assert all(leaf.grad is None or leaf.grad.isfinite().all() for leaf in leaves)
-    if interpolation == "linear":
-        assert (locations.grad[:, 3, :, 1] == 0).all()
+    assert all(leaf.grad.isfinite().all() for leaf in leaves)
+    assert (locations.grad[:, 3, :, 1] == 0).all()
     assert (weights.grad[:, 3, :, 1] == 0).all()
+
+
+@pytest.mark.parametrize("padding", ["zeros", "border"])
+@pytest.mark.parametrize("interpolation", ["linear", "nearest"])
+def test_finite_location_whose_position_overflows(padding, interpolation):
+    case = Case(num_points=1, padding=padding, interpolation=interpolation)
+    value, locations, weights = case.draw()
+    locations[:, ::2, :, 0] = torch.tensor([3e38, -3e38])
+    leaves = [tensor.requires_grad_() for tensor in (value, locations, weights)]
+    output = case.call(*leaves)
+    assert output.isfinite().all()
+    gradients = torch.autograd.grad(output.sum(), leaves)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert (gradients[1][:, ::2, :, 0] == 0).all()
 
 
 @pytest.mark.parametrize("bad", [INF, -INF, NAN])

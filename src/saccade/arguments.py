@@ -22,6 +22,9 @@ SpatialShapes: TypeAlias = Sequence[Sequence[int]] | Tensor
 
 VALUE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
+# Of one level: the kernels keep a position's number within its level in 32 bits.
+MOST_POSITIONS = 2**31 - 1
+
 
 class Call(NamedTuple):
     """One understood call: tensors in the operator's own layout, everything else in plain Python.
@@ -97,7 +100,7 @@ def understand(
 
     if sampling_locations.dim() == 6:
         points = sampling_locations.shape[4]
-        levels = _understand_num_points(num_points, num_levels, points)
+        levels = understand_num_points(num_points, num_levels, points)
         expected = [batch_size, None, None, num_levels, points, spatial_dims]
         if levels != [points] * num_levels:
             raise ValueError(
@@ -106,7 +109,7 @@ def understand(
                 "sampling_locations [batch, queries, heads, sum(num_points), spatial_dims]"
             )
     elif sampling_locations.dim() == 5:
-        levels = _understand_num_points(num_points, num_levels, None)
+        levels = understand_num_points(num_points, num_levels)
         expected = [batch_size, None, None, sum(levels), spatial_dims]
     else:
         raise ValueError(
@@ -146,6 +149,8 @@ def understand(
 
 def understand_spatial_shapes(spatial_shapes: SpatialShapes) -> list[tuple[int, ...]]:
     """One `(height, width)` tuple of positive ints a level, from a sequence or an [L, 2] tensor."""
+    if isinstance(spatial_shapes, Tensor) and spatial_shapes.is_meta:
+        raise ValueError("spatial_shapes: expected numbers, got a meta tensor, which has none")
     # A tensor is read back to the host here: on a GPU that is a synchronisation, a sequence is not.
     rows = spatial_shapes.tolist() if isinstance(spatial_shapes, Tensor) else spatial_shapes
     try:
@@ -164,6 +169,10 @@ def understand_spatial_shapes(spatial_shapes: SpatialShapes) -> list[tuple[int, 
             )
         if any(size < 1 for size in shape):
             raise ValueError(f"spatial_shapes: expected positive sizes, got {shape} in {shapes}")
+        if math.prod(shape) > MOST_POSITIONS:
+            raise ValueError(
+                f"spatial_shapes: expected at most {MOST_POSITIONS} positions a level, got {shape}"
+            )
     return shapes
 
 
@@ -176,6 +185,11 @@ def apply_value_padding_mask(value: Tensor, value_padding_mask: Tensor) -> Tenso
     if value_padding_mask.dtype != torch.bool:
         raise ValueError(
             f"value_padding_mask: expected torch.bool (True = padding), got {value_padding_mask.dtype}"
+        )
+    if value_padding_mask.device != value.device or value_padding_mask.layout != torch.strided:
+        raise ValueError(
+            f"value_padding_mask: expected a dense tensor on {value.device} like value, "
+            f"got {value_padding_mask.layout} on {value_padding_mask.device}"
         )
     if value_padding_mask.shape != value.shape[:2]:
         raise ValueError(
@@ -190,13 +204,15 @@ def apply_value_padding_mask(value: Tensor, value_padding_mask: Tensor) -> Tenso
 def check_option(name: str, given: object, kind: object) -> None:
     """Raises a ValueError unless `given` is one of the strings of the Literal `kind`."""
     choices = get_args(kind)
-    if given not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {given!r}")
+    if not isinstance(given, str) or given not in choices:
+        got = repr(given) if isinstance(given, str | int | None) else type(given).__name__
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {got}")
 
 
-def _understand_num_points(
-    num_points: int | Sequence[int] | None, num_levels: int, per_level: int | None
+def understand_num_points(
+    num_points: int | Sequence[int] | None, num_levels: int, per_level: int | None = None
 ) -> list[int]:
+    """One positive number of points a level; `per_level` is what None stands for."""
     if num_points is None:
         if per_level is None:
             raise ValueError(
@@ -223,6 +239,17 @@ def _understand_num_points(
     return levels
 
 
+def positive_int(name: str, number: object) -> int:
+    """The number as an int; a TypeError or ValueError that names it unless it is at least 1."""
+    try:
+        found = _as_int(number)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise TypeError(f"{name}: expected an int, got {number!r}") from error
+    if found < 1:
+        raise ValueError(f"{name}: expected at least 1, got {found}")
+    return found
+
+
 def _as_int(number: int) -> int:
     if isinstance(number, bool):
         raise TypeError("a bool is not a size")
@@ -237,8 +264,9 @@ def _check_floating(name: str, tensor: object, dtypes: tuple[torch.dtype, ...]) 
         raise ValueError(
             f"{name}: expected one of {', '.join(map(str, dtypes))}, got {tensor.dtype}"
         )
-    if tensor.layout != torch.strided:
-        raise ValueError(f"{name}: expected a dense (strided) tensor, got {tensor.layout}")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "a nested tensor" if tensor.is_nested else tensor.layout
+        raise ValueError(f"{name}: expected a dense (strided) tensor, got {kind}")
 
 
 def _check_shape(

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from saccade.ops import native
 
@@ -84,7 +86,8 @@ def use_backend(name: str) -> Iterator[None]:
             f"name: expected one of {', '.join(available)} on this machine, got {name!r}"
         )
     previous_forced = _forced_reference
-    previous_isa = None if native.failure else native.isa()
+    # The reference asks for no instruction set: a wrong SACCADE_CPU_ISA must not stand in its way.
+    previous_isa = None if name == "reference" else native.isa()
     try:
         _forced_reference = name == "reference"
         if name != "reference":
@@ -96,6 +99,12 @@ def use_backend(name: str) -> Iterator[None]:
             native.set_isa(previous_isa)
 
 
-def reference_is_forced() -> bool:
-    """Whether `use_backend("reference")` is in force."""
-    return _forced_reference
+def needs_reference() -> bool:
+    """Whether `use_backend("reference")` is in force, or a transform that only the reference knows.
+
+    Those are forward-mode derivatives and the transforms of `torch.func`: the registered operator has
+    an ordinary backward only, and would drop a tangent in silence.
+    """
+    if _forced_reference or torch.compiler.is_compiling():
+        return _forced_reference
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()

@@ -87,7 +87,7 @@ def deformable_attention(
         coordinates,
         value_padding_mask,
     )
-    if backend.reference_is_forced():
+    if backend.needs_reference():
         return reference.execute(call)
     output: Tensor = torch.ops.saccade.deformable_attention(
         call.value,

@@ -13,6 +13,8 @@ from saccade.arguments import (
     Padding,
     SpatialShapes,
     check_option,
+    positive_int,
+    understand_num_points,
     understand_spatial_shapes,
 )
 from saccade.functional import deformable_attention
@@ -37,8 +39,8 @@ class MultiScaleDeformableAttention(nn.Module):
         ValueError: a number does not fit; the message names it.
 
     Precision:
-        Locations and attention weights are float32 also under autocast and in 16-bit modules
-        (float64 in float64 modules).
+        The linear layers follow autocast and the module's dtype; from what they predict on, reference
+        points, locations and attention weights are float32 (float64 in float64 modules).
 
     Source:
         Zhu et al., Deformable DETR, equation 3, https://arxiv.org/abs/2010.04159
@@ -65,11 +67,11 @@ class MultiScaleDeformableAttention(nn.Module):
         super().__init__()
         check_option("interpolation", interpolation, Interpolation)
         check_option("padding", padding, Padding)
+        self.embed_dim = positive_int("embed_dim", embed_dim)
+        self.num_heads = positive_int("num_heads", num_heads)
+        self.num_levels = positive_int("num_levels", num_levels)
+        self.num_points = understand_num_points(num_points, num_levels, 4)
         _check_heads(embed_dim, num_heads)
-        self.embed_dim = embed_dim
-        self.num_heads = num_heads
-        self.num_levels = num_levels
-        self.num_points = _points_per_level(num_points, num_levels)
         self.interpolation: Interpolation = interpolation
         self.padding: Padding = padding
         total_points = num_heads * sum(self.num_points)
@@ -116,6 +118,11 @@ class MultiScaleDeformableAttention(nn.Module):
         """
         _check_channels("query", query, 3, self.embed_dim)
         _check_channels("value", value, 3, self.embed_dim)
+        _check_tensor("reference_points", reference_points)
+        if value.shape[0] != query.shape[0]:
+            raise ValueError(
+                f"value: expected a batch of {query.shape[0]} as in query, got {list(value.shape)}"
+            )
         shapes = understand_spatial_shapes(spatial_shapes)
         if len(shapes) != self.num_levels:
             raise ValueError(
@@ -201,11 +208,11 @@ class DeformableAttention(nn.Module):
             raise ValueError(f"spatial_dims: expected 2, got {spatial_dims}")
         check_option("interpolation", interpolation, Interpolation)
         check_option("padding", padding, Padding)
+        self.embed_dim = positive_int("embed_dim", embed_dim)
+        self.num_heads = positive_int("num_heads", num_heads)
+        self.num_points = [positive_int("num_points", num_points)]
         if value_projection:
             _check_heads(embed_dim, num_heads)
-        self.embed_dim = embed_dim
-        self.num_heads = num_heads
-        self.num_points = _points_per_level(num_points, 1)
         self.spatial_dims = spatial_dims
         self.interpolation: Interpolation = interpolation
         self.padding: Padding = padding
@@ -254,7 +261,14 @@ class DeformableAttention(nn.Module):
         """
         _check_channels("query", query, 3, self.embed_dim)
         _check_channels("feature_map", feature_map, 4, self.embed_dim)
-        shapes: list[tuple[int, ...]] = [tuple(feature_map.shape[1:3])]
+        batch_size, num_queries = query.shape[:2]
+        height, width = feature_map.shape[1:3]
+        _check_shape(
+            "feature_map", feature_map, (batch_size, max(1, height), max(1, width), self.embed_dim)
+        )
+        if value_padding_mask is not None:
+            _check_shape("value_padding_mask", value_padding_mask, (batch_size, height, width))
+        shapes: list[tuple[int, ...]] = [(height, width)]
         if reference_points is None:
             if self.reference_points is None:
                 raise ValueError(
@@ -262,6 +276,12 @@ class DeformableAttention(nn.Module):
                     "predict_reference_points=False, got None"
                 )
             reference_points = self.reference_points(query).to(_location_dtype(query)).sigmoid()
+        _check_shape(
+            "reference_points",
+            reference_points,
+            (batch_size, num_queries, 2),
+            (batch_size, num_queries, 4),
+        )
         value = feature_map.flatten(1, 2)
         if self.value_proj is None:
             projected = value[:, :, None, :]  # one head that all of them read
@@ -305,7 +325,8 @@ def _predict_sampling(
     num_heads: int,
     num_points: list[int],
 ) -> Sampling:
-    # 16-bit locations would be off by whole pixels on a large map: positions never follow autocast.
+    # 16-bit locations would be off by whole pixels on a large map: the layers predict small offsets,
+    # in 16 bits where autocast says so; the sum of reference and offset is never taken in 16 bits.
     dtype = _location_dtype(sampling_offsets)
     sampling_offsets = sampling_offsets.to(dtype).unflatten(-1, (num_heads, sum(num_points), 2))
     attention_weights = attention_logits.to(dtype).unflatten(-1, (num_heads, sum(num_points)))
@@ -344,21 +365,27 @@ def _init_projection(projection: nn.Linear) -> None:
     nn.init.zeros_(projection.bias)
 
 
+def _check_tensor(name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+
+
+def _check_shape(name: str, tensor: object, *expected: Sequence[int]) -> None:
+    _check_tensor(name, tensor)
+    assert isinstance(tensor, Tensor)
+    if list(tensor.shape) not in [list(shape) for shape in expected]:
+        wanted = " or ".join(str(list(shape)) for shape in expected)
+        raise ValueError(f"{name}: expected {wanted}, got {list(tensor.shape)}")
+
+
 def _check_heads(embed_dim: int, num_heads: int) -> None:
-    if num_heads < 1 or embed_dim % num_heads:
+    if embed_dim % num_heads:
         raise ValueError(f"num_heads: expected a divisor of embed_dim {embed_dim}, got {num_heads}")
 
 
-def _check_channels(name: str, tensor: Tensor, axes: int, embed_dim: int) -> None:
+def _check_channels(name: str, tensor: object, axes: int, embed_dim: int) -> None:
+    _check_tensor(name, tensor)
+    assert isinstance(tensor, Tensor)
     if tensor.dim() != axes or tensor.shape[-1] != embed_dim:
         leading = "batch, " + ("height, width" if axes == 4 else "positions")
         raise ValueError(f"{name}: expected [{leading}, {embed_dim}], got {list(tensor.shape)}")
-
-
-def _points_per_level(num_points: int | Sequence[int], num_levels: int) -> list[int]:
-    points = [num_points] * num_levels if isinstance(num_points, int) else list(num_points)
-    if len(points) != num_levels or any(count < 1 for count in points):
-        raise ValueError(
-            f"num_points: expected a positive number or {num_levels} of them, got {num_points}"
-        )
-    return points

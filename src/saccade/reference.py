@@ -109,6 +109,8 @@ def execute_backward(
                 if output_mask[0]:
                     scattered = (corner.weight * weights)[..., None] * grad
                     grad_levels[index] = _scatter(grad_levels[index], corner, scattered)
+                if not (output_mask[1] or output_mask[2]):
+                    continue
                 # <gradient of the output, value at this corner>: [B, q, M, K]
                 dot = (grad * _gather(level.value, corner)).sum(-1)
                 moved = corner.weight_gradient * (weights * dot)[..., None]
@@ -227,9 +229,13 @@ def _axis_cells(
         moves = (pixel > 0) & (pixel < size - 1)
         pixel = torch.where(moves, pixel, pixel.detach().clamp(0, size - 1))
         slope = torch.where(moves, slope, 0)
+    # Further out is as good as two cells out, and infinity minus infinity would be no number.
+    near = (pixel > -2) & (pixel < size + 1)
+    pixel = torch.where(near, pixel, pixel.detach().clamp(-2, size + 1))
     if interpolation == "nearest":
         index = pixel.detach().round()  # half to even
-        return [_Cell(index, torch.ones_like(index), torch.zeros_like(index))]
+        # 0 * pixel: a gradient of zeros to the locations, not none.
+        return [_Cell(index, 1 + 0 * pixel, torch.zeros_like(index))]
     lower = pixel.detach().floor()
     fraction = pixel - lower
     return [_Cell(lower, 1 - fraction, -slope), _Cell(lower + 1, fraction, slope)]

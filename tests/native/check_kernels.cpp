@@ -2,22 +2,26 @@
 // be built for other processors and run under emulation, and with sanitizers. All tensors are their
 // own allocations, so that a sanitizer sees the first byte read or written outside of one.
 //
-// Usage: check_kernels [number of calls]; prints the largest error of each kernel, exits with 1 if
-// it is too large.
+// Usage: check_kernels [number of calls]; prints the largest error of each kernel and storage type,
+// exits with 1 if one is too large.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <random>
+#include <type_traits>
 #include <vector>
 
 #include "deformable_attention.h"
 
 namespace {
 
+using saccade::BFloat16;
 using saccade::Coordinates;
+using saccade::Half;
 using saccade::Interpolation;
 using saccade::Padding;
 using saccade::Problem;
@@ -32,18 +36,90 @@ double real(double low, double high) {
   return std::uniform_real_distribution<double>(low, high)(generator);
 }
 
-// A call with everything in T (float or double) and the same numbers in double.
-template <class T>
-struct Call {
-  Problem problem;
-  std::vector<T> value, locations, weights, grad_output;
+// Storage types: to and from double. 16-bit numbers are drawn as multiples of 1/8 up to 1, which
+// both hold exactly; results are decoded only.
+template <class S>
+struct Stored;
+template <>
+struct Stored<float> {
+  static constexpr Storage kind = Storage::float32;
+  static constexpr const char* name = "float32";
+  static constexpr double tolerance = 4e-6;
+  static float encode(double number) { return static_cast<float>(number); }
+  static double decode(float number) { return number; }
+};
+template <>
+struct Stored<double> {
+  static constexpr Storage kind = Storage::float64;
+  static constexpr const char* name = "float64";
+  static constexpr double tolerance = 2e-14;
+  static double encode(double number) { return number; }
+  static double decode(double number) { return number; }
+};
+uint32_t bits_of(float number) {
+  uint32_t bits;
+  std::memcpy(&bits, &number, sizeof bits);
+  return bits;
+}
+template <>
+struct Stored<BFloat16> {
+  static constexpr Storage kind = Storage::bfloat16;
+  static constexpr const char* name = "bfloat16";
+  static constexpr double tolerance = 4e-3;
+  static BFloat16 encode(double number) {
+    return {static_cast<uint16_t>(bits_of(static_cast<float>(std::round(number * 8) / 8)) >> 16)};
+  }
+  static double decode(BFloat16 number) {
+    const uint32_t bits = uint32_t(number.bits) << 16;
+    float decoded;
+    std::memcpy(&decoded, &bits, sizeof decoded);
+    return decoded;
+  }
+};
+template <>
+struct Stored<Half> {
+  static constexpr Storage kind = Storage::float16;
+  static constexpr const char* name = "float16";
+  static constexpr double tolerance = 6e-4;
+  static Half encode(double number) {
+    const uint32_t bits = bits_of(static_cast<float>(std::round(number * 8) / 8));
+    const uint32_t magnitude = bits & 0x7fffffff;
+    const uint32_t half = magnitude == 0 ? 0 : (magnitude - (112u << 23)) >> 13;
+    return {static_cast<uint16_t>(bits >> 16 & 0x8000u | half)};
+  }
+  static double decode(Half number) {
+    const int exponent = number.bits >> 10 & 0x1f, mantissa = number.bits & 0x3ff;
+    const double magnitude = exponent == 0    ? std::ldexp(mantissa, -24)
+                             : exponent == 31 ? std::numeric_limits<double>::quiet_NaN()
+                                              : std::ldexp(1024 + mantissa, exponent - 25);
+    return number.bits & 0x8000 ? -magnitude : magnitude;
+  }
 };
 
-template <class T>
-Call<T> draw() {
-  Call<T> call;
+template <class S>
+using Compute = typename std::conditional<std::is_same<S, double>::value, double, float>::type;
+
+template <class S>
+struct Call {
+  typedef Compute<S> T;
+  Problem problem;
+  int64_t row_padding;  // numbers between the rows of the value that belong to nobody
+  std::vector<S> value, grad_output;
+  std::vector<T> locations, weights;
+
+  int64_t row_stride() const { return problem.value_heads * problem.head_dim + row_padding; }
+  int64_t row(int64_t batch, int64_t position, int64_t head) const {
+    return (batch * problem.num_positions + position) * row_stride() +
+           (problem.value_heads > 1 ? head : 0) * problem.head_dim;
+  }
+};
+
+template <class S>
+Call<S> draw() {
+  typedef Compute<S> T;
+  Call<S> call;
   Problem& problem = call.problem;
-  problem.storage = sizeof(T) == sizeof(float) ? Storage::float32 : Storage::float64;
+  problem.storage = Stored<S>::kind;
   problem.interpolation = integer(0, 3) ? Interpolation::linear : Interpolation::nearest;
   problem.padding = integer(0, 1) ? Padding::zeros : Padding::border;
   problem.coordinates = static_cast<Coordinates>(integer(0, 2));
@@ -60,21 +136,19 @@ Call<T> draw() {
     problem.total_points += points;
   }
   problem.prepare(integer(1, 8));
-  const auto fill = [](std::vector<T>& numbers, int64_t count, double low, double high) {
-    numbers.resize(count);
-    for (T& number : numbers) {
-      number = static_cast<T>(real(low, high));
-    }
-  };
+  call.row_padding = integer(0, 2) ? 0 : integer(1, 5);
+  const int64_t rows = problem.batch_size * problem.num_positions;
+  call.value.resize(rows > 0 ? rows * call.row_stride() - call.row_padding : 0);
+  for (S& number : call.value) number = Stored<S>::encode(real(-1, 1));
+  call.grad_output.resize(problem.batch_size * problem.num_queries * problem.num_heads *
+                          problem.head_dim);
+  for (S& number : call.grad_output) number = Stored<S>::encode(real(-1, 1));
   const int64_t points =
       problem.batch_size * problem.num_queries * problem.num_heads * problem.total_points;
   const double reach = problem.coordinates == Coordinates::pixel ? 8 : 1.4;
-  fill(call.value,
-       problem.batch_size * problem.num_positions * problem.value_heads * problem.head_dim, -1, 1);
-  fill(call.locations, 2 * points, -0.4 * reach, reach);
-  fill(call.weights, points, 0, 1);
-  fill(call.grad_output,
-       problem.batch_size * problem.num_queries * problem.num_heads * problem.head_dim, -1, 1);
+  call.weights.resize(points);
+  for (T& weight : call.weights) weight = static_cast<T>(real(0, 1));
+  call.locations.resize(2 * points);
   const T extreme[] = {std::numeric_limits<T>::infinity(),
                        -std::numeric_limits<T>::infinity(),
                        std::numeric_limits<T>::quiet_NaN(),
@@ -84,80 +158,110 @@ Call<T> draw() {
                        T(-0.0),
                        T(3e15)};
   for (T& location : call.locations) {
-    if (integer(0, 30) == 0) {
-      location = extreme[integer(0, 7)];
-    }
+    location = integer(0, 30) ? static_cast<T>(real(-0.4 * reach, reach)) : extreme[integer(0, 7)];
   }
   return call;
 }
 
-double to_pixel(double location, int64_t size, const Problem& problem) {
-  switch (problem.coordinates) {
-    case Coordinates::normalized:
-      return location * size - 0.5;
-    case Coordinates::normalized_corners:
-      return location * (size - 1);
-    default:
-      return location;
+struct Results {
+  std::vector<double> output, grad_value, grad_locations, grad_weights;
+};
+
+// One axis of a position: 1 - |position - cell| for the cells within 1 of it, and its slope.
+struct Position {
+  double at, slope;
+};
+
+template <class T>
+Position position(T location, int64_t size, const Problem& problem) {
+  const T scale = problem.coordinates == Coordinates::normalized           ? T(size)
+                  : problem.coordinates == Coordinates::normalized_corners ? T(size - 1)
+                                                                           : T(1);
+  // Rounded to T as in the kernel: near a tie or an edge that decides.
+  const volatile T product = location * scale;
+  const T shifted = problem.coordinates == Coordinates::normalized ? product - T(0.5) : product;
+  Position found = {shifted, scale};
+  if (problem.padding == Padding::border) {
+    if (!(found.at > 0 && found.at < size - 1)) found.slope = 0;
+    found.at = std::fmin(std::fmax(found.at, 0), size - 1);
   }
+  if (problem.interpolation == Interpolation::nearest) {
+    found = {std::nearbyint(found.at), 0};
+  }
+  return found;
 }
 
-// Output and gradient of the value; the gradients of locations and weights are left to the Python
-// tests, here they must only stay inside their memory and be finite.
-template <class T>
-void naive(const Call<T>& call, std::vector<double>& output, std::vector<double>& grad_value) {
+double share(Position p, int64_t cell) { return std::fmax(0, 1 - std::fabs(p.at - cell)); }
+// The position's own cell is the one below it; the next gains what that one loses.
+double slope(Position p, int64_t cell) {
+  const double below = std::floor(p.at);
+  return cell == below ? -p.slope : cell == below + 1 ? p.slope : 0;
+}
+
+template <class S>
+Results naive(const Call<S>& call) {
   const Problem& p = call.problem;
-  output.assign(call.grad_output.size(), 0);
-  grad_value.assign(call.value.size(), 0);
+  Results results;
+  results.output.assign(call.grad_output.size(), 0);
+  results.grad_value.assign(p.batch_size * p.num_positions * p.value_heads * p.head_dim, 0);
+  results.grad_locations.assign(call.locations.size(), 0);
+  results.grad_weights.assign(call.weights.size(), 0);
   for (int64_t b = 0; b < p.batch_size; ++b)
     for (int64_t q = 0; q < p.num_queries; ++q)
       for (int64_t m = 0; m < p.num_heads; ++m)
         for (const saccade::Level& level : p.levels)
           for (int64_t k = 0; k < level.num_points; ++k) {
-            const int64_t row = (b * p.num_queries + q) * p.num_heads + m;
-            const int64_t point = row * p.total_points + level.first_point + k;
-            const double given_x = call.locations[2 * point];
-            const double given_y = call.locations[2 * point + 1];
-            if (!std::isfinite(given_x) || !std::isfinite(given_y)) continue;
-            double x = to_pixel(given_x, level.width, p), y = to_pixel(given_y, level.height, p);
-            // The kernel's position is rounded to T; near a tie or an edge that decides.
-            x = static_cast<T>(x);
-            y = static_cast<T>(y);
-            if (p.padding == Padding::border) {
-              x = std::fmin(std::fmax(x, 0), level.width - 1);
-              y = std::fmin(std::fmax(y, 0), level.height - 1);
-            }
-            if (p.interpolation == Interpolation::nearest) {
-              x = std::nearbyint(x);
-              y = std::nearbyint(y);
-            }
-            for (int64_t row_y = 0; row_y < level.height; ++row_y)
+            const int64_t query = (b * p.num_queries + q) * p.num_heads + m;
+            const int64_t point = query * p.total_points + level.first_point + k;
+            if (!std::isfinite(call.locations[2 * point]) ||
+                !std::isfinite(call.locations[2 * point + 1]))
+              continue;
+            const Position x = position(call.locations[2 * point], level.width, p);
+            const Position y = position(call.locations[2 * point + 1], level.height, p);
+            const double attention = call.weights[point];
+            for (int64_t row = 0; row < level.height; ++row)
               for (int64_t column = 0; column < level.width; ++column) {
-                const double share = std::fmax(0, 1 - std::fabs(x - column)) *
-                                     std::fmax(0, 1 - std::fabs(y - row_y)) * call.weights[point];
-                if (share == 0) continue;
-                const int64_t from =
-                    ((b * p.num_positions + level.first_row + row_y * level.width + column) *
-                         p.value_heads +
-                     (p.value_heads > 1 ? m : 0)) *
-                    p.head_dim;
+                const double weight = share(x, column) * share(y, row);
+                const double x_slope = slope(x, column) * share(y, row);
+                const double y_slope = slope(y, row) * share(x, column);
+                if (weight == 0 && x_slope == 0 && y_slope == 0) continue;
+                const int64_t position = level.first_row + row * level.width + column;
+                const int64_t from = call.row(b, position, m);
+                const int64_t to = ((b * p.num_positions + position) * p.value_heads +
+                                    (p.value_heads > 1 ? m : 0)) *
+                                   p.head_dim;
+                double dot = 0;
                 for (int64_t d = 0; d < p.head_dim; ++d) {
-                  output[row * p.head_dim + d] += share * call.value[from + d];
-                  grad_value[from + d] += share * call.grad_output[row * p.head_dim + d];
+                  const double value = Stored<S>::decode(call.value[from + d]);
+                  const double grad = Stored<S>::decode(call.grad_output[query * p.head_dim + d]);
+                  results.output[query * p.head_dim + d] += attention * weight * value;
+                  results.grad_value[to + d] += attention * weight * grad;
+                  dot += grad * value;
                 }
+                results.grad_weights[point] += weight * dot;
+                results.grad_locations[2 * point] += attention * x_slope * dot;
+                results.grad_locations[2 * point + 1] += attention * y_slope * dot;
               }
           }
+  return results;
 }
 
-template <class T>
-double largest_difference(const std::vector<T>& actual, const std::vector<double>& expected) {
-  double largest = 0;
+double decode(float number) { return number; }
+double decode(double number) { return number; }
+double decode(Half number) { return Stored<Half>::decode(number); }
+double decode(BFloat16 number) { return Stored<BFloat16>::decode(number); }
+
+// The largest difference relative to the largest expected number; NaN if one is NaN.
+template <class S>
+double difference(const std::vector<S>& actual, const std::vector<double>& expected) {
+  double largest = 0, scale = 1;
   for (size_t i = 0; i < expected.size(); ++i) {
-    const double difference = std::fabs(actual[i] - expected[i]);
-    largest = difference > largest || std::isnan(difference) ? difference : largest;
-    if (std::isnan(difference)) return difference;
+    const double error = std::fabs(decode(actual[i]) - expected[i]);
+    if (std::isnan(error)) return error;
+    largest = std::max(largest, error);
+    scale = std::max(scale, std::fabs(expected[i]));
   }
-  return largest;
+  return largest / scale;
 }
 
 // Work is given in pieces, as threads would take it.
@@ -170,17 +274,20 @@ void in_pieces(int64_t units, Work work) {
   }
 }
 
-template <class T>
-double check(const Call<T>& call, const saccade::Kernels& kernels) {
+template <class S>
+double check(const Call<S>& call, const saccade::Kernels& kernels) {
+  typedef Compute<S> T;
   const Problem& p = call.problem;
-  std::vector<double> expected, expected_grad_value;
-  naive(call, expected, expected_grad_value);
-  const T poison = std::numeric_limits<T>::quiet_NaN();
-  std::vector<T> output(call.grad_output.size(), poison), grad_value(call.value.size(), poison),
-      grad_locations(call.locations.size(), poison), grad_weights(call.weights.size(), poison);
-  const int64_t row_stride = p.value_heads * p.head_dim;
-  const saccade::Value value = {call.value.data(), p.num_positions * row_stride, row_stride,
-                                p.head_dim};
+  const Results expected = naive(call);
+  S poison;
+  std::memset(&poison, 0xff, sizeof poison);  // NaN in every storage type
+  const T no_number = std::numeric_limits<T>::quiet_NaN();
+  std::vector<S> output(expected.output.size(), poison);
+  std::vector<S> grad_value(expected.grad_value.size(), poison);
+  std::vector<T> grad_locations(call.locations.size(), no_number);
+  std::vector<T> grad_weights(call.weights.size(), no_number);
+  const saccade::Value value = {call.value.data(), p.num_positions * call.row_stride(),
+                                call.row_stride(), p.head_dim};
   in_pieces(p.forward_units(), [&](int64_t begin, int64_t end) {
     kernels.forward(p, value, call.locations.data(), call.weights.data(), output.data(), begin,
                     end);
@@ -194,30 +301,32 @@ double check(const Call<T>& call, const saccade::Kernels& kernels) {
                             call.weights.data(), grad_locations.data(), grad_weights.data(), begin,
                             end);
   });
-  for (const auto* gradients : {&grad_locations, &grad_weights}) {
-    for (T gradient : *gradients) {
-      if (!std::isfinite(gradient)) return poison;
-    }
+  double largest = 0;
+  for (const double error :
+       {difference(output, expected.output), difference(grad_value, expected.grad_value),
+        difference(grad_locations, expected.grad_locations),
+        difference(grad_weights, expected.grad_weights)}) {
+    if (std::isnan(error)) return error;
+    largest = std::max(largest, error);
   }
-  return std::fmax(largest_difference(output, expected),
-                   largest_difference(grad_value, expected_grad_value));
+  return largest;
 }
 
-template <class T>
-bool check_all(int64_t calls, double allowed, const char* type) {
+template <class S>
+bool check_all(int64_t calls) {
   bool good = true;
   for (const std::string& name : saccade::available_kernels()) {
     saccade::set_active_kernels(name);
     generator.seed(7);
     double largest = 0;
     for (int64_t i = 0; i < calls; ++i) {
-      const double error = check(draw<T>(), saccade::active_kernels());
+      const double error = check(draw<S>(), saccade::active_kernels());
       largest = std::isnan(error) || error > largest ? error : largest;
       if (std::isnan(error)) break;
     }
-    std::printf("%s %s: largest error %.3g in %lld calls\n", name.c_str(), type, largest,
-                static_cast<long long>(calls));
-    good = good && largest <= allowed;
+    std::printf("%s %s: largest relative error %.3g in %lld calls\n", name.c_str(), Stored<S>::name,
+                largest, static_cast<long long>(calls));
+    good = good && largest <= Stored<S>::tolerance;
   }
   return good;
 }
@@ -226,7 +335,7 @@ bool check_all(int64_t calls, double allowed, const char* type) {
 
 int main(int argc, char** argv) {
   const int64_t calls = argc > 1 ? std::atoll(argv[1]) : 300;
-  const bool floats = check_all<float>(calls, 5e-5, "float32");
-  const bool doubles = check_all<double>(calls, 1e-12, "float64");
-  return floats && doubles ? 0 : 1;
+  const bool good[] = {check_all<float>(calls), check_all<double>(calls), check_all<Half>(calls),
+                       check_all<BFloat16>(calls)};
+  return std::all_of(std::begin(good), std::end(good), [](bool one) { return one; }) ? 0 : 1;
 }

@@ -85,6 +85,15 @@ def _unwanted(like: Tensor) -> Tensor:
 # --- shapes for tracing -------------------------------------------------------------------------
 
 
+def _check_devices(**tensors: Tensor) -> None:
+    (first_name, first), *others = tensors.items()
+    for name, tensor in others:
+        if tensor.device != first.device:
+            raise ValueError(
+                f"{name}: expected a tensor on {first.device} like {first_name}, got {tensor.device}"
+            )
+
+
 def _fake_forward(
     value: Tensor,
     spatial_shapes: Sequence[int],
@@ -95,6 +104,9 @@ def _fake_forward(
     padding: str,
     coordinates: str,
 ) -> Tensor:
+    _check_devices(
+        value=value, sampling_locations=sampling_locations, attention_weights=attention_weights
+    )
     batch_size, num_queries, num_heads = sampling_locations.shape[:3]
     return value.new_empty((batch_size, num_queries, num_heads * value.shape[3]))
 
