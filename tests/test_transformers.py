@@ -6,64 +6,10 @@ import copy
 
 import pytest
 import torch
-from transformers import (
-    DeformableDetrConfig,
-    DeformableDetrForObjectDetection,
-    ResNetConfig,
-    RTDetrConfig,
-    RTDetrForObjectDetection,
-    RTDetrResNetConfig,
-)
+from transformers import DeformableDetrForObjectDetection
+from vision_helpers import random_detector, random_rt_detr
 
 import saccade
-
-
-def small_detr(**options):
-    backbone = ResNetConfig(
-        embedding_size=8,
-        hidden_sizes=[8, 16, 16, 16],
-        depths=[1, 1, 1, 1],
-        layer_type="basic",
-        out_features=["stage2", "stage3", "stage4"],
-    )
-    config = DeformableDetrConfig(
-        backbone_config=backbone,
-        d_model=32,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        num_queries=12,
-        **options,
-    )
-    return DeformableDetrForObjectDetection(config).eval()
-
-
-def small_rt_detr():
-    backbone = RTDetrResNetConfig(
-        embedding_size=8,
-        hidden_sizes=[8, 8, 16, 16],
-        depths=[1, 1, 1, 1],
-        layer_type="basic",
-        out_features=["stage2", "stage3", "stage4"],
-    )
-    config = RTDetrConfig(
-        backbone_config=backbone,
-        encoder_hidden_dim=32,
-        encoder_in_channels=[8, 16, 16],
-        feat_strides=[8, 16, 32],
-        encoder_ffn_dim=32,
-        d_model=32,
-        num_queries=10,
-        decoder_in_channels=[32, 32, 32],
-        decoder_ffn_dim=32,
-        decoder_layers=2,
-        decoder_attention_heads=4,
-        num_denoising=0,
-    )
-    return RTDetrForObjectDetection(config).eval()
 
 
 def scatter_parameters(model):
@@ -90,9 +36,9 @@ def outputs_and_gradients(model, pictures, mask=None):
 @pytest.mark.parametrize(
     ("make", "operators"),
     [
-        (small_detr, 4),
-        (lambda: small_detr(with_box_refine=True, two_stage=True, two_stage_num_proposals=20), 4),
-        (small_rt_detr, 2),
+        (random_detector, 4),
+        (lambda: random_detector(two_stage=True, two_stage_num_proposals=20), 4),
+        (random_rt_detr, 2),
     ],
     ids=["deformable-detr", "two-stage", "rt-detr"],
 )
@@ -118,7 +64,7 @@ def test_patched_model_gives_the_same_outputs_and_gradients(make, operators):
 
 
 def test_patch_is_explicit_idempotent_and_reversible():
-    model, other = small_detr(), small_detr()
+    model, other = random_detector(), random_detector()
     operator = model.model.encoder.layers[0].self_attn.attn
     before = dict(operator.__dict__)
     first = saccade.patch(model)

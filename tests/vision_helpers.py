@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def save_random_detector(folder: Path) -> Path:
-    """A Deformable DETR of a few layers with random weights, as `save_pretrained` writes it."""
-    from transformers import (
-        DeformableDetrConfig,
-        DeformableDetrForObjectDetection,
-        DeformableDetrImageProcessorPil,
-        ResNetConfig,
-    )
+
+def random_detector(**options: Any) -> PreTrainedModel:
+    """A Deformable DETR of a few layers with random weights."""
+    from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, ResNetConfig
 
     torch.manual_seed(0)
     backbone = ResNetConfig(
@@ -38,6 +37,7 @@ def save_random_detector(folder: Path) -> Path:
         num_queries=20,
         with_box_refine=True,
         id2label={index: f"digit {index}" for index in range(10)},
+        **options,
     )
     model = DeformableDetrForObjectDetection(config).eval()
     # The default initialisation makes all queries and classes alike.
@@ -46,20 +46,22 @@ def save_random_detector(folder: Path) -> Path:
             torch.nn.init.normal_(parameter)
         elif "attention_weights.weight" in name or "model.reference_points.weight" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(folder)
+    return model
+
+
+def save_random_detector(folder: Path) -> Path:
+    """`random_detector` as `save_pretrained` writes it."""
+    from transformers import DeformableDetrImageProcessorPil
+
+    random_detector().save_pretrained(folder)
     size = {"shortest_edge": 64, "longest_edge": 96}
     DeformableDetrImageProcessorPil(size=size).save_pretrained(folder)
     return folder
 
 
-def save_random_rt_detr(folder: Path) -> Path:
+def random_rt_detr() -> PreTrainedModel:
     """An RT-DETR with random weights: another family, no pixel mask, another decoder."""
-    from transformers import (
-        RTDetrConfig,
-        RTDetrForObjectDetection,
-        RTDetrImageProcessorPil,
-        RTDetrResNetConfig,
-    )
+    from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrResNetConfig
 
     torch.manual_seed(0)
     backbone = RTDetrResNetConfig(
@@ -83,7 +85,14 @@ def save_random_rt_detr(folder: Path) -> Path:
         decoder_attention_heads=4,
         num_denoising=0,
     )
-    RTDetrForObjectDetection(config).eval().save_pretrained(folder)
+    return RTDetrForObjectDetection(config).eval()
+
+
+def save_random_rt_detr(folder: Path) -> Path:
+    """`random_rt_detr` as `save_pretrained` writes it."""
+    from transformers import RTDetrImageProcessorPil
+
+    random_rt_detr().save_pretrained(folder)
     RTDetrImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(folder)
     return folder
 

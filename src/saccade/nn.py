@@ -21,7 +21,89 @@ from saccade.functional import deformable_attention
 from saccade.sampling import Sampling, sampling_locations
 
 
-class MultiScaleDeformableAttention(nn.Module):
+class _SamplingModule(nn.Module):
+    """What both modules share: the layers that predict where to look, and the look itself."""
+
+    output_proj: nn.Linear
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        num_points: list[int],
+        interpolation: Interpolation,
+        padding: Padding,
+    ) -> None:
+        super().__init__()
+        check_option("interpolation", interpolation, Interpolation)
+        check_option("padding", padding, Padding)
+        self.embed_dim = positive_int("embed_dim", embed_dim)
+        self.num_heads = positive_int("num_heads", num_heads)
+        self.num_points = num_points
+        self.interpolation: Interpolation = interpolation
+        self.padding: Padding = padding
+        total_points = num_heads * sum(num_points)
+        self.sampling_offsets = nn.Linear(embed_dim, total_points * 2)
+        self.attention_weights = nn.Linear(embed_dim, total_points)
+
+    def reset_parameters(self) -> None:
+        """The family's initialisation: head m looks along direction m, the points further out."""
+        angle = torch.arange(self.num_heads, dtype=torch.float32) * (2 * math.pi / self.num_heads)
+        direction = torch.stack((angle.cos(), angle.sin()), -1)
+        direction = direction / direction.abs().amax(-1, keepdim=True)
+        distance = torch.tensor(
+            [point + 1.0 for count in self.num_points for point in range(count)]
+        )
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_((direction[:, None] * distance[:, None]).flatten())
+        nn.init.zeros_(self.sampling_offsets.weight)
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for name in ("reference_points", "value_proj", "output_proj"):
+            projection = getattr(self, name, None)
+            if projection is not None:
+                nn.init.xavier_uniform_(projection.weight)
+                nn.init.zeros_(projection.bias)
+
+    def _attend(
+        self,
+        query: Tensor,
+        reference_points: Tensor,
+        value: Tensor,
+        shapes: list[tuple[int, ...]],
+        value_padding_mask: Tensor | None,
+        return_sampling: bool,
+    ) -> Tensor | tuple[Tensor, Sampling]:
+        """From queries [B, Q, C] and the value [B, S, M or 1, D] to the result of `forward`."""
+        # 16-bit locations would be off by whole pixels on a large map. The layers predict offsets in
+        # 16 bits where autocast says so; reference and offset are never added in 16 bits.
+        dtype = _location_dtype(query)
+        total_points = sum(self.num_points)
+        offsets = self.sampling_offsets(query).to(dtype)
+        offsets = offsets.unflatten(-1, (self.num_heads, total_points, 2))
+        logits = self.attention_weights(query).to(dtype)
+        reference_points = reference_points.to(dtype)
+        sampling = Sampling(
+            reference_points,
+            offsets,
+            sampling_locations(reference_points, offsets, shapes, self.num_points),
+            logits.unflatten(-1, (self.num_heads, total_points)).softmax(-1),
+        )
+        attended = deformable_attention(
+            value,
+            shapes,
+            sampling.sampling_locations,
+            sampling.attention_weights,
+            num_points=self.num_points,
+            interpolation=self.interpolation,
+            padding=self.padding,
+            value_padding_mask=value_padding_mask,
+        )
+        output: Tensor = self.output_proj(attended)
+        return (output, sampling) if return_sampling else output
+
+
+class MultiScaleDeformableAttention(_SamplingModule):
     """Multi-scale deformable attention as in Deformable DETR and the detectors after it.
 
     Its state dict has the family's keys (`sampling_offsets`, `attention_weights`, `value_proj`,
@@ -64,30 +146,13 @@ class MultiScaleDeformableAttention(nn.Module):
         interpolation: Interpolation = "linear",
         padding: Padding = "zeros",
     ) -> None:
-        super().__init__()
-        check_option("interpolation", interpolation, Interpolation)
-        check_option("padding", padding, Padding)
-        self.embed_dim = positive_int("embed_dim", embed_dim)
-        self.num_heads = positive_int("num_heads", num_heads)
-        self.num_levels = positive_int("num_levels", num_levels)
-        self.num_points = understand_num_points(num_points, num_levels, 4)
+        points = understand_num_points(num_points, positive_int("num_levels", num_levels), 4)
+        super().__init__(embed_dim, num_heads, points, interpolation, padding)
         _check_heads(embed_dim, num_heads)
-        self.interpolation: Interpolation = interpolation
-        self.padding: Padding = padding
-        total_points = num_heads * sum(self.num_points)
-        self.sampling_offsets = nn.Linear(embed_dim, total_points * 2)
-        self.attention_weights = nn.Linear(embed_dim, total_points)
+        self.num_levels = num_levels
         self.value_proj = nn.Linear(embed_dim, embed_dim)
         self.output_proj = nn.Linear(embed_dim, embed_dim)
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """The family's initialisation: head m looks along direction m, the points further out."""
-        _init_sampling(
-            self.sampling_offsets, self.attention_weights, self.num_heads, self.num_points
-        )
-        _init_projection(self.value_proj)
-        _init_projection(self.output_proj)
 
     def forward(
         self,
@@ -129,26 +194,9 @@ class MultiScaleDeformableAttention(nn.Module):
                 f"spatial_shapes: expected {self.num_levels} levels (num_levels), got {shapes}"
             )
         projected = self.value_proj(value).unflatten(-1, (self.num_heads, -1))
-        sampling = _predict_sampling(
-            self.sampling_offsets(query),
-            self.attention_weights(query),
-            reference_points,
-            shapes,
-            self.num_heads,
-            self.num_points,
+        return self._attend(
+            query, reference_points, projected, shapes, value_padding_mask, return_sampling
         )
-        attended = deformable_attention(
-            projected,
-            shapes,
-            sampling.sampling_locations,
-            sampling.attention_weights,
-            num_points=self.num_points,
-            interpolation=self.interpolation,
-            padding=self.padding,
-            value_padding_mask=value_padding_mask,
-        )
-        output: Tensor = self.output_proj(attended)
-        return (output, sampling) if return_sampling else output
 
     def extra_repr(self) -> str:
         return (
@@ -157,7 +205,7 @@ class MultiScaleDeformableAttention(nn.Module):
         )
 
 
-class DeformableAttention(nn.Module):
+class DeformableAttention(_SamplingModule):
     """Deformable attention over one feature map, everything predicted from the query.
 
     Args:
@@ -203,36 +251,18 @@ class DeformableAttention(nn.Module):
         interpolation: Interpolation = "linear",
         padding: Padding = "zeros",
     ) -> None:
-        super().__init__()
+        points = [positive_int("num_points", num_points)]
+        super().__init__(embed_dim, num_heads, points, interpolation, padding)
         if spatial_dims != 2:
             raise ValueError(f"spatial_dims: expected 2, got {spatial_dims}")
-        check_option("interpolation", interpolation, Interpolation)
-        check_option("padding", padding, Padding)
-        self.embed_dim = positive_int("embed_dim", embed_dim)
-        self.num_heads = positive_int("num_heads", num_heads)
-        self.num_points = [positive_int("num_points", num_points)]
         if value_projection:
             _check_heads(embed_dim, num_heads)
         self.spatial_dims = spatial_dims
-        self.interpolation: Interpolation = interpolation
-        self.padding: Padding = padding
-        total_points = num_heads * num_points
         self.reference_points = nn.Linear(embed_dim, 2) if predict_reference_points else None
-        self.sampling_offsets = nn.Linear(embed_dim, total_points * 2)
-        self.attention_weights = nn.Linear(embed_dim, total_points)
         self.value_proj = nn.Linear(embed_dim, embed_dim) if value_projection else None
         attended_dim = embed_dim if value_projection else num_heads * embed_dim
         self.output_proj = nn.Linear(attended_dim, embed_dim)
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """As `MultiScaleDeformableAttention.reset_parameters`; reference points xavier, bias 0."""
-        _init_sampling(
-            self.sampling_offsets, self.attention_weights, self.num_heads, self.num_points
-        )
-        for projection in (self.reference_points, self.value_proj, self.output_proj):
-            if projection is not None:
-                _init_projection(projection)
 
     def forward(
         self,
@@ -287,28 +317,14 @@ class DeformableAttention(nn.Module):
             projected = value[:, :, None, :]  # one head that all of them read
         else:
             projected = self.value_proj(value).unflatten(-1, (self.num_heads, -1))
-        sampling = _predict_sampling(
-            self.sampling_offsets(query),
-            self.attention_weights(query),
+        return self._attend(
+            query,
             reference_points[:, :, None],
-            shapes,
-            self.num_heads,
-            self.num_points,
-        )
-        attended = deformable_attention(
             projected,
             shapes,
-            sampling.sampling_locations,
-            sampling.attention_weights,
-            num_points=self.num_points,
-            interpolation=self.interpolation,
-            padding=self.padding,
-            value_padding_mask=(
-                None if value_padding_mask is None else value_padding_mask.flatten(1)
-            ),
+            None if value_padding_mask is None else value_padding_mask.flatten(1),
+            return_sampling,
         )
-        output: Tensor = self.output_proj(attended)
-        return (output, sampling) if return_sampling else output
 
     def extra_repr(self) -> str:
         return (
@@ -317,52 +333,8 @@ class DeformableAttention(nn.Module):
         )
 
 
-def _predict_sampling(
-    sampling_offsets: Tensor,
-    attention_logits: Tensor,
-    reference_points: Tensor,
-    shapes: list[tuple[int, ...]],
-    num_heads: int,
-    num_points: list[int],
-) -> Sampling:
-    # 16-bit locations would be off by whole pixels on a large map: the layers predict small offsets,
-    # in 16 bits where autocast says so; the sum of reference and offset is never taken in 16 bits.
-    dtype = _location_dtype(sampling_offsets)
-    sampling_offsets = sampling_offsets.to(dtype).unflatten(-1, (num_heads, sum(num_points), 2))
-    attention_weights = attention_logits.to(dtype).unflatten(-1, (num_heads, sum(num_points)))
-    reference_points = reference_points.to(dtype)
-    return Sampling(
-        reference_points,
-        sampling_offsets,
-        sampling_locations(reference_points, sampling_offsets, shapes, num_points),
-        attention_weights.softmax(-1),
-    )
-
-
 def _location_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def _init_sampling(
-    sampling_offsets: nn.Linear,
-    attention_weights: nn.Linear,
-    num_heads: int,
-    num_points: list[int],
-) -> None:
-    angle = torch.arange(num_heads, dtype=torch.float32) * (2 * math.pi / num_heads)
-    direction = torch.stack((angle.cos(), angle.sin()), -1)
-    direction = direction / direction.abs().amax(-1, keepdim=True)
-    distance = torch.tensor([point + 1.0 for count in num_points for point in range(count)])
-    with torch.no_grad():
-        sampling_offsets.bias.copy_((direction[:, None] * distance[:, None]).flatten())
-    nn.init.zeros_(sampling_offsets.weight)
-    nn.init.zeros_(attention_weights.weight)
-    nn.init.zeros_(attention_weights.bias)
-
-
-def _init_projection(projection: nn.Linear) -> None:
-    nn.init.xavier_uniform_(projection.weight)
-    nn.init.zeros_(projection.bias)
 
 
 def _check_tensor(name: str, tensor: object) -> None:
