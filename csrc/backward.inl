@@ -70,12 +70,13 @@ void dots_of_chunk(const Problem& problem, const Points<T>& points, int64_t num_
   constexpr int G = kGroup<T>;
   for (const Level& level : problem.levels) {
     const LevelRows level_rows(level, row_stride);
+    const bool far = rows_are_far<S>(problem, level);
     for (int64_t query = 0; query < num_queries; ++query) {
       const T* grad = grads + query * grads_stride;
       int64_t at = query * problem.total_points + level.first_point;
-      if (!problem.pack && query + 1 < num_queries) {
-        prefetch_rows(rows, level_rows, points, at + problem.total_points, level.num_points,
-                      problem.head_dim);
+      if (far && query + kRowQueriesAhead < num_queries) {
+        prefetch_rows(rows, level_rows, points, at + kRowQueriesAhead * problem.total_points,
+                      level.num_points, problem.head_dim);
       }
       const int64_t end = at + level.num_points;
       for (; at + G <= end; at += G) {
@@ -135,10 +136,9 @@ struct BackwardPointsScratch {
 template <class S>
 void backward_points(const Problem& problem, const Value& value, const void* grad_output,
                      const void* locations, const void* weights, void* grad_locations,
-                     void* grad_weights, int64_t begin, int64_t end) {
+                     void* grad_weights, int64_t begin, int64_t end,
+                     BackwardPointsScratch<S>& scratch) {
   typedef Compute<S> T;
-  thread_local BackwardPointsScratch<S> of_this_thread;
-  BackwardPointsScratch<S>& scratch = of_this_thread;  // looked up once
   const int64_t total_points = problem.total_points;
   const int64_t grads_stride = whole_vectors<T>(problem.head_dim);
   const int64_t most_points = problem.chunk_queries * total_points + kWidth<T>;
@@ -246,11 +246,10 @@ struct BackwardValueScratch {
 
 template <class S>
 void backward_value(const Problem& problem, const void* grad_output, const void* locations,
-                    const void* weights, void* grad_value, int64_t begin, int64_t end) {
+                    const void* weights, void* grad_value, int64_t begin, int64_t end,
+                    BackwardValueScratch<S>& scratch) {
   typedef Compute<S> T;
   constexpr bool kSameType = std::is_same<S, T>::value;
-  thread_local BackwardValueScratch<S> of_this_thread;
-  BackwardValueScratch<S>& scratch = of_this_thread;  // looked up once
   // Where the sums are kept: in rows of our own (always for 16-bit storage: sums are in float), or
   // right in grad_value if too little is added to pay for writing it out.
   const bool own_rows = !kSameType || problem.pack;

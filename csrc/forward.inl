@@ -30,8 +30,18 @@ SACCADE_INLINE void blend(const S* rows, const LevelRows& level, const Points<T>
   }
 }
 
-// Fetches the rows that `count` points read. Worth it where they are strewn over a whole value map
-// that is not in the caches; rows copied together are.
+// Whether a level's rows of one head are worth fetching ahead: strewn over a value map, not copied
+// together, and more than the second-level cache keeps by itself.
+template <class S>
+bool rows_are_far(const Problem& problem, const Level& level) {
+  constexpr int64_t kNearBytes = 256 << 10;
+  return !problem.pack &&
+         level.height * level.width * problem.head_dim * int64_t(sizeof(S)) > kNearBytes;
+}
+
+constexpr int64_t kRowQueriesAhead = 2;
+
+// Fetches the rows that `count` points read.
 template <class S, class T>
 SACCADE_INLINE void prefetch_rows(const S* rows, const LevelRows& level, const Points<T>& points,
                                   int64_t at, int64_t count, int64_t head_dim) {
@@ -51,11 +61,12 @@ void blend_chunk(const Problem& problem, const Points<T>& points, int64_t num_qu
   const int64_t head_dim = problem.head_dim;
   for (const Level& level : problem.levels) {
     const LevelRows level_rows(level, row_stride);
+    const bool far = rows_are_far<S>(problem, level);
     for (int64_t query = 0; query < num_queries; ++query) {
       const int64_t at = query * problem.total_points + level.first_point;
-      if (!problem.pack && query + 1 < num_queries) {
-        prefetch_rows(rows, level_rows, points, at + problem.total_points, level.num_points,
-                      head_dim);
+      if (far && query + kRowQueriesAhead < num_queries) {
+        prefetch_rows(rows, level_rows, points, at + kRowQueriesAhead * problem.total_points,
+                      level.num_points, head_dim);
       }
       T* to = sums + query * sums_stride;
       int64_t c = 0;
@@ -98,10 +109,8 @@ struct ForwardScratch {
 
 template <class S>
 void forward(const Problem& problem, const Value& value, const void* locations, const void* weights,
-             void* output, int64_t begin, int64_t end) {
+             void* output, int64_t begin, int64_t end, ForwardScratch<S>& scratch) {
   typedef Compute<S> T;
-  thread_local ForwardScratch<S> of_this_thread;
-  ForwardScratch<S>& scratch = of_this_thread;  // looked up once
   const int64_t head_dim = problem.head_dim;
   const int64_t sums_stride = whole_vectors<T>(head_dim);
   scratch.packed.forget();

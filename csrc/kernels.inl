@@ -8,6 +8,13 @@
 #include "backward.inl"
 // clang-format on
 
+// Handed over rather than used in place: the compiler would look its address up again and again.
+template <class Scratch>
+Scratch& of_this_thread() {
+  thread_local Scratch scratch;
+  return scratch;
+}
+
 // Calls run(S{}) with the storage type S of the problem.
 template <class Run>
 void with_storage(const Problem& problem, Run run) {
@@ -26,7 +33,9 @@ void with_storage(const Problem& problem, Run run) {
 inline void any_forward(const Problem& problem, const Value& value, const void* locations,
                         const void* weights, void* output, int64_t begin, int64_t end) {
   with_storage(problem, [&](auto storage) {
-    forward<decltype(storage)>(problem, value, locations, weights, output, begin, end);
+    typedef decltype(storage) S;
+    forward<S>(problem, value, locations, weights, output, begin, end,
+               of_this_thread<ForwardScratch<S>>());
   });
 }
 
@@ -34,8 +43,9 @@ inline void any_backward_points(const Problem& problem, const Value& value, cons
                                 const void* locations, const void* weights, void* grad_locations,
                                 void* grad_weights, int64_t begin, int64_t end) {
   with_storage(problem, [&](auto storage) {
-    backward_points<decltype(storage)>(problem, value, grad_output, locations, weights,
-                                       grad_locations, grad_weights, begin, end);
+    typedef decltype(storage) S;
+    backward_points<S>(problem, value, grad_output, locations, weights, grad_locations,
+                       grad_weights, begin, end, of_this_thread<BackwardPointsScratch<S>>());
   });
 }
 
@@ -43,7 +53,8 @@ inline void any_backward_value(const Problem& problem, const void* grad_output,
                                const void* locations, const void* weights, void* grad_value,
                                int64_t begin, int64_t end) {
   with_storage(problem, [&](auto storage) {
-    backward_value<decltype(storage)>(problem, grad_output, locations, weights, grad_value, begin,
-                                      end);
+    typedef decltype(storage) S;
+    backward_value<S>(problem, grad_output, locations, weights, grad_value, begin, end,
+                      of_this_thread<BackwardValueScratch<S>>());
   });
 }

@@ -99,10 +99,10 @@ struct Points {
   bool weights_are_finite;
 
   int64_t row(int64_t point) const {
-    return blocks[point / kWidth<T>].row[uint64_t(point) % kWidth<T>];
+    return blocks[uint64_t(point) / kWidth<T>].row[uint64_t(point) % kWidth<T>];
   }
   T weight(int64_t point, int corner) const {
-    return blocks[point / kWidth<T>].weights[corner][uint64_t(point) % kWidth<T>];
+    return blocks[uint64_t(point) / kWidth<T>].weights[corner][uint64_t(point) % kWidth<T>];
   }
 
   // Copies the chunk's locations and weights of one head together: [.., M, P, ..] -> [chunk, P,

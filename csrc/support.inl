@@ -69,7 +69,7 @@ template <class S>
 SACCADE_INLINE void prefetch(const S* from, int64_t count) {
   constexpr int64_t kLine = 64 / sizeof(S);
   for (int64_t at = 0; at < count; at += kLine) {
-    __builtin_prefetch(from + at);
+    __builtin_prefetch(from + at, 0, 2);
   }
 }
 
