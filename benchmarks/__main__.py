@@ -29,7 +29,7 @@ def operator_figures(threads: int) -> list[dict[str, object]]:
     for name in ("detr-encoder", "detr-decoder"):
         plan += [(WORKLOADS[name], torch.float32, True), (WORKLOADS[name], torch.bfloat16, False)]
     for workload, dtype, uniform in plan:
-        for figure in compare(workload, dtype=dtype, uniform=uniform, seconds=3.0):
+        for figure in compare(workload, dtype=dtype, uniform=uniform, seconds=2.0):
             print(
                 f"{figure.ratio:7.1f} x  {figure.workload:20} {figure.direction:19}"
                 f" {figure.locations:10} {figure.dtype:8} {figure.threads} threads"

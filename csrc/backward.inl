@@ -30,14 +30,14 @@ constexpr int kGroup = kWidth<T> / 4;
 // The dot products of one query's grad with the four corners of a group of points, point after
 // point. Fewer than a group: the last one is repeated.
 template <class S, class T>
-SACCADE_INLINE Vector<T> group_dots(const S* rows, const LevelRows& level, const Points<T>& points,
+SACCADE_INLINE Vector<T> group_dots(const LevelRows<const S>& level, const Points<T>& points,
                                     int64_t at, int64_t count, const T* grad, int64_t channels) {
   constexpr int G = kGroup<T>, W = kWidth<T>;
   const S* corners[G];
 #pragma GCC unroll 4
   for (int i = 0; i < G; ++i) {
     const int64_t point = at + (i < count ? i : count - 1);
-    corners[i] = rows + level.offset(points.row(point));
+    corners[i] = level.row(points.row(point));
   }
   Vector<T> dots[W];
 #pragma GCC unroll 16
@@ -65,29 +65,26 @@ SACCADE_INLINE Vector<T> group_dots(const S* rows, const LevelRows& level, const
 
 template <class S, class T>
 void dots_of_chunk(const Problem& problem, const Points<T>& points, int64_t num_queries,
-                   const S* rows, int64_t row_stride, const T* grads, int64_t grads_stride,
-                   T* dots) {
+                   const HeadRows<S>& rows, const T* grads, int64_t grads_stride, T* dots) {
   constexpr int G = kGroup<T>;
   for (const Level& level : problem.levels) {
-    const LevelRows level_rows(level, row_stride);
-    const bool far = rows_are_far<S>(problem, level);
+    const LevelRows<const S> level_rows = rows_to_read(problem, level, rows);
     for (int64_t query = 0; query < num_queries; ++query) {
       const T* grad = grads + query * grads_stride;
       int64_t at = query * problem.total_points + level.first_point;
-      if (far && query + kRowQueriesAhead < num_queries) {
-        prefetch_rows(rows, level_rows, points, at + kRowQueriesAhead * problem.total_points,
+      if (!level.packed && query + kRowQueriesAhead < num_queries) {
+        prefetch_rows(level_rows, points, at + kRowQueriesAhead * problem.total_points,
                       level.num_points, problem.head_dim);
       }
       const int64_t end = at + level.num_points;
       for (; at + G <= end; at += G) {
-        store(dots + 4 * at, group_dots(rows, level_rows, points, at, G, grad, problem.head_dim));
+        store(dots + 4 * at, group_dots(level_rows, points, at, G, grad, problem.head_dim));
       }
       if (at < end) {
         // Not the whole vector: beyond the level lie dot products that are there already.
-        store_partial<T, T>(
-            dots + 4 * at,
-            group_dots(rows, level_rows, points, at, end - at, grad, problem.head_dim),
-            4 * (end - at));
+        store_partial<T, T>(dots + 4 * at,
+                            group_dots(level_rows, points, at, end - at, grad, problem.head_dim),
+                            4 * (end - at));
       }
     }
   }
@@ -148,8 +145,7 @@ void backward_points(const Problem& problem, const Value& value, const void* gra
   scratch.grad_weights.reserve(most_points);
   for (int64_t index = begin; index < end; ++index) {
     const Unit unit(problem, index);
-    const S* rows = scratch.packed.rows(problem, value, unit);
-    const int64_t row_stride = scratch.packed.row_stride();
+    const HeadRows<S> rows = scratch.packed.rows(problem, value, unit);
     Points<T>& points = scratch.points;
     points.gather(problem, static_cast<const T*>(locations), static_cast<const T*>(weights), unit);
     points.compute(problem, unit.num_queries);
@@ -157,12 +153,12 @@ void backward_points(const Problem& problem, const Value& value, const void* gra
               scratch.grads);
     const int64_t count = unit.num_queries * total_points;
     std::fill_n(&scratch.dots[4 * count], 4 * kWidth<T>, T(0));  // read by the last vector
-    dots_of_chunk(problem, points, unit.num_queries, rows, row_stride, &scratch.grads[0],
-                  grads_stride, &scratch.dots[0]);
+    dots_of_chunk(problem, points, unit.num_queries, rows, &scratch.grads[0], grads_stride,
+                  &scratch.dots[0]);
     if (!chain(problem, points, unit.num_queries, &scratch.dots[0], &scratch.grad_locations[0],
                &scratch.grad_weights[0])) {
       for (int64_t query = 0; query < unit.num_queries; ++query) {
-        exact_backward_points(problem, points, query, rows, row_stride,
+        exact_backward_points(problem, points, query, rows.in_place, rows.stride,
                               &scratch.grads[query * grads_stride], &scratch.grad_locations[0],
                               &scratch.grad_weights[0]);
       }
@@ -181,15 +177,15 @@ void backward_points(const Problem& problem, const Value& value, const void* gra
 // Adds weight * grad to the four rows of each of `count` points. The rows of one point may be the
 // same row (maps one cell wide), so they are updated one after the other.
 template <class T, int NV, bool Partial>
-SACCADE_INLINE void scatter(T* rows, const LevelRows& level, const Points<T>& points, int64_t at,
-                            int64_t count, const T* grad, int64_t channels) {
+SACCADE_INLINE void scatter(const LevelRows<T>& level, int64_t channel, const Points<T>& points,
+                            int64_t at, int64_t count, const T* grad, int64_t channels) {
   Vector<T> g[NV];
 #pragma GCC unroll 4
   for (int v = 0; v < NV; ++v) {
     g[v] = load(grad + v * kWidth<T>);
   }
   for (int64_t point = at; point < at + count; ++point) {
-    T* corner = rows + level.offset(points.row(point));
+    T* corner = level.row(points.row(point)) + channel;
 #pragma GCC unroll 4
     for (int c = 0; c < 4; ++c) {
       const Vector<T> weight = splat<T>(points.weight(point, c));
@@ -214,25 +210,24 @@ void scatter_chunk(const Problem& problem, const Points<T>& points, int64_t num_
                    int64_t row_stride) {
   constexpr int W = kWidth<T>;
   for (const Level& level : problem.levels) {
-    const LevelRows level_rows(level, row_stride);
+    const LevelRows<T> level_rows(level, rows, row_stride);
     for (int64_t query = 0; query < num_queries; ++query) {
       const int64_t at = query * problem.total_points + level.first_point;
       const T* grad = grads + query * grads_stride;
       int64_t c = 0;
       for (; c + 4 * W <= channels; c += 4 * W) {
-        scatter<T, 4, false>(rows + c, level_rows, points, at, level.num_points, grad + c, 0);
+        scatter<T, 4, false>(level_rows, c, points, at, level.num_points, grad + c, 0);
       }
       if (c + 2 * W <= channels) {
-        scatter<T, 2, false>(rows + c, level_rows, points, at, level.num_points, grad + c, 0);
+        scatter<T, 2, false>(level_rows, c, points, at, level.num_points, grad + c, 0);
         c += 2 * W;
       }
       if (c + W <= channels) {
-        scatter<T, 1, false>(rows + c, level_rows, points, at, level.num_points, grad + c, 0);
+        scatter<T, 1, false>(level_rows, c, points, at, level.num_points, grad + c, 0);
         c += W;
       }
       if (c < channels) {
-        scatter<T, 1, true>(rows + c, level_rows, points, at, level.num_points, grad + c,
-                            channels - c);
+        scatter<T, 1, true>(level_rows, c, points, at, level.num_points, grad + c, channels - c);
       }
     }
   }
@@ -252,7 +247,7 @@ void backward_value(const Problem& problem, const void* grad_output, const void*
   constexpr bool kSameType = std::is_same<S, T>::value;
   // Where the sums are kept: in rows of our own (always for 16-bit storage: sums are in float), or
   // right in grad_value if too little is added to pay for writing it out.
-  const bool own_rows = !kSameType || problem.pack;
+  const bool own_rows = !kSameType || problem.own_grad_rows;
   const int64_t full_stride = problem.value_heads * problem.head_dim;
   for (int64_t index = begin; index < end; ++index) {
     const int64_t band = index % problem.num_bands;

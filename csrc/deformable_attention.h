@@ -32,6 +32,11 @@ struct Level {
   int64_t first_row;    // of this level among the rows (positions) of the value
   int64_t first_point;  // of this level among the points of a query and head
   int64_t num_points;
+
+  // Derived by Problem::prepare(): whether a head's rows of this level are copied together before
+  // they are gathered from, and where among the rows copied.
+  bool packed = false;
+  int64_t first_packed_row = 0;
 };
 
 // Constants of one axis for each point, repeated with period total_points so that a vector of
@@ -63,8 +68,9 @@ struct Problem {
 
   // Derived by prepare().
   int64_t chunk_queries = 0, num_chunks = 0;
-  bool pack = false;      // copy a head's rows together before gathering from them
-  int64_t num_bands = 1;  // parts of the channels that own a piece of grad_value each
+  int64_t num_packed_rows = 0;  // of all levels, for one head
+  bool own_grad_rows = false;  // sum a head's grad_value up in rows of its own, then write them out
+  int64_t num_bands = 1;       // parts of the channels that own a piece of grad_value each
   PointTable<float> float_table;
   PointTable<double> double_table;
 

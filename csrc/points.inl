@@ -150,13 +150,15 @@ struct Points {
   }
 };
 
-// The rows of a level and the steps from a point's first corner to the others.
+// The rows of a level for one head, and the steps from a point's first corner to the others.
+template <class S>
 struct LevelRows {
-  int64_t first, stride;
+  S* first;
+  int64_t stride;
   int64_t steps[4];
 
-  LevelRows(const Level& level, int64_t row_stride)
-      : first(level.first_row * row_stride), stride(row_stride) {
+  LevelRows(const Level& level, S* rows_of_all_levels, int64_t row_stride)
+      : first(rows_of_all_levels + level.first_row * row_stride), stride(row_stride) {
     // An axis of one cell has no second one: the step stays on the first, its weight is 0.
     const int64_t right = level.width > 1 ? row_stride : 0;
     const int64_t down = level.height > 1 ? level.width * row_stride : 0;
@@ -166,5 +168,17 @@ struct LevelRows {
     steps[3] = down + right;
   }
 
-  int64_t offset(int64_t row) const { return first + row * stride; }
+  S* row(int64_t number) const { return first + number * stride; }
 };
+
+// A level's rows to read: the copies if it is packed.
+template <class S>
+LevelRows<const S> rows_to_read(const Problem& problem, const Level& level,
+                                const HeadRows<S>& rows) {
+  if (!level.packed) {
+    return LevelRows<const S>(level, rows.in_place, rows.stride);
+  }
+  LevelRows<const S> found(level, rows.packed, problem.head_dim);
+  found.first = rows.packed + level.first_packed_row * problem.head_dim;
+  return found;
+}

@@ -44,6 +44,12 @@ void append(AxisTable<T>& table, int64_t size, Coordinates coordinates) {
 
 template <class T>
 void fill(PointTable<T>& table, const Problem& problem) {
+  for (AxisTable<T>* axis : {&table.x, &table.y}) {
+    for (std::vector<T>* column :
+         {&axis->scale, &axis->shift, &axis->last, &axis->base_limit, &axis->pair}) {
+      column->reserve(2 * problem.total_points + kWidestVector);
+    }
+  }
   int64_t filled = 0;
   while (filled < problem.total_points + kWidestVector) {
     for (const Level& level : problem.levels) {
@@ -68,9 +74,19 @@ void Problem::prepare(int64_t num_threads) {
   chunk_queries = std::max<int64_t>(std::min(chunk_queries, num_queries), 1);
   num_chunks = divide_up(num_queries, chunk_queries);
 
-  // A head's rows lie value_heads * head_dim apart. Copied together they fill whole cache lines and
-  // pages; that pays once the gathers outnumber the rows clearly.
-  pack = value_heads > 1 && num_queries * total_points * 4 >= 4 * num_positions;
+  // A head's rows lie value_heads * head_dim apart, so that they share few sets of the caches.
+  // Copied together they have them to themselves; that pays once the gathers outnumber the rows
+  // clearly.
+  constexpr int64_t kGathersPerRow = 2;
+  num_packed_rows = 0;
+  for (Level& level : levels) {
+    const int64_t rows = level.height * level.width;
+    level.packed = value_heads > 1 && num_queries * level.num_points * 4 >= kGathersPerRow * rows;
+    level.first_packed_row = num_packed_rows;
+    num_packed_rows += level.packed ? rows : 0;
+  }
+  own_grad_rows =
+      value_heads > 1 && num_queries * total_points * 4 >= kGathersPerRow * num_positions;
 
   // Ownership of grad_value goes by batch and head, then by bands of channels (64 bytes at least).
   const int64_t owners = std::max<int64_t>(batch_size * value_heads, 1);

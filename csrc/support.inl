@@ -33,6 +33,7 @@ class Buffer {
     }
   }
 
+  T* data() { return data_; }
   T& operator[](int64_t index) { return data_[index]; }
   const T& operator[](int64_t index) const { return data_[index]; }
 
@@ -124,34 +125,34 @@ int64_t whole_vectors(int64_t count) {
 // Scratch of one thread, shared by all calls on it.
 constexpr int64_t kKeptBytes = int64_t(16) << 20;
 
+// Where the rows of one head are: in the value, and the packed levels copied together.
+template <class S>
+struct HeadRows {
+  const S* in_place;
+  int64_t stride;  // of the rows in place
+  const S* packed;
+};
+
 template <class S>
 class PackedRows {
  public:
-  // The rows of one head: where they are, or copied together if the plan says so. Consecutive units
-  // of a head find the copy of the first.
-  const S* rows(const Problem& problem, const Value& value, const Unit& unit) {
-    const S* first = static_cast<const S*>(value.data) + unit.batch * value.batch_stride +
-                     unit.value_head * value.head_stride;
-    if (!problem.pack) {
-      row_stride_ = value.row_stride;
-      return first;
-    }
-    row_stride_ = problem.head_dim;
+  // Consecutive units of a head find the copy of the first.
+  HeadRows<S> rows(const Problem& problem, const Value& value, const Unit& unit) {
+    const S* in_place = static_cast<const S*>(value.data) + unit.batch * value.batch_stride +
+                        unit.value_head * value.head_stride;
     if (unit.batch != batch_ || unit.value_head != head_) {
-      packed_.reserve(problem.num_positions * problem.head_dim);
-      for (int64_t row = 0; row < problem.num_positions; ++row) {
-        const int64_t ahead = std::min(row + kRowsAhead, problem.num_positions - 1);
-        prefetch(first + ahead * value.row_stride, problem.head_dim);
-        copy_numbers(&packed_[row * problem.head_dim], first + row * value.row_stride,
-                     problem.head_dim);
+      packed_.reserve(problem.num_packed_rows * problem.head_dim);
+      for (const Level& level : problem.levels) {
+        if (level.packed) {
+          pack(in_place + level.first_row * value.row_stride, value.row_stride,
+               level.height * level.width, level.first_packed_row, problem.head_dim);
+        }
       }
       batch_ = unit.batch;
       head_ = unit.value_head;
     }
-    return &packed_[0];
+    return {in_place, value.row_stride, packed_.data()};
   }
-
-  int64_t row_stride() const { return row_stride_; }
 
   // To be called at the beginning and end of every call: the copy belongs to one value only.
   void forget() {
@@ -160,8 +161,14 @@ class PackedRows {
   }
 
  private:
-  static constexpr int64_t kRowsAhead = 16;
+  void pack(const S* from, int64_t stride, int64_t num_rows, int64_t first, int64_t head_dim) {
+    constexpr int64_t kRowsAhead = 16;
+    for (int64_t row = 0; row < num_rows; ++row) {
+      prefetch(from + std::min(row + kRowsAhead, num_rows - 1) * stride, head_dim);
+      copy_numbers(&packed_[(first + row) * head_dim], from + row * stride, head_dim);
+    }
+  }
 
   Buffer<S> packed_;
-  int64_t batch_ = -1, head_ = -1, row_stride_ = 0;
+  int64_t batch_ = -1, head_ = -1;
 };

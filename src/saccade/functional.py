@@ -11,6 +11,9 @@ from saccade import backend, reference
 from saccade.arguments import Coordinates, Interpolation, Padding, SpatialShapes, understand
 from saccade.ops import registration as _registration  # noqa: F401  defines the operator
 
+# The overload itself: looking it up costs as much as a small kernel.
+_OPERATOR = torch.ops.saccade.deformable_attention.default
+
 
 def deformable_attention(
     value: Tensor,
@@ -89,7 +92,7 @@ def deformable_attention(
     )
     if backend.needs_reference():
         return reference.execute(call)
-    output: Tensor = torch.ops.saccade.deformable_attention(
+    output: Tensor = _OPERATOR(
         call.value,
         call.flat_spatial_shapes,
         call.sampling_locations,

@@ -20,7 +20,8 @@ def alternate(
     """Median time of each function in milliseconds, measured in turns.
 
     Each round times every function once, so that a machine that slows down slows all of them.
-    A function so short that the clock would matter is called several times a turn.
+    A short function is called for some 10 ms a turn: its inputs are then in the caches as far as they
+    fit, which is how a layer finds what the layer before has just written.
 
     Args:
         functions: what to time, by name.
@@ -32,7 +33,7 @@ def alternate(
         function()  # first call: memory is allocated, caches are filled
         begin = time.perf_counter()
         function()
-        calls[name] = max(1, round(2e-3 / max(1e-9, time.perf_counter() - begin)))
+        calls[name] = max(1, round(10e-3 / max(1e-9, time.perf_counter() - begin)))
     times: dict[str, list[float]] = {name: [] for name in functions}
     end = time.perf_counter() + seconds
     while len(times[next(iter(times))]) < least_rounds or time.perf_counter() < end:
