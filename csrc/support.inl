@@ -66,6 +66,7 @@ SACCADE_INLINE void copy_numbers(S* to, const S* from, int64_t count) {
 // far enough ahead to cover the way to memory, near enough to still be in the cache when needed.
 constexpr int64_t kQueriesAhead = 8;
 
+// Into the second-level cache, which has more requests under way than the first.
 template <class S>
 SACCADE_INLINE void prefetch(const S* from, int64_t count) {
   constexpr int64_t kLine = 64 / sizeof(S);
@@ -122,7 +123,7 @@ int64_t whole_vectors(int64_t count) {
   return (count + kWidth<T> - 1) / kWidth<T> * kWidth<T>;
 }
 
-// Scratch of one thread, shared by all calls on it.
+// What a thread keeps of a large buffer between calls.
 constexpr int64_t kKeptBytes = int64_t(16) << 20;
 
 // Where the rows of one head are: in the value, and the packed levels copied together.

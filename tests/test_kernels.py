@@ -260,8 +260,6 @@ def test_no_memory_is_left_behind(native_backend):
 
 @pytest.mark.slow
 def test_more_than_2_to_the_31_elements(native_backend):
-    if native_backend == "cpu-scalar":
-        pytest.skip("the index arithmetic is the same source; the vector kernels are enough")
     height = width = 8192
     heads, head_dim = 8, 5  # 2.7e9 elements of 2 bytes
     value = torch.zeros(1, height * width, heads, head_dim, dtype=torch.bfloat16)
