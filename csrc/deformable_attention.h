@@ -37,6 +37,7 @@ struct Level {
   // they are gathered from, and where among the rows copied.
   bool packed = false;
   int64_t first_packed_row = 0;
+  bool sorted = false;  // whether the backward sorts the points of this level by cell
 };
 
 // Constants of one axis for each point, repeated with period total_points so that a vector of
@@ -70,7 +71,9 @@ struct Problem {
   int64_t chunk_queries = 0, num_chunks = 0;
   int64_t num_packed_rows = 0;  // of all levels, for one head
   bool own_grad_rows = false;  // sum a head's grad_value up in rows of its own, then write them out
-  int64_t num_bands = 1;       // parts of the channels that own a piece of grad_value each
+  int64_t num_bands = 1;       // parts of each level's height that own a piece of grad_value each
+  int64_t scatter_queries = 0;  // whose points are sorted together
+  bool stream_output = false;  // write large results past the caches
   PointTable<float> float_table;
   PointTable<double> double_table;
 
@@ -78,6 +81,10 @@ struct Problem {
   // depend on that number: it only sets how many independent pieces there are.
   void prepare(int64_t num_threads);
 
+  // Whether the gradient of the value is summed up where it belongs.
+  bool adds_in_place() const {
+    return !own_grad_rows && (storage == Storage::float32 || storage == Storage::float64);
+  }
   int64_t forward_units() const { return batch_size * num_heads * num_chunks; }
   int64_t backward_points_units() const { return forward_units(); }
   int64_t backward_value_units() const { return batch_size * value_heads * num_bands; }
@@ -104,7 +111,8 @@ struct Kernels {
                           const void* locations, const void* weights, void* grad_locations,
                           void* grad_weights, int64_t begin, int64_t end);
 
-  // Gradient of the value, contiguous [B, S, value_heads, D] in the storage type.
+  // Gradient of the value, contiguous [B, S, value_heads, D] in the storage type; zeroed before if
+  // Problem::adds_in_place().
   void (*backward_value)(const Problem&, const void* grad_output, const void* locations,
                          const void* weights, void* grad_value, int64_t begin, int64_t end);
 };

@@ -19,7 +19,8 @@ template <class T>
 void corners_of(const Problem& problem, const PointTable<T>& table, const T* locations,
                 const Level& level, int64_t at, Corners<T>& corners) {
   // Locates a whole vector for one point: this path is rare and its numbers must be the same.
-  const Located<T> points = locate_points<T>(problem, table, locations, at);
+  const Located<T> points =
+      locate_points<T>(problem, table, locations, at, at % problem.total_points);
   const int64_t x = static_cast<int64_t>(points.x.base[0]);
   const int64_t y = static_cast<int64_t>(points.y.base[0]);
   corners.count = 0;
@@ -58,31 +59,33 @@ Compute<S> number(const S* from) {
 
 template <class S, class T>
 void exact_forward(const Problem& problem, const Points<T>& points, int64_t query, const S* rows,
-                   int64_t row_stride, T* sums) {
-  std::fill_n(sums, problem.head_dim, T(0));
-  for_each_point(problem, points, query, [&](int64_t, T attention, const Corners<T>& corners) {
-    for (int64_t channel = 0; channel < problem.head_dim; ++channel) {
+                   int64_t row_stride, S* output) {
+  for (int64_t channel = 0; channel < problem.head_dim; ++channel) {
+    T sum = 0;
+    for_each_point(problem, points, query, [&](int64_t, T attention, const Corners<T>& corners) {
       T sampled = 0;
       for (int i = 0; i < corners.count; ++i) {
         const Corner<T>& corner = corners.list[i];
         sampled += corner.weight * number(rows + corner.row * row_stride + channel);
       }
-      sums[channel] += attention * sampled;
-    }
-  });
+      sum += attention * sampled;
+    });
+    store_partial<S, T>(output + channel, splat<T>(sum), 1);
+  }
 }
 
 template <class S, class T>
 void exact_backward_points(const Problem& problem, const Points<T>& points, int64_t query,
-                           const S* rows, int64_t row_stride, const T* grad, T* grad_locations,
-                           T* grad_weights) {
+                           const S* rows, int64_t row_stride, const S* grad_output,
+                           T* grad_locations, T* grad_weights) {
   for_each_point(problem, points, query, [&](int64_t at, T attention, const Corners<T>& corners) {
     T grad_x = 0, grad_y = 0, grad_weight = 0;
     for (int i = 0; i < corners.count; ++i) {
       const Corner<T>& corner = corners.list[i];
       T dot = 0;
       for (int64_t channel = 0; channel < problem.head_dim; ++channel) {
-        dot += grad[channel] * number(rows + corner.row * row_stride + channel);
+        dot += number(grad_output + channel) *
+               number(rows + corner.row * row_stride + channel);
       }
       grad_weight += corner.weight * dot;
       grad_x += corner.x_slope * (attention * dot);
@@ -94,17 +97,20 @@ void exact_backward_points(const Problem& problem, const Points<T>& points, int6
   });
 }
 
-template <class T>
+// Adds to the rows of the band only (see band.inl).
+template <class S, class T>
 void exact_backward_value(const Problem& problem, const Points<T>& points, int64_t query,
-                          const T* grad, int64_t num_channels, T* grad_rows, int64_t row_stride) {
+                          const S* grad_output, const Band& band, T* grad_rows,
+                          int64_t row_stride) {
   for_each_point(problem, points, query, [&](int64_t, T attention, const Corners<T>& corners) {
     for (int i = 0; i < corners.count; ++i) {
       const Corner<T>& corner = corners.list[i];
+      if (!band.owns(corner.row)) {
+        continue;
+      }
       T* row = grad_rows + corner.row * row_stride;
-      const Vector<T> weight = splat<T>(corner.weight * attention);
-      for (int64_t channel = 0; channel < num_channels; ++channel) {
-        // Rounded as in the fast path: other bands of the channels may have gone that way.
-        row[channel] = Vector<T>(fma(weight, splat<T>(grad[channel]), splat<T>(row[channel])))[0];
+      for (int64_t channel = 0; channel < problem.head_dim; ++channel) {
+        row[channel] += corner.weight * attention * number(grad_output + channel);
       }
     }
   });

@@ -1,92 +1,111 @@
 // output[q] = sum over points of weight * row: the blend, and the loop over units around it.
 
-// `count` points of one query on one level, added to NV vectors of sums. With Partial, NV is 1 and
-// only `channels` numbers of the rows exist.
+// The points of one query on one level, added to NV vectors of sums. With Partial, NV is 1 and only
+// `channels` numbers of the rows exist.
 template <class S, class T, int NV, bool Partial>
-SACCADE_INLINE void blend(const LevelRows<const S>& level, int64_t channel, const Points<T>& points,
-                          int64_t at, int64_t count, T* sums, int64_t channels) {
-  Vector<T> sum[NV];
+SACCADE_INLINE void blend(const LevelRows<const S>& level, const S* first, const int32_t* rows,
+                          const T* weights, int64_t count, T* sums, int64_t channels) {
+  const auto numbers = [&](const S* row, int v) SACCADE_INLINE_LAMBDA {
+    return Partial ? load_partial<S, T>(row, channels) : load_as_compute(row + v * kWidth<T>);
+  };
+  // Two sums, for the upper and the lower corners: one alone would be a chain of additions, each
+  // waiting for the one before.
+  Vector<T> upper_sum[NV], lower_sum[NV];
 #pragma GCC unroll 4
   for (int v = 0; v < NV; ++v) {
-    sum[v] = load(sums + v * kWidth<T>);
+    upper_sum[v] = load(sums + v * kWidth<T>);
+    lower_sum[v] = Vector<T>{};
   }
-  for (int64_t point = at; point < at + count; ++point) {
-    const S* corner = level.row(points.row(point)) + channel;
+  for (const int32_t* end = rows + count; rows != end; ++rows, weights += 4) {
+    const S* upper = first + *rows * level.stride;
+    const S* lower = upper + level.down;
+    const Quad<T> w(weights);
 #pragma GCC unroll 4
-    for (int c = 0; c < 4; ++c) {
-      const Vector<T> weight = splat<T>(points.weight(point, c));
-      const S* row = corner + level.steps[c];
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) {
-        const Vector<T> numbers =
-            Partial ? load_partial<S, T>(row, channels) : load_as_compute(row + v * kWidth<T>);
-        sum[v] = (Vector<T>)fma(weight, numbers, sum[v]);
-      }
+    for (int v = 0; v < NV; ++v) {
+      upper_sum[v] = (Vector<T>)fma(w[0], numbers(upper, v), upper_sum[v]);
+      lower_sum[v] = (Vector<T>)fma(w[2], numbers(lower, v), lower_sum[v]);
+      upper_sum[v] = (Vector<T>)fma(w[1], numbers(upper + level.right, v), upper_sum[v]);
+      lower_sum[v] = (Vector<T>)fma(w[3], numbers(lower + level.right, v), lower_sum[v]);
     }
   }
 #pragma GCC unroll 4
   for (int v = 0; v < NV; ++v) {
-    store(sums + v * kWidth<T>, sum[v]);
+    store(sums + v * kWidth<T>, upper_sum[v] + lower_sum[v]);
   }
 }
 
 // Rows that are read in place lie strewn over the value map: fetched this many queries ahead.
 constexpr int64_t kRowQueriesAhead = 2;
 
+// For how many queries of a chunk the rows are fetched ahead.
+inline int64_t queries_fetched_ahead(const Level& level, int64_t num_queries) {
+  return level.packed ? 0 : std::max<int64_t>(num_queries - kRowQueriesAhead, 0);
+}
+
 // Fetches the rows that `count` points read.
-template <class S, class T>
-SACCADE_INLINE void prefetch_rows(const LevelRows<const S>& level, const Points<T>& points,
-                                  int64_t at, int64_t count, int64_t head_dim) {
-  for (int64_t point = at; point < at + count; ++point) {
-    const S* corner = level.row(points.row(point));
-    for (int c = 0; c < 4; ++c) {
-      prefetch(corner + level.steps[c], head_dim);
-    }
+template <class S>
+SACCADE_INLINE void prefetch_rows(const LevelRows<const S>& level, const int32_t* rows,
+                                  int64_t count, int64_t head_dim) {
+  for (const int32_t* end = rows + count; rows != end; ++rows) {
+    const S* upper = level.first + *rows * level.stride;
+    prefetch(upper, head_dim);
+    prefetch(upper + level.right, head_dim);
+    prefetch(upper + level.down, head_dim);
+    prefetch(upper + level.down + level.right, head_dim);
   }
 }
 
 // Level after level over the whole chunk, so that the rows of one level stay in the caches.
 template <class S, class T>
 void blend_chunk(const Problem& problem, const Points<T>& points, int64_t num_queries,
-                 const HeadRows<S>& rows, T* sums, int64_t sums_stride) {
-  constexpr int W = kWidth<T>;
-  const int64_t head_dim = problem.head_dim;
+                 const HeadRows<S>& rows, T* all_sums, int64_t sums_stride) {
+  const int64_t total_points = problem.total_points;
   for (const Level& level : problem.levels) {
     const LevelRows<const S> level_rows = rows_to_read(problem, level, rows);
-    for (int64_t query = 0; query < num_queries; ++query) {
-      const int64_t at = query * problem.total_points + level.first_point;
-      if (!level.packed && query + kRowQueriesAhead < num_queries) {
-        prefetch_rows(level_rows, points, at + kRowQueriesAhead * problem.total_points,
-                      level.num_points, head_dim);
+    const int64_t num_points = level.num_points;
+    const int64_t fetched_ahead = queries_fetched_ahead(level, num_queries);
+    const auto run = [&](auto block, int64_t slot, int64_t channel) SACCADE_INLINE_LAMBDA {
+      typedef decltype(block) B;
+      const int32_t* point_rows = &points.rows[level.first_point];
+      const T* weights = &points.weights[4 * level.first_point];
+      T* sums = all_sums + slot;
+      for (int64_t query = 0; query < num_queries; ++query) {
+        if (query < fetched_ahead && slot == 0) {
+          prefetch_rows(level_rows, point_rows + kRowQueriesAhead * total_points, num_points,
+                        problem.head_dim);
+        }
+        blend<S, T, B::NV, B::Partial>(level_rows, level_rows.first + channel, point_rows, weights,
+                                       num_points, sums, problem.head_dim);
+        point_rows += total_points;
+        weights += 4 * total_points;
+        sums += sums_stride;
       }
-      T* to = sums + query * sums_stride;
-      int64_t c = 0;
-      for (; c + 4 * W <= head_dim; c += 4 * W) {
-        blend<S, T, 4, false>(level_rows, c, points, at, level.num_points, to + c, 0);
-      }
-      if (c + 2 * W <= head_dim) {
-        blend<S, T, 2, false>(level_rows, c, points, at, level.num_points, to + c, 0);
-        c += 2 * W;
-      }
-      if (c + W <= head_dim) {
-        blend<S, T, 1, false>(level_rows, c, points, at, level.num_points, to + c, 0);
-        c += W;
-      }
-      if (c < head_dim) {
-        blend<S, T, 1, true>(level_rows, c, points, at, level.num_points, to + c, head_dim - c);
-      }
-    }
+    };
+    for_blocks<T, 4>(problem.head_dim, run);
   }
 }
 
+// From slots (see for_blocks), or from another row, to a row.
+template <bool FromSlots, class S, class T>
+SACCADE_INLINE void write_row(S* to, const T* from, int64_t count) {
+  for_blocks<T, 1>(count, [&](auto block, int64_t slot, int64_t channel) SACCADE_INLINE_LAMBDA {
+    if (decltype(block)::Partial) {
+      store_partial<S, T>(to, load_partial<T, T>(from, count), count);
+      return;
+    }
+    const T* piece = from + (FromSlots ? slot : channel);
+#pragma GCC unroll 2
+    for (int v = 0; v < decltype(block)::NV; ++v) {
+      store_from_compute(to + channel + v * kWidth<T>, load(piece + v * kWidth<T>));
+    }
+  });
+}
+
+// The same past the caches, for a row of whole cache lines.
 template <class S, class T>
-SACCADE_INLINE void write_numbers(S* to, const T* from, int64_t count) {
-  int64_t at = 0;
-  for (; at + kWidth<T> <= count; at += kWidth<T>) {
-    store_from_compute(to + at, load(from + at));
-  }
-  if (at < count) {
-    store_partial<S, T>(to + at, load_partial<T, T>(from + at, count - at), count - at);
+SACCADE_INLINE void stream_row(S* to, const T* slots, int64_t count) {
+  for (int64_t at = 0; at < count; at += kWidth<T>) {
+    stream_from_compute(to + at, load(slots + at));
   }
 }
 
@@ -103,25 +122,32 @@ void forward(const Problem& problem, const Value& value, const void* locations, 
   typedef Compute<S> T;
   const int64_t head_dim = problem.head_dim;
   const int64_t sums_stride = whole_vectors<T>(head_dim);
+  const bool stream = problem.stream_output && fills_lines(output, head_dim * sizeof(S));
   scratch.packed.forget();
   scratch.sums.reserve(problem.chunk_queries * sums_stride);
   for (int64_t index = begin; index < end; ++index) {
-    const Unit unit(problem, index);
+    const Unit unit = unit_of(problem, index);
     const HeadRows<S> rows = scratch.packed.rows(problem, value, unit);
-    scratch.points.gather(problem, static_cast<const T*>(locations), static_cast<const T*>(weights),
+    scratch.points.locate(problem, static_cast<const T*>(locations), static_cast<const T*>(weights),
                           unit);
-    scratch.points.compute(problem, unit.num_queries);
     T* sums = &scratch.sums[0];
     std::fill_n(sums, unit.num_queries * sums_stride, T(0));
     blend_chunk(problem, scratch.points, unit.num_queries, rows, sums, sums_stride);
     const bool not_a_number = has_nan(sums, unit.num_queries * sums_stride);
     for (int64_t query = 0; query < unit.num_queries; ++query) {
-      T* row = sums + query * sums_stride;
+      const T* row = sums + query * sums_stride;
+      S* to = static_cast<S*>(output) + unit.row(problem, query) * head_dim;
       if (not_a_number && has_nan(row, sums_stride)) {
-        exact_forward(problem, scratch.points, query, rows.in_place, rows.stride, row);
+        exact_forward(problem, scratch.points, query, rows.in_place, rows.stride, to);
+      } else if (stream) {
+        stream_row(to, row, head_dim);
+      } else {
+        write_row<true>(to, row, head_dim);
       }
-      write_numbers(static_cast<S*>(output) + unit.row(problem, query) * head_dim, row, head_dim);
     }
+  }
+  if (stream) {
+    end_streams();
   }
   scratch.packed.forget();
 }

@@ -14,6 +14,7 @@
 #include "deformable_attention.h"
 
 #define SACCADE_INLINE inline __attribute__((always_inline))
+#define SACCADE_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace saccade {
 extern const Kernels kScalarKernels;

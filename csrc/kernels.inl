@@ -3,9 +3,11 @@
 #include "simd/vector.inl"
 #include "support.inl"
 #include "points.inl"
+#include "band.inl"
 #include "exact.inl"
 #include "forward.inl"
-#include "backward.inl"
+#include "backward_points.inl"
+#include "backward_value.inl"
 // clang-format on
 
 // Handed over rather than used in place: the compiler would look its address up again and again.

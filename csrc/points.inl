@@ -55,17 +55,26 @@ struct Located {
   Axis<T> x, y;
 };
 
-// The points [at, at + width) of a chunk: `locations` holds x and y in turns. A point whose
-// location is not finite has weight, slope and corners 0.
+// Where in the tables the vector of points after that at `in_period` begins.
+template <class T>
+SACCADE_INLINE int64_t next_in_period(const Problem& problem, int64_t in_period) {
+  in_period += kWidth<T>;
+  if (in_period >= problem.total_points) {
+    in_period %= problem.total_points;
+  }
+  return in_period;
+}
+
+// The points [at, at + width), the first of which is point `in_period` of its query: `locations`
+// holds x and y in turns. A point whose location is not finite has weight, slope and corners 0.
 template <class T>
 SACCADE_INLINE Located<T> locate_points(const Problem& problem, const PointTable<T>& table,
-                                        const T* locations, int64_t at) {
+                                        const T* locations, int64_t at, int64_t in_period) {
   typedef Vector<T> V;
   constexpr int W = kWidth<T>;
   const V zero = {};
   const V first = load(locations + 2 * at), second = load(locations + 2 * at + W);
   const V x = evens<T>(first, second), y = odds<T>(first, second);
-  const int64_t in_period = at % problem.total_points;
   Located<T> located = {
       locate<T>(x, table.x, in_period, problem.interpolation, problem.padding),
       locate<T>(y, table.y, in_period, problem.interpolation, problem.padding),
@@ -81,72 +90,86 @@ SACCADE_INLINE Located<T> locate_points(const Problem& problem, const PointTable
   return located;
 }
 
-// What stage two reads, for a vector of points: the row of each point's first corner within its
-// level and the weights of the corners (y, x), (y, x + 1), (y + 1, x), (y + 1, x + 1), attention
-// weight included. Blocks rather than five arrays, so that one address reaches everything of a
-// point.
-template <class T>
-struct PointBlock {
-  int32_t row[kWidth<T>];
-  T weights[4][kWidth<T>];
-};
-
+// What stage two reads of the points of a unit.
 template <class T>
 struct Points {
-  Buffer<T> locations;          // [chunk, P, 2], as given
-  Buffer<T> attention_weights;  // [chunk, P], as given
-  Buffer<PointBlock<T>> blocks;
+  Buffer<int32_t> rows;  // [queries, P]: of the first corner, counted within its level
+  // [queries, P, 4]: of the corners (y, x), (y, x + 1), (y + 1, x), (y + 1, x + 1), attention weight
+  // included.
+  Buffer<T> weights;
   bool weights_are_finite;
+  // As given, without the other heads: of all the unit's points if it has no more queries than a
+  // piece, else of the last piece.
+  Buffer<T> locations, attention_weights;
 
-  int64_t row(int64_t point) const {
-    return blocks[uint64_t(point) / kWidth<T>].row[uint64_t(point) % kWidth<T>];
-  }
-  T weight(int64_t point, int corner) const {
-    return blocks[uint64_t(point) / kWidth<T>].weights[corner][uint64_t(point) % kWidth<T>];
-  }
-
-  // Copies the chunk's locations and weights of one head together: [.., M, P, ..] -> [chunk, P,
-  // ..].
-  void gather(const Problem& problem, const T* all_locations, const T* all_weights,
+  void locate(const Problem& problem, const T* all_locations, const T* all_weights,
               const Unit& unit) {
+    const int64_t count = unit.num_queries * problem.total_points;
+    rows.reserve(count + kWidth<T>);
+    weights.reserve(4 * (count + kWidth<T>));
+    weights_are_finite = true;
+    for (int64_t done = 0; done < unit.num_queries; done += problem.chunk_queries) {
+      const Unit piece = {unit.batch, unit.head, unit.first_query + done,
+                          std::min(problem.chunk_queries, unit.num_queries - done)};
+      locate_piece(problem, all_locations, all_weights, piece, done * problem.total_points);
+    }
+  }
+
+ private:
+  // Query after query, the locations and weights of the head are copied together, [.., M, P, ..] ->
+  // [Q, P, ..], and located as soon as they fill a vector.
+  void locate_piece(const Problem& problem, const T* all_locations, const T* all_weights,
+                    const Unit& piece, int64_t first_point) {
+    constexpr int64_t W = kWidth<T>;
+    constexpr int64_t kRoom = std::max<int64_t>(2 * W, 64 / sizeof(T));
     const int64_t total_points = problem.total_points;
-    const int64_t count = unit.num_queries * total_points;
-    locations.reserve(2 * count + 2 * kWidth<T>);
-    attention_weights.reserve(count + kWidth<T>);
+    const int64_t count = piece.num_queries * total_points;
+    locations.reserve(2 * count + kRoom);
+    attention_weights.reserve(count + kRoom);
     const int64_t step = problem.num_heads * total_points;
-    const int64_t first = unit.row(problem, 0) * total_points;
-    for (int64_t query = 0; query < unit.num_queries; ++query) {
-      const int64_t from = first + query * step;
-      const int64_t ahead = from + std::min(kQueriesAhead, unit.num_queries - 1 - query) * step;
+    const int64_t all = problem.batch_size * problem.num_queries * step;
+    int64_t from = piece.row(problem, 0) * total_points;
+    int64_t located = 0, in_period = 0;
+    Vector<T> not_finite = {};
+    const auto locate_vector = [&]() SACCADE_INLINE_LAMBDA {
+      not_finite += locate_vector_at(problem, located, in_period, first_point + located);
+      in_period = next_in_period<T>(problem, in_period);
+      located += W;
+    };
+    for (int64_t query = 0; query < piece.num_queries; ++query, from += step) {
+      const int64_t ahead = std::min(from + kQueriesAhead * step, all - total_points);
       prefetch(all_locations + 2 * ahead, 2 * total_points);
       prefetch(all_weights + ahead, total_points);
-      copy_numbers(&locations[query * 2 * total_points], all_locations + 2 * from,
-                   2 * total_points);
-      copy_numbers(&attention_weights[query * total_points], all_weights + from, total_points);
-    }
-    // The last vector may reach past the last point; what it computes there is not used.
-    std::fill_n(&locations[2 * count], 2 * kWidth<T>, T(0));
-    std::fill_n(&attention_weights[count], kWidth<T>, T(0));
-  }
-
-  void compute(const Problem& problem, int64_t num_queries) {
-    typedef Vector<T> V;
-    const PointTable<T>& table = point_table<T>(problem);
-    const int64_t count = num_queries * problem.total_points;
-    blocks.reserve(count / kWidth<T> + 1);
-    V not_finite = {};
-    for (int64_t at = 0; at < count; at += kWidth<T>) {
-      const Located<T> point = locate_points<T>(problem, table, &locations[0], at);
-      PointBlock<T>& block = blocks[at / kWidth<T>];
-      store_rows<T>(block.row, point.x.base, point.y.base, &table.width[at % problem.total_points]);
-      const V attention = load(&attention_weights[at]);
-      not_finite += attention - attention;
-      for (int corner = 0; corner < 4; ++corner) {
-        store(block.weights[corner],
-              point.y.weights[corner / 2] * point.x.weights[corner % 2] * attention);
+      const int64_t to = query * total_points;
+      copy_numbers_roughly(&locations[2 * to], all_locations + 2 * from, 2 * total_points,
+                           all_locations + 2 * all);
+      copy_numbers_roughly(&attention_weights[to], all_weights + from, total_points,
+                           all_weights + all);
+      while (located + W <= to + total_points) {
+        locate_vector();
       }
     }
-    weights_are_finite = !any(not_finite != not_finite);
+    if (located < count) {
+      // The last vector reaches past the last point; what it computes there is not used.
+      std::fill_n(&locations[2 * count], 2 * W, T(0));
+      std::fill_n(&attention_weights[count], W, T(0));
+      locate_vector();
+    }
+    weights_are_finite = weights_are_finite && !any(not_finite != not_finite);
+  }
+
+  // A vector of points; returns 0, or NaN where an attention weight is not finite.
+  SACCADE_INLINE Vector<T> locate_vector_at(const Problem& problem, int64_t at, int64_t in_period,
+                                            int64_t to) {
+    typedef Vector<T> V;
+    const PointTable<T>& table = point_table<T>(problem);
+    const Located<T> point = locate_points<T>(problem, table, &locations[0], at, in_period);
+    store_rows<T>(&rows[to], point.x.base, point.y.base, &table.width[in_period]);
+    const V attention = load(&attention_weights[at]);
+    const V upper = point.y.weights[0] * attention, lower = point.y.weights[1] * attention;
+    store_quads<T>(&weights[4 * to], point.x.weights[0] * upper, point.x.weights[1] * upper,
+                   point.x.weights[0] * lower, point.x.weights[1] * lower);
+    return attention - attention;
   }
 };
 
@@ -155,30 +178,23 @@ template <class S>
 struct LevelRows {
   S* first;
   int64_t stride;
-  int64_t steps[4];
+  // An axis of one cell has no second one: the step stays on the first, its weight is 0.
+  int64_t right, down;
 
-  LevelRows(const Level& level, S* rows_of_all_levels, int64_t row_stride)
-      : first(rows_of_all_levels + level.first_row * row_stride), stride(row_stride) {
-    // An axis of one cell has no second one: the step stays on the first, its weight is 0.
-    const int64_t right = level.width > 1 ? row_stride : 0;
-    const int64_t down = level.height > 1 ? level.width * row_stride : 0;
-    steps[0] = 0;
-    steps[1] = right;
-    steps[2] = down;
-    steps[3] = down + right;
-  }
-
-  S* row(int64_t number) const { return first + number * stride; }
+  LevelRows(const Level& level, S* first_row, int64_t row_stride)
+      : first(first_row),
+        stride(row_stride),
+        right(level.width > 1 ? row_stride : 0),
+        down(level.height > 1 ? level.width * row_stride : 0) {}
 };
 
 // A level's rows to read: the copies if it is packed.
 template <class S>
 LevelRows<const S> rows_to_read(const Problem& problem, const Level& level,
                                 const HeadRows<S>& rows) {
-  if (!level.packed) {
-    return LevelRows<const S>(level, rows.in_place, rows.stride);
-  }
-  LevelRows<const S> found(level, rows.packed, problem.head_dim);
-  found.first = rows.packed + level.first_packed_row * problem.head_dim;
-  return found;
+  return level.packed
+             ? LevelRows<const S>(level, rows.packed + level.first_packed_row * problem.head_dim,
+                                  problem.head_dim)
+             : LevelRows<const S>(level, rows.in_place + level.first_row * rows.stride,
+                                  rows.stride);
 }

@@ -68,9 +68,9 @@ int64_t divide_up(int64_t number, int64_t by) { return (number + by - 1) / by; }
 
 void Problem::prepare(int64_t num_threads) {
   // A chunk's points and sums stay in the first- and second-level caches.
-  constexpr int64_t kChunkNumbers = 1 << 14;
+  constexpr int64_t kChunkNumbers = 1 << 15;
   chunk_queries = kChunkNumbers / (head_dim + 8 * total_points);
-  chunk_queries = std::min<int64_t>(std::max<int64_t>(chunk_queries, 16), 128);
+  chunk_queries = std::min<int64_t>(std::max<int64_t>(chunk_queries, 16), 256);
   chunk_queries = std::max<int64_t>(std::min(chunk_queries, num_queries), 1);
   num_chunks = divide_up(num_queries, chunk_queries);
 
@@ -88,10 +88,28 @@ void Problem::prepare(int64_t num_threads) {
   own_grad_rows =
       value_heads > 1 && num_queries * total_points * 4 >= kGathersPerRow * num_positions;
 
-  // Ownership of grad_value goes by batch and head, then by bands of channels (64 bytes at least).
+  // Ownership of grad_value goes by batch and head, then by bands of the height of every level.
   const int64_t owners = std::max<int64_t>(batch_size * value_heads, 1);
-  const int64_t most_bands = std::max<int64_t>(head_dim / 16, 1);
+  int64_t most_bands = 1;
+  for (const Level& level : levels) {
+    most_bands = std::max(most_bands, level.height);
+  }
   num_bands = std::min(divide_up(num_threads, owners), most_bands);
+
+  // Points of one cell add to the same four rows: sorted by cell they are summed up in registers.
+  // The more queries are sorted together the more points a cell has, as long as their weights and
+  // gradients stay in the second-level cache.
+  constexpr int64_t kScatterNumbers = 1 << 18;
+  scatter_queries = kScatterNumbers / (head_dim + 6 * total_points);
+  scatter_queries = std::max<int64_t>(std::min(scatter_queries, num_queries), 1);
+  for (Level& level : levels) {
+    level.sorted = scatter_queries * level.num_points >= level.height * level.width / 2;
+  }
+
+  // Results that no cache keeps until they are read are written past them: a plain write would
+  // first read what it overwrites.
+  constexpr int64_t kStreamedNumbers = 1 << 20;
+  stream_output = batch_size * num_queries * num_heads * head_dim >= kStreamedNumbers;
 
   if (storage == Storage::float64) {
     fill(double_table, *this);

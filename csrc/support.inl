@@ -62,9 +62,24 @@ SACCADE_INLINE void copy_numbers(S* to, const S* from, int64_t count) {
   }
 }
 
+// Copies `count` numbers in whole pieces of 64 bytes, up to 63 bytes more than asked for, where `end`
+// (of what may be read) allows it: a short row then takes no branches. `to` must have the room.
+template <class S>
+SACCADE_INLINE void copy_numbers_roughly(S* to, const S* from, int64_t count, const S* end) {
+  constexpr int64_t kPiece = 64 / sizeof(S);
+  const int64_t rounded = (count + kPiece - 1) / kPiece * kPiece;
+  if (from + rounded > end) {
+    copy_numbers(to, from, count);
+    return;
+  }
+  for (int64_t at = 0; at < rounded; at += kPiece) {
+    std::memcpy(to + at, from + at, 64);
+  }
+}
+
 // What a chunk of queries reads of a tensor [B, Q, M, ...] lies in pieces, one head apart: fetched
 // far enough ahead to cover the way to memory, near enough to still be in the cache when needed.
-constexpr int64_t kQueriesAhead = 8;
+constexpr int64_t kQueriesAhead = 16;
 
 // Into the second-level cache, which has more requests under way than the first.
 template <class S>
@@ -73,6 +88,12 @@ SACCADE_INLINE void prefetch(const S* from, int64_t count) {
   for (int64_t at = 0; at < count; at += kLine) {
     __builtin_prefetch(from + at, 0, 2);
   }
+}
+
+// Whether rows of that many bytes, one after the other from `first` on, are whole cache lines: only
+// those may be written past the caches, where a half-written line costs more than it saves.
+inline bool fills_lines(const void* first, int64_t row_bytes) {
+  return reinterpret_cast<uintptr_t>(first) % 64 == 0 && row_bytes % 64 == 0;
 }
 
 // The compute type of a storage type.
@@ -98,24 +119,25 @@ inline const PointTable<double>& point_table(const Problem& problem) {
   return problem.double_table;
 }
 
-// One unit of work over queries: a head of a batch item and a chunk of its queries.
+// Consecutive queries of a head of a batch item.
 struct Unit {
-  int64_t batch, head, value_head, first_query, num_queries;
+  int64_t batch, head, first_query, num_queries;
 
-  Unit(const Problem& problem, int64_t index) {
-    const int64_t chunk = index % problem.num_chunks;
-    head = index / problem.num_chunks % problem.num_heads;
-    batch = index / problem.num_chunks / problem.num_heads;
-    value_head = problem.value_heads > 1 ? head : 0;
-    first_query = chunk * problem.chunk_queries;
-    num_queries = std::min(problem.chunk_queries, problem.num_queries - first_query);
-  }
+  int64_t value_head(const Problem& problem) const { return problem.value_heads > 1 ? head : 0; }
 
   // Index into tensors [B, Q, M, ...] of one of the unit's queries.
   int64_t row(const Problem& problem, int64_t query) const {
     return (batch * problem.num_queries + first_query + query) * problem.num_heads + head;
   }
 };
+
+// The unit of work of the kernels that go by queries.
+inline Unit unit_of(const Problem& problem, int64_t index) {
+  const int64_t first_query = index % problem.num_chunks * problem.chunk_queries;
+  return {index / problem.num_chunks / problem.num_heads,
+          index / problem.num_chunks % problem.num_heads, first_query,
+          std::min(problem.chunk_queries, problem.num_queries - first_query)};
+}
 
 // Numbers in whole vectors.
 template <class T>
@@ -140,8 +162,8 @@ class PackedRows {
   // Consecutive units of a head find the copy of the first.
   HeadRows<S> rows(const Problem& problem, const Value& value, const Unit& unit) {
     const S* in_place = static_cast<const S*>(value.data) + unit.batch * value.batch_stride +
-                        unit.value_head * value.head_stride;
-    if (unit.batch != batch_ || unit.value_head != head_) {
+                        unit.value_head(problem) * value.head_stride;
+    if (unit.batch != batch_ || unit.value_head(problem) != head_) {
       packed_.reserve(problem.num_packed_rows * problem.head_dim);
       for (const Level& level : problem.levels) {
         if (level.packed) {
@@ -150,7 +172,7 @@ class PackedRows {
         }
       }
       batch_ = unit.batch;
-      head_ = unit.value_head;
+      head_ = unit.value_head(problem);
     }
     return {in_place, value.row_stride, packed_.data()};
   }
@@ -173,3 +195,39 @@ class PackedRows {
   Buffer<S> packed_;
   int64_t batch_ = -1, head_ = -1;
 };
+
+// Calls run(Block, slot, channel) for pieces of a row of `channels` numbers, up to `Most` vectors at
+// a time: `channel` is the first number of the piece in the row, `slot` its place in a buffer of
+// whole vectors. Where the row does not end with a vector, the last piece is the row's last whole
+// vector, so that its first numbers are visited a second time. Partial: the row is shorter than a
+// vector.
+template <int NumVectors, bool IsPartial>
+struct Block {
+  static constexpr int NV = NumVectors;
+  static constexpr bool Partial = IsPartial;
+};
+
+template <class T, int Most, class Run>
+SACCADE_INLINE void for_blocks(int64_t channels, Run run) {
+  constexpr int W = kWidth<T>;
+  int64_t slot = 0;
+  if (Most >= 4) {
+    for (; slot + 4 * W <= channels; slot += 4 * W) {
+      run(Block<Most >= 4 ? 4 : 1, false>{}, slot, slot);
+    }
+  }
+  for (; slot + 2 * W <= channels; slot += 2 * W) {
+    run(Block<2, false>{}, slot, slot);
+  }
+  if (slot + W <= channels) {
+    run(Block<1, false>{}, slot, slot);
+    slot += W;
+  }
+  if (slot < channels) {
+    if (channels < W) {
+      run(Block<1, true>{}, slot, slot);
+    } else {
+      run(Block<1, false>{}, slot, channels - W);
+    }
+  }
+}

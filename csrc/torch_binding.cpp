@@ -11,6 +11,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <cstring>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -193,6 +194,16 @@ void in_parallel(int64_t units, int64_t unit_cost, const Work& work) {
   }
 }
 
+// By all threads: one alone cannot keep the memory busy.
+void fill_with_zeros(const Tensor& tensor) {
+  constexpr int64_t kPiece = int64_t(1) << 16;
+  const int64_t bytes = tensor.numel() * tensor.element_size();
+  char* const data = static_cast<char*>(tensor.mutable_data_ptr());
+  in_parallel((bytes + kPiece - 1) / kPiece, kPiece, [&](int64_t begin, int64_t end) {
+    std::memset(data + begin * kPiece, 0, std::min(end * kPiece, bytes) - begin * kPiece);
+  });
+}
+
 Tensor deformable_attention(const Tensor& value, std::vector<int64_t> spatial_shapes,
                             const Tensor& sampling_locations, const Tensor& attention_weights,
                             std::vector<int64_t> num_points, Text interpolation, Text padding,
@@ -247,6 +258,9 @@ std::tuple<Tensor, Tensor, Tensor> deformable_attention_backward(
   if (output_mask[0]) {
     grad_value = empty(value, value.scalar_type());
     void* to = grad_value.mutable_data_ptr();
+    if (problem.adds_in_place()) {
+      fill_with_zeros(grad_value);
+    }
     const int64_t cost = problem.num_chunks * problem.unit_cost() +
                          problem.num_positions * problem.head_dim / problem.num_bands;
     in_parallel(problem.backward_value_units(), cost, [&](int64_t begin, int64_t end) {

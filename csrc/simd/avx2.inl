@@ -2,6 +2,7 @@
 
 constexpr int kFloatWidth = 8;
 constexpr int kDoubleWidth = 4;
+constexpr bool kManyRegisters = false;
 
 SACCADE_INLINE __m256 fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
 SACCADE_INLINE __m256d fma(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
@@ -19,6 +20,24 @@ SACCADE_INLINE __m256d round_even(__m256d v) {
 SACCADE_INLINE __m256 load_half(const Half* from) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
-SACCADE_INLINE void store_half(Half* to, __m256 v) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+SACCADE_INLINE __m128i half_bits(__m256 v) {
+  return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
 }
+
+SACCADE_INLINE __m256 repeat_four(const float* from) {
+  return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(from));
+}
+SACCADE_INLINE __m256d repeat_four(const double* from) { return _mm256_loadu_pd(from); }
+
+template <std::size_t N>
+using Bytes = std::integral_constant<std::size_t, N>;
+
+SACCADE_INLINE void stream(void* to, const void* from, Bytes<32>) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to),
+                      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+SACCADE_INLINE void stream(void* to, const void* from, Bytes<16>) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(to),
+                   _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+SACCADE_INLINE void end_streams() { _mm_sfence(); }

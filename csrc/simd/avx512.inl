@@ -2,6 +2,7 @@
 
 constexpr int kFloatWidth = 16;
 constexpr int kDoubleWidth = 8;
+constexpr bool kManyRegisters = true;
 
 SACCADE_INLINE __m512 fma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
 SACCADE_INLINE __m512d fma(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
@@ -23,7 +24,25 @@ SACCADE_INLINE __m512d round_even(__m512d v) {
 SACCADE_INLINE __m512 load_half(const Half* from) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
-SACCADE_INLINE void store_half(Half* to, __m512 v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                      _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+SACCADE_INLINE __m256i half_bits(__m512 v) {
+  return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
 }
+
+SACCADE_INLINE __m512 repeat_four(const float* from) {
+  return _mm512_broadcast_f32x4(_mm_loadu_ps(from));
+}
+SACCADE_INLINE __m512d repeat_four(const double* from) {
+  return _mm512_broadcast_f64x4(_mm256_loadu_pd(from));
+}
+
+template <std::size_t N>
+using Bytes = std::integral_constant<std::size_t, N>;
+
+SACCADE_INLINE void stream(void* to, const void* from, Bytes<64>) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
+}
+SACCADE_INLINE void stream(void* to, const void* from, Bytes<32>) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to),
+                      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+SACCADE_INLINE void end_streams() { _mm_sfence(); }

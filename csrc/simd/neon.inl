@@ -2,6 +2,7 @@
 
 constexpr int kFloatWidth = 4;
 constexpr int kDoubleWidth = 4;
+constexpr bool kManyRegisters = true;
 
 typedef double DoubleVector __attribute__((vector_size(32), may_alias));
 
@@ -32,6 +33,20 @@ SACCADE_INLINE DoubleVector round_even(DoubleVector v) {
 SACCADE_INLINE float32x4_t load_half(const Half* from) {
   return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(from))));
 }
-SACCADE_INLINE void store_half(Half* to, float32x4_t v) {
-  vst1_u16(reinterpret_cast<uint16_t*>(to), vreinterpret_u16_f16(vcvt_f16_f32(v)));
+SACCADE_INLINE uint16x4_t half_bits(float32x4_t v) {
+  return vreinterpret_u16_f16(vcvt_f16_f32(v));
 }
+
+SACCADE_INLINE float32x4_t repeat_four(const float* from) {
+  return float32x4_t{from[0], from[1], from[2], from[3]};
+}
+SACCADE_INLINE DoubleVector repeat_four(const double* from) {
+  return DoubleVector{from[0], from[1], from[2], from[3]};
+}
+
+// Nothing goes past the caches here.
+template <class N>
+SACCADE_INLINE void stream(void* to, const void* from, N) {
+  std::memcpy(to, from, N::value);
+}
+SACCADE_INLINE void end_streams() {}

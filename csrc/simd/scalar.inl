@@ -2,6 +2,7 @@
 
 constexpr int kFloatWidth = 4;
 constexpr int kDoubleWidth = 4;
+constexpr bool kManyRegisters = false;
 
 typedef float FloatVector __attribute__((vector_size(16), may_alias));
 typedef double DoubleVector __attribute__((vector_size(32), may_alias));
@@ -78,8 +79,23 @@ SACCADE_INLINE FloatVector load_half(const Half* from) {
                      half_to_float(from[3])};
 }
 
-SACCADE_INLINE void store_half(Half* to, FloatVector v) {
-  for (int i = 0; i < 4; ++i) {
-    to[i] = float_to_half(v[i]);
-  }
+typedef uint16_t HalfBits __attribute__((vector_size(8)));
+
+SACCADE_INLINE HalfBits half_bits(FloatVector v) {
+  return HalfBits{float_to_half(v[0]).bits, float_to_half(v[1]).bits, float_to_half(v[2]).bits,
+                  float_to_half(v[3]).bits};
 }
+
+SACCADE_INLINE FloatVector repeat_four(const float* from) {
+  return FloatVector{from[0], from[1], from[2], from[3]};
+}
+SACCADE_INLINE DoubleVector repeat_four(const double* from) {
+  return DoubleVector{from[0], from[1], from[2], from[3]};
+}
+
+// Nothing goes past the caches here.
+template <class N>
+SACCADE_INLINE void stream(void* to, const void* from, N) {
+  std::memcpy(to, from, N::value);
+}
+SACCADE_INLINE void end_streams() {}

@@ -1,7 +1,9 @@
 // Vectors of T over the compiler's vector extensions (GCC, Clang): arithmetic, comparison and
 // selection come from the compiler for any instruction set. What they lack (fused multiply-add,
 // rounding, 16-bit conversion) is in the file of each instruction set, included before this one:
-//   kFloatWidth, kDoubleWidth; fma, floor, round_even for both; load_half, store_half.
+//   kFloatWidth, kDoubleWidth; fma, floor, round_even for both; load_half, half_bits; kManyRegisters,
+//   whether there are 32 vector registers rather than 16; repeat_four, four numbers again and again;
+//   stream, end_streams.
 
 template <class T, int W>
 struct VectorOf {
@@ -43,17 +45,34 @@ SACCADE_INLINE Vector<float> load_as_compute(const BFloat16* from) {
   return (Vector<float>)wide;
 }
 
-SACCADE_INLINE void store_from_compute(float* to, Vector<float> vector) { store(to, vector); }
-SACCADE_INLINE void store_from_compute(double* to, Vector<double> vector) { store(to, vector); }
-SACCADE_INLINE void store_from_compute(Half* to, Vector<float> vector) { store_half(to, vector); }
-SACCADE_INLINE void store_from_compute(BFloat16* to, Vector<float> vector) {
-  typedef typename VectorOf<uint16_t, kFloatWidth>::unaligned Bits;
+// A vector as it is stored.
+typedef typename VectorOf<uint16_t, kFloatWidth>::type Bits16;
+
+SACCADE_INLINE Vector<float> as_stored(const float*, Vector<float> vector) { return vector; }
+SACCADE_INLINE Vector<double> as_stored(const double*, Vector<double> vector) { return vector; }
+SACCADE_INLINE Bits16 as_stored(const Half*, Vector<float> vector) {
+  return (Bits16)half_bits(vector);
+}
+SACCADE_INLINE Bits16 as_stored(const BFloat16*, Vector<float> vector) {
   typedef typename VectorOf<uint32_t, kFloatWidth>::type Wide;
   const Wide wide = (Wide)vector;
   const Wide rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;  // half to even
   const Wide quiet = (wide >> 16) | 0x40;                           // a NaN stays one
   const Wide bits = (Wide)(vector == vector) ? rounded : quiet;
-  *reinterpret_cast<Bits*>(to) = __builtin_convertvector(bits, Bits);
+  return __builtin_convertvector(bits, Bits16);
+}
+
+template <class S, class V>
+SACCADE_INLINE void store_from_compute(S* to, V vector) {
+  const auto stored = as_stored(to, vector);
+  std::memcpy(to, &stored, sizeof(stored));
+}
+
+// Past the caches; `to` is aligned to the size of the vector as it is stored.
+template <class S, class V>
+SACCADE_INLINE void stream_from_compute(S* to, V vector) {
+  const auto stored = as_stored(to, vector);
+  stream(to, &stored, std::integral_constant<std::size_t, sizeof(stored)>{});
 }
 
 // The first `count` numbers, the rest zero.
@@ -162,6 +181,28 @@ SACCADE_INLINE Vector<T> high_pairs(Vector<T> a, Vector<T> b, std::integer_seque
   return shuffle<T, ((kWidth<T> + I) / 2 + I % 2 * kWidth<T>)...>(a, b);
 }
 
+template <class T, int Lane, int... I>
+SACCADE_INLINE Vector<T> splat_lane(Vector<T> quads, std::integer_sequence<int, I...>) {
+  return shuffle<T, (I / 4 * 4 + Lane)...>(quads, quads);
+}
+
+// Four numbers, each in all lanes of a vector. One load and four shuffles: four loads would wait for
+// the rows, which keep the load units busy.
+template <class T>
+struct Quad {
+  Vector<T> splats[4];
+
+  SACCADE_INLINE explicit Quad(const T* from) {
+    constexpr std::make_integer_sequence<int, kWidth<T>> lanes{};
+    const Vector<T> quads = (Vector<T>)repeat_four(from);
+    splats[0] = splat_lane<T, 0>(quads, lanes);
+    splats[1] = splat_lane<T, 1>(quads, lanes);
+    splats[2] = splat_lane<T, 2>(quads, lanes);
+    splats[3] = splat_lane<T, 3>(quads, lanes);
+  }
+  SACCADE_INLINE Vector<T> operator[](int lane) const { return splats[lane]; }
+};
+
 // a[0], b[0], a[1], b[1], ...
 template <class T>
 SACCADE_INLINE void store_pairs(T* to, Vector<T> a, Vector<T> b) {
@@ -170,16 +211,49 @@ SACCADE_INLINE void store_pairs(T* to, Vector<T> a, Vector<T> b) {
   store(to + kWidth<T>, high_pairs<T>(a, b, lanes));
 }
 
-// The sums of `kWidth<T>` vectors, in order: lane i is the sum of the lanes of vectors[i].
+// a[0], b[0], c[0], d[0], a[1], ...
 template <class T>
-SACCADE_INLINE Vector<T> sums(Vector<T>* vectors) {
-#pragma GCC unroll 8
-  for (int count = kWidth<T> / 2; count > 0; count /= 2) {
-#pragma GCC unroll 16
-    for (int i = 0; i < count; ++i) {
-      vectors[i] = evens<T>(vectors[2 * i], vectors[2 * i + 1]) +
-                   odds<T>(vectors[2 * i], vectors[2 * i + 1]);
-    }
+SACCADE_INLINE void store_quads(T* to, Vector<T> a, Vector<T> b, Vector<T> c, Vector<T> d) {
+  constexpr std::make_integer_sequence<int, kWidth<T>> lanes{};
+  store_pairs<T>(to, low_pairs<T>(a, c, lanes), low_pairs<T>(b, d, lanes));
+  store_pairs<T>(to + 2 * kWidth<T>, high_pairs<T>(a, c, lanes), high_pairs<T>(b, d, lanes));
+}
+
+// Lanes 0, 1 (2, 3) of each four, of a and b in turns; and the first (second) halves of each four.
+template <class T, int... I>
+SACCADE_INLINE Vector<T> low_turns(Vector<T> a, Vector<T> b, std::integer_sequence<int, I...>) {
+  return shuffle<T, (I / 4 * 4 + I % 4 / 2 + I % 2 * kWidth<T>)...>(a, b);
+}
+template <class T, int... I>
+SACCADE_INLINE Vector<T> high_turns(Vector<T> a, Vector<T> b, std::integer_sequence<int, I...>) {
+  return shuffle<T, (I / 4 * 4 + 2 + I % 4 / 2 + I % 2 * kWidth<T>)...>(a, b);
+}
+template <class T, int... I>
+SACCADE_INLINE Vector<T> first_halves(Vector<T> a, Vector<T> b, std::integer_sequence<int, I...>) {
+  return shuffle<T, (I / 4 * 4 + I % 2 + I % 4 / 2 * kWidth<T>)...>(a, b);
+}
+template <class T, int... I>
+SACCADE_INLINE Vector<T> second_halves(Vector<T> a, Vector<T> b, std::integer_sequence<int, I...>) {
+  return shuffle<T, (I / 4 * 4 + 2 + I % 2 + I % 4 / 2 * kWidth<T>)...>(a, b);
+}
+template <class T, int By, int... I>
+SACCADE_INLINE Vector<T> rotate(Vector<T> a, std::integer_sequence<int, I...>) {
+  return shuffle<T, ((I + By) % kWidth<T>)...>(a, a);
+}
+
+// Stores the sums of the lanes of four vectors.
+template <class T>
+SACCADE_INLINE void store_sums(T* to, Vector<T> a, Vector<T> b, Vector<T> c, Vector<T> d) {
+  constexpr int W = kWidth<T>;
+  constexpr std::make_integer_sequence<int, W> lanes{};
+  const Vector<T> ab = low_turns<T>(a, b, lanes) + high_turns<T>(a, b, lanes);
+  const Vector<T> cd = low_turns<T>(c, d, lanes) + high_turns<T>(c, d, lanes);
+  Vector<T> abcd = first_halves<T>(ab, cd, lanes) + second_halves<T>(ab, cd, lanes);
+  if (W > 8) {
+    abcd += rotate<T, 8>(abcd, lanes);
   }
-  return vectors[0];
+  if (W > 4) {
+    abcd += rotate<T, 4>(abcd, lanes);
+  }
+  std::memcpy(to, &abcd, 4 * sizeof(T));
 }

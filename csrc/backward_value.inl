@@ -1,0 +1,246 @@
+// The gradient of the value: the scatter of weighted grad_output into the rows that were read.
+
+// A point to add to a cell's four rows; all counted within the chunk and level.
+struct ScatterPoint {
+  int32_t cell, point, query;
+};
+
+// The points of one level of a chunk whose cells touch the band.
+template <class T>
+class ScatterOrder {
+ public:
+  // By cell if the level is sorted (queries of one cell in their order), else by query.
+  void build(const Problem& problem, const Level& level, const Points<T>& points,
+             int64_t num_queries, const Band::Rows& owned) {
+    entries_.reserve(num_queries * level.num_points);
+    size_ = 0;
+    // The row of cells above the band adds to the first row of pixels that the band owns.
+    const int64_t first = std::max<int64_t>(owned.first - level.width, 0), end = owned.end;
+    if (owned.first == owned.end) {
+      return;
+    }
+    const int64_t step = problem.total_points;
+    const int32_t* const rows = &points.rows[level.first_point];
+    const auto for_each = [&](auto run) SACCADE_INLINE_LAMBDA {
+      for (int64_t query = 0; query < num_queries; ++query) {
+        for (int64_t k = 0; k < level.num_points; ++k) {
+          const int64_t at = query * step + k;
+          if (rows[at] >= first && rows[at] < end) {
+            run(rows[at], at, query);
+          }
+        }
+      }
+    };
+    const auto entry = [&](int32_t cell, int64_t at, int64_t query) {
+      return ScatterPoint{cell, static_cast<int32_t>(level.first_point + at),
+                          static_cast<int32_t>(query)};
+    };
+    if (!level.sorted) {
+      for_each([&](int32_t cell, int64_t at, int64_t query) SACCADE_INLINE_LAMBDA {
+        entries_[size_++] = entry(cell, at, query);
+      });
+      return;
+    }
+    // A counting sort: where[c] is first the number of points in cell c, then the next place.
+    where_.reserve(end - first);
+    int32_t* const where = &where_[0] - first;
+    std::fill_n(&where_[0], end - first, 0);
+    for_each([&](int32_t cell, int64_t, int64_t) SACCADE_INLINE_LAMBDA { ++where[cell]; });
+    for (int64_t cell = first; cell < end; ++cell) {
+      const int32_t count = where[cell];
+      where[cell] = static_cast<int32_t>(size_);
+      size_ += count;
+    }
+    for_each([&](int32_t cell, int64_t at, int64_t query) SACCADE_INLINE_LAMBDA {
+      entries_[where[cell]++] = entry(cell, at, query);
+    });
+  }
+
+  const ScatterPoint* begin() const { return size_ > 0 ? &entries_[0] : nullptr; }
+  const ScatterPoint* end() const { return begin() + size_; }
+
+ private:
+  Buffer<ScatterPoint> entries_;
+  Buffer<int32_t> where_;
+  int64_t size_ = 0;
+};
+
+// Adds a column of a cell, two vectors of sums above each other, to the rows that the band owns.
+template <class T, int NV, bool Partial>
+SACCADE_INLINE void add_column(T* upper, int64_t down, bool owns_upper, bool owns_lower,
+                               const Vector<T>* upper_sum, const Vector<T>* lower_sum,
+                               int64_t channels) {
+  const auto add = [&](T* row, const Vector<T>* sum) SACCADE_INLINE_LAMBDA {
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      T* to = row + v * kWidth<T>;
+      if (Partial) {
+        store_partial<T, T>(to, load_partial<T, T>(to, channels) + sum[v], channels);
+      } else {
+        store(to, load(to) + sum[v]);
+      }
+    }
+  };
+  if (owns_upper) {
+    add(upper, upper_sum);
+  }
+  if (owns_lower) {
+    add(upper + down, lower_sum);
+  }
+}
+
+// Adds weight * grad to the four rows of each point's cell. The points of a cell are summed up in
+// registers, and the right column of a cell goes on as the left one of the next.
+template <class T, int NV, bool Partial>
+SACCADE_INLINE void scatter(const LevelRows<T>& level, const Level& size, const Band::Rows& owned,
+                            const ScatterPoint* point, const ScatterPoint* end, const T* weights,
+                            const T* grads, int64_t grads_stride, int64_t channels) {
+  typedef Vector<T> V;
+  V upper_left[NV], lower_left[NV], upper_right[NV], lower_right[NV];
+  const auto clear = [](V* vectors) SACCADE_INLINE_LAMBDA {
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      vectors[v] = V{};
+    }
+  };
+  clear(upper_left);
+  clear(lower_left);
+  while (point != end) {
+    clear(upper_right);
+    clear(lower_right);
+    const int32_t cell = point->cell;
+    do {
+      const Quad<T> w(weights + 4 * int64_t(point->point));
+      const T* grad = grads + point->query * grads_stride;
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        const V g = load(grad + v * kWidth<T>);
+        upper_left[v] = (V)fma(w[0], g, upper_left[v]);
+        upper_right[v] = (V)fma(w[1], g, upper_right[v]);
+        lower_left[v] = (V)fma(w[2], g, lower_left[v]);
+        lower_right[v] = (V)fma(w[3], g, lower_right[v]);
+      }
+      ++point;
+    } while (point != end && point->cell == cell);
+    // A cell at the band's edge has a row of pixels that another band owns; one of a map one cell
+    // high has no lower row.
+    const bool owns_upper = cell >= owned.first, owns_lower = cell + size.width < owned.end;
+    T* upper = level.first + cell * level.stride;
+    add_column<T, NV, Partial>(upper, level.down, owns_upper, owns_lower, upper_left, lower_left,
+                               channels);
+    if (point != end && point->cell == cell + 1 && size.width > 1) {
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        upper_left[v] = upper_right[v];
+        lower_left[v] = lower_right[v];
+      }
+    } else {
+      add_column<T, NV, Partial>(upper + level.right, level.down, owns_upper, owns_lower,
+                                 upper_right, lower_right, channels);
+      clear(upper_left);
+      clear(lower_left);
+    }
+  }
+}
+
+template <class S>
+struct BackwardValueScratch {
+  Points<Compute<S>> points;
+  ScatterOrder<Compute<S>> order;
+  Buffer<Compute<S>> grads, rows;
+};
+
+// Adds the points of a unit to the band's part of `rows`.
+template <class S>
+void scatter_unit(const Problem& problem, const S* grad_output, const Compute<S>* locations,
+                  const Compute<S>* weights, const Unit& unit, const Band& band,
+                  Compute<S>* rows, int64_t row_stride, BackwardValueScratch<S>& scratch) {
+  typedef Compute<S> T;
+  const int64_t head_dim = problem.head_dim;
+  const int64_t grads_stride = whole_vectors<T>(head_dim);
+  Points<T>& points = scratch.points;
+  points.locate(problem, locations, weights, unit);
+  load_grad(problem, grad_output, unit, scratch.grads);
+  if (!points.weights_are_finite ||
+      !all_finite(&scratch.grads[0], unit.num_queries * grads_stride)) {
+    for (int64_t done = 0; done < unit.num_queries; done += problem.chunk_queries) {
+      const Unit piece = {unit.batch, unit.head, unit.first_query + done,
+                          std::min(problem.chunk_queries, unit.num_queries - done)};
+      points.locate(problem, locations, weights, piece);
+      for (int64_t query = 0; query < piece.num_queries; ++query) {
+        exact_backward_value(problem, points, query,
+                             grad_output + piece.row(problem, query) * head_dim, band, rows,
+                             row_stride);
+      }
+    }
+    return;
+  }
+  constexpr int kMost = kManyRegisters ? 4 : 2;
+  for (const Level& level : problem.levels) {
+    const Band::Rows owned = band.rows(level);
+    scratch.order.build(problem, level, points, unit.num_queries, owned);
+    const auto run = [&](auto block, int64_t slot, int64_t channel) SACCADE_INLINE_LAMBDA {
+      typedef decltype(block) B;
+      const LevelRows<T> level_rows(level, rows + level.first_row * row_stride + channel,
+                                    row_stride);
+      scatter<T, B::NV, B::Partial>(level_rows, level, owned, scratch.order.begin(),
+                                    scratch.order.end(), &points.weights[0],
+                                    &scratch.grads[0] + slot, grads_stride, head_dim);
+    };
+    for_blocks<T, kMost>(head_dim, run);
+  }
+}
+
+template <class S>
+void backward_value(const Problem& problem, const void* grad_output, const void* locations,
+                    const void* weights, void* grad_value, int64_t begin, int64_t end,
+                    BackwardValueScratch<S>& scratch) {
+  typedef Compute<S> T;
+  const int64_t head_dim = problem.head_dim;
+  const int64_t full_stride = problem.value_heads * head_dim;
+  const bool in_place = problem.adds_in_place();
+  const bool stream = problem.stream_output && fills_lines(grad_value, head_dim * sizeof(S));
+  for (int64_t index = begin; index < end; ++index) {
+    const Band band(problem, index % problem.num_bands);
+    const int64_t value_head = index / problem.num_bands % problem.value_heads;
+    const int64_t batch = index / problem.num_bands / problem.value_heads;
+    S* target = static_cast<S*>(grad_value) + batch * problem.num_positions * full_stride +
+                value_head * head_dim;
+    T* rows = reinterpret_cast<T*>(target);
+    const int64_t row_stride = in_place ? full_stride : head_dim;
+    if (!in_place) {
+      scratch.rows.reserve(problem.num_positions * head_dim);
+      rows = &scratch.rows[0];
+      band.for_each_range([&](int64_t first, int64_t last) {
+        std::fill_n(rows + first * head_dim, (last - first) * head_dim, T(0));
+      });
+    }
+    const int64_t first_head = problem.value_heads > 1 ? value_head : 0;
+    const int64_t end_head = problem.value_heads > 1 ? value_head + 1 : problem.num_heads;
+    for (int64_t head = first_head; head < end_head; ++head) {
+      for (int64_t query = 0; query < problem.num_queries; query += problem.scatter_queries) {
+        const Unit unit = {batch, head, query,
+                           std::min(problem.scatter_queries, problem.num_queries - query)};
+        scatter_unit(problem, static_cast<const S*>(grad_output), static_cast<const T*>(locations),
+                     static_cast<const T*>(weights), unit, band, rows, row_stride, scratch);
+      }
+    }
+    if (!in_place) {
+      band.for_each_range([&](int64_t first, int64_t last) {
+        for (int64_t row = first; row < last; ++row) {
+          S* to = target + row * full_stride;
+          const T* from = rows + row * head_dim;
+          if (stream) {
+            stream_row(to, from, head_dim);
+          } else {
+            write_row<false>(to, from, head_dim);
+          }
+        }
+      });
+    }
+  }
+  if (stream) {
+    end_streams();
+  }
+  scratch.rows.release_if_above(kKeptBytes / int64_t(sizeof(T)));
+}

@@ -1,0 +1,43 @@
+// Ownership of grad_value: each unit owns, for a batch item and head of the value, a band of rows of
+// pixels of every level. A pixel receives first from the cells above it, then from those below, in
+// that order wherever the bands begin: the sums do not depend on how many there are.
+
+class Band {
+ public:
+  // Rows of the value, [first, end), counted within the level.
+  struct Rows {
+    int64_t first, end;
+  };
+
+  Band(const Problem& problem, int64_t index) : problem_(problem), index_(index) {}
+
+  Rows rows(const Level& level) const {
+    const int64_t count = problem_.num_bands;
+    return {level.height * index_ / count * level.width,
+            level.height * (index_ + 1) / count * level.width};
+  }
+
+  // Whether the band owns a row, counted over all levels.
+  bool owns(int64_t row) const {
+    for (const Level& level : problem_.levels) {
+      const Rows owned = rows(level);
+      if (row >= level.first_row + owned.first && row < level.first_row + owned.end) {
+        return true;
+      }
+    }
+    return false;
+  }
+
+  // Calls run(first, end) for the rows of each level, counted over all levels.
+  template <class Run>
+  void for_each_range(Run run) const {
+    for (const Level& level : problem_.levels) {
+      const Rows owned = rows(level);
+      run(level.first_row + owned.first, level.first_row + owned.end);
+    }
+  }
+
+ private:
+  const Problem& problem_;
+  int64_t index_;
+};
