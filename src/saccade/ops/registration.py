@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from saccade import reference
 from saccade.arguments import Call, Coordinates, Interpolation, Padding
@@ -134,6 +135,19 @@ def _fake_backward(
 
 
 # --- gradients ----------------------------------------------------------------------------------
+
+
+def needs_autograd(*tensors: Tensor) -> bool:
+    """Whether a call has to pass through autograd, which even to do nothing costs as much as a call.
+
+    That is where a gradient is wanted, where a compiler traces (it shall see the plain call), and
+    where someone's `__torch_function__` runs on the way.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or has_torch_function_variadic(*tensors)
+        or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+    )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
