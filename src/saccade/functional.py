@@ -11,9 +11,6 @@ from saccade import backend, reference
 from saccade.arguments import Coordinates, Interpolation, Padding, SpatialShapes, understand
 from saccade.ops import registration
 
-# The overload itself: looking it up costs as much as a small kernel.
-_OPERATOR = torch.ops.saccade.deformable_attention.default
-
 
 def deformable_attention(
     value: Tensor,
@@ -103,8 +100,8 @@ def deformable_attention(
         coordinates,
     )
     if registration.needs_autograd(call.value, call.sampling_locations, call.attention_weights):
-        output: Tensor = _OPERATOR(*arguments)
+        output: Tensor = registration.OPERATOR(*arguments)
     else:
         with torch._C._AutoDispatchBelowAutograd():
-            output = _OPERATOR(*arguments)
+            output = registration.OPERATOR(*arguments)
     return output
