@@ -11,7 +11,6 @@ import torch
 from helpers import Case, assert_same, run
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 
 import saccade
 from saccade.ops import native, registration
@@ -162,48 +161,6 @@ def test_export_of_the_function():
     program = torch.export.export(Attend(), inputs, dynamic_shapes=[{0: batch}] * 3)
     other = Case(batch_size=5).draw()
     assert torch.equal(program.module()(*other), Attend()(*other))
-
-
-class Doubled(torch.Tensor):
-    """Its operators compute with autograd on the way, whatever the caller asked for."""
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        plain = [
-            arg.as_subclass(torch.Tensor) if isinstance(arg, torch.Tensor) else arg for arg in args
-        ]
-        result = function(*plain, **(kwargs or {}))
-        if getattr(function, "__name__", "") != "deformable_attention.default":
-            return result
-        leaf = torch.ones((), requires_grad=True)
-        (twice,) = torch.autograd.grad((result * 2 * leaf).sum(), leaf)
-        return twice
-
-
-def test_a_call_that_needs_no_gradient_passes_everyone_but_autograd():
-    case = Case()
-    inputs = case.draw()
-    expected = case.call(*inputs)
-    assert not expected.requires_grad
-    for mode in (torch.no_grad, torch.inference_mode):
-        with mode():
-            found = case.call(*(tensor.clone().requires_grad_() for tensor in inputs))
-        assert torch.equal(found, expected)
-        assert found.is_inference() == (mode is torch.inference_mode)
-
-    value = inputs[0].as_subclass(Doubled)
-    torch.testing.assert_close(case.call(value, *inputs[1:]), 2 * expected.sum())
-    with torch.no_grad():
-        traced = torch.jit.trace(case.call, inputs, check_trace=False)
-        graph = make_fx(lambda *given: case.call(*given), tracing_mode="symbolic")(*inputs)
-    other = case.draw()
-    for program in (traced, graph):
-        assert "saccade" in str(program.graph)
-        assert torch.equal(program(*other), case.call(*other))
-    with FakeTensorMode() as mode:
-        fake = case.call(*(mode.from_tensor(tensor) for tensor in inputs))
-    assert type(fake) is not torch.Tensor
-    assert fake.shape == expected.shape
 
 
 def test_under_autocast_values_may_be_16_bit_and_locations_stay_float32(native_backend):
