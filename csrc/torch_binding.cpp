@@ -12,17 +12,28 @@
 
 #include <algorithm>
 #include <cstring>
+#include <initializer_list>
+#include <memory>
 #include <string>
+#include <string_view>
 #include <tuple>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "deformable_attention.h"
 
 namespace saccade {
 
-// A string argument. torch's own conversion to std::string (as of 2.13) never frees its copy.
+struct FreeString {
+  void operator()(StringHandle handle) const { torch_delete_string(handle); }
+};
+
+// A string argument, read where torch keeps it. torch's own conversion to std::string (as of 2.13)
+// never frees its copy.
 struct Text {
-  std::string text;
+  std::unique_ptr<std::remove_pointer_t<StringHandle>, FreeString> owner;
+  std::string_view text;
 };
 
 }  // namespace saccade
@@ -30,13 +41,12 @@ struct Text {
 template <>
 struct torch::stable::detail::ToImpl<saccade::Text> {
   static saccade::Text call(StableIValue value, uint64_t, bool) {
-    StringHandle handle = torch::stable::detail::to<StringHandle>(value);
+    saccade::Text text{decltype(text.owner)(torch::stable::detail::to<StringHandle>(value)), {}};
     size_t length = 0;
     const char* data = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
-    saccade::Text text{std::string(data, length)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(text.owner.get(), &length));
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(text.owner.get(), &data));
+    text.text = std::string_view(data, length);
     return text;
   }
 };
@@ -44,25 +54,23 @@ struct torch::stable::detail::ToImpl<saccade::Text> {
 namespace saccade {
 namespace {
 
+using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-std::string shape_of(const Tensor& tensor) {
+template <class Sizes>
+std::string text_of(const Sizes& sizes) {
   std::string text = "[";
-  for (int64_t axis = 0; axis < tensor.dim(); ++axis) {
-    text += (axis ? ", " : "") + std::to_string(tensor.size(axis));
+  for (const int64_t size : sizes) {
+    text += (text.size() > 1 ? ", " : "") + std::to_string(size);
   }
   return text + "]";
 }
 
-void check_shape(const char* name, const Tensor& tensor, const std::vector<int64_t>& expected) {
-  bool same = tensor.dim() == static_cast<int64_t>(expected.size());
-  std::string text;
-  for (size_t axis = 0; axis < expected.size(); ++axis) {
-    same = same && tensor.size(axis) == expected[axis];
-    text += (axis ? ", " : "") + std::to_string(expected[axis]);
-  }
-  STD_TORCH_CHECK(same, name, ": expected [", text, "], got ", shape_of(tensor));
+void check_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> expected) {
+  const auto sizes = tensor.sizes();
+  STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end()), name,
+                  ": expected ", text_of(expected), ", got ", text_of(sizes));
 }
 
 Storage storage_of(const char* name, const Tensor& tensor) {
@@ -85,24 +93,25 @@ Storage storage_of(const char* name, const Tensor& tensor) {
 }
 
 template <class Option>
-Option option(const char* name, const std::string& given,
-              const std::vector<std::pair<const char*, Option>>& choices) {
+Option option(const char* name, const Text& given,
+              std::initializer_list<std::pair<const char*, Option>> choices) {
   std::string names;
   for (const auto& choice : choices) {
-    if (given == choice.first) {
+    if (given.text == choice.first) {
       return choice.second;
     }
     names += (names.empty() ? "'" : ", '") + std::string(choice.first) + "'";
   }
-  STD_TORCH_CHECK(false, name, ": expected one of ", names, ", got '", given, "'");
+  STD_TORCH_CHECK(false, name, ": expected one of ", names, ", got '", std::string(given.text),
+                  "'");
 }
 
 struct Options {
   const std::vector<int64_t>& spatial_shapes;
   const std::vector<int64_t>& num_points;
-  const std::string& interpolation;
-  const std::string& padding;
-  const std::string& coordinates;
+  const Text& interpolation;
+  const Text& padding;
+  const Text& coordinates;
 };
 
 // Everything is checked here, before any parallel region: an exception inside one loses its
@@ -146,17 +155,18 @@ Problem understand(const Tensor& value, const Tensor& sampling_locations,
 
   STD_TORCH_CHECK(value.dim() == 4 && value.size(1) == problem.num_positions && value.size(3) >= 1,
                   "value: expected [batch, ", problem.num_positions,
-                  ", heads or 1, head_dim] for these spatial_shapes, got ", shape_of(value));
+                  ", heads or 1, head_dim] for these spatial_shapes, got ", text_of(value.sizes()));
   STD_TORCH_CHECK(sampling_locations.dim() == 5 && sampling_locations.size(2) >= 1,
                   "sampling_locations: expected [batch, queries, heads, points, 2], got ",
-                  shape_of(sampling_locations));
+                  text_of(sampling_locations.sizes()));
   problem.batch_size = value.size(0);
   problem.value_heads = value.size(2);
   problem.head_dim = value.size(3);
   problem.num_queries = sampling_locations.size(1);
   problem.num_heads = sampling_locations.size(2);
   STD_TORCH_CHECK(problem.value_heads == 1 || problem.value_heads == problem.num_heads,
-                  "value: expected 1 or ", problem.num_heads, " heads, got ", shape_of(value));
+                  "value: expected 1 or ", problem.num_heads, " heads, got ",
+                  text_of(value.sizes()));
   check_shape(
       "sampling_locations", sampling_locations,
       {problem.batch_size, problem.num_queries, problem.num_heads, problem.total_points, 2});
@@ -174,6 +184,23 @@ ScalarType compute_type(const Problem& problem) {
 Tensor contiguous_as(const Tensor& tensor, ScalarType type) {
   Tensor same_type = tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
   return same_type.is_contiguous() ? same_type : torch::stable::contiguous(same_type);
+}
+
+// A contiguous tensor with memory that holds anything. Not `new_empty`, which looks its operator up
+// by name, boxes six arguments and dispatches: a microsecond.
+Tensor empty(IntHeaderOnlyArrayRef sizes, ScalarType type) {
+  int64_t strides[5];  // no tensor here has more axes
+  int64_t stride = 1;
+  for (size_t axis = sizes.size(); axis-- > 0;) {
+    strides[axis] = stride;
+    stride *= std::max<int64_t>(sizes[axis], 1);
+  }
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides,
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+      aoti_torch_device_type_cpu(), -1, &handle));
+  return Tensor(handle);
 }
 
 Value describe(const Tensor& value) {
@@ -204,19 +231,20 @@ void fill_with_zeros(const Tensor& tensor) {
   });
 }
 
-Tensor deformable_attention(const Tensor& value, std::vector<int64_t> spatial_shapes,
+Tensor deformable_attention(const Tensor& value, const std::vector<int64_t>& spatial_shapes,
                             const Tensor& sampling_locations, const Tensor& attention_weights,
-                            std::vector<int64_t> num_points, Text interpolation, Text padding,
-                            Text coordinates) {
+                            const std::vector<int64_t>& num_points, const Text& interpolation,
+                            const Text& padding, const Text& coordinates) {
   const Problem problem =
       understand(value, sampling_locations, attention_weights,
-                 {spatial_shapes, num_points, interpolation.text, padding.text, coordinates.text});
+                 {spatial_shapes, num_points, interpolation, padding, coordinates});
   const Kernels& kernels = active_kernels();
   const Tensor rows = with_contiguous_channels(value);
   const Tensor locations = contiguous_as(sampling_locations, compute_type(problem));
   const Tensor weights = contiguous_as(attention_weights, compute_type(problem));
-  Tensor output = torch::stable::new_empty(
-      value, {problem.batch_size, problem.num_queries, problem.num_heads * problem.head_dim});
+  Tensor output =
+      empty({problem.batch_size, problem.num_queries, problem.num_heads * problem.head_dim},
+            value.scalar_type());
   const Value described = describe(rows);
   const void* location_data = locations.const_data_ptr();
   const void* weight_data = weights.const_data_ptr();
@@ -228,13 +256,13 @@ Tensor deformable_attention(const Tensor& value, std::vector<int64_t> spatial_sh
 }
 
 std::tuple<Tensor, Tensor, Tensor> deformable_attention_backward(
-    const Tensor& grad_output, const Tensor& value, std::vector<int64_t> spatial_shapes,
+    const Tensor& grad_output, const Tensor& value, const std::vector<int64_t>& spatial_shapes,
     const Tensor& sampling_locations, const Tensor& attention_weights,
-    std::vector<int64_t> num_points, Text interpolation, Text padding, Text coordinates,
-    std::vector<bool> output_mask) {
+    const std::vector<int64_t>& num_points, const Text& interpolation, const Text& padding,
+    const Text& coordinates, const std::vector<bool>& output_mask) {
   const Problem problem =
       understand(value, sampling_locations, attention_weights,
-                 {spatial_shapes, num_points, interpolation.text, padding.text, coordinates.text});
+                 {spatial_shapes, num_points, interpolation, padding, coordinates});
   STD_TORCH_CHECK(output_mask.size() == 3, "output_mask: expected 3 entries, got ",
                   output_mask.size());
   STD_TORCH_CHECK(storage_of("grad_output", grad_output) == problem.storage,
@@ -249,14 +277,11 @@ std::tuple<Tensor, Tensor, Tensor> deformable_attention_backward(
   const void* grad_data = grad.const_data_ptr();
   const void* location_data = locations.const_data_ptr();
   const void* weight_data = weights.const_data_ptr();
-  const auto empty = [&](const Tensor& like, ScalarType dtype) {
-    return torch::stable::new_empty(like, like.sizes(), dtype);
-  };
-  const auto unwanted = [](const Tensor& like) { return torch::stable::new_empty(like, {0}); };
+  const auto unwanted = [](const Tensor& like) { return empty({0}, like.scalar_type()); };
 
   Tensor grad_value = unwanted(value);
   if (output_mask[0]) {
-    grad_value = empty(value, value.scalar_type());
+    grad_value = empty(value.sizes(), value.scalar_type());
     void* to = grad_value.mutable_data_ptr();
     if (problem.adds_in_place()) {
       fill_with_zeros(grad_value);
@@ -274,8 +299,8 @@ std::tuple<Tensor, Tensor, Tensor> deformable_attention_backward(
     // Both come from the same dot products, so both are written, and one is dropped if unwanted.
     const Tensor rows = with_contiguous_channels(value);
     const Value described = describe(rows);
-    const Tensor both_locations = empty(sampling_locations, type);
-    const Tensor both_weights = empty(attention_weights, type);
+    const Tensor both_locations = empty(sampling_locations.sizes(), type);
+    const Tensor both_weights = empty(attention_weights.sizes(), type);
     void* to_locations = both_locations.mutable_data_ptr();
     void* to_weights = both_weights.mutable_data_ptr();
     in_parallel(problem.backward_points_units(), problem.unit_cost(),
@@ -303,7 +328,7 @@ std::string cpu_isas() {
   return names;
 }
 
-void set_cpu_isa(Text name) { set_active_kernels(name.text); }
+void set_cpu_isa(const Text& name) { set_active_kernels(std::string(name.text)); }
 
 }  // namespace
 }  // namespace saccade

@@ -7,6 +7,7 @@ import torch
 from helpers import Case
 
 import saccade
+from saccade import arguments
 
 CASE = Case()
 VALUE, LOCATIONS, WEIGHTS = CASE.draw()
@@ -180,3 +181,36 @@ def test_the_operator_itself_checks_what_could_read_out_of_bounds(native_backend
     assert operator().shape == (2, 11, 24)
     with pytest.raises(RuntimeError, match=message):
         operator(**changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"spatial_shapes": [(6.0, 7), (3, 4)]}, TypeError),
+        ({"spatial_shapes": [6, 7, 3, 4]}, TypeError),
+        ({"spatial_shapes": [(6, 7, 3, 4)]}, ValueError),
+        ({"spatial_shapes": torch.tensor(CASE.shapes).double()}, TypeError),
+        ({"num_points": 3.0}, TypeError),
+        ({"num_points": [3, 3.0]}, TypeError),
+        ({"value": VALUE.to_sparse()}, ValueError),
+        ({"attention_weights": WEIGHTS.to("meta")}, ValueError),
+        ({"padding": ["zeros"]}, ValueError),
+    ],
+)
+def test_what_was_found_good_does_not_hide_what_is_almost_the_same(change, error):
+    saccade.deformable_attention(**GOOD)
+    with pytest.raises(error):
+        saccade.deformable_attention(**{**GOOD, **change})
+    saccade.deformable_attention(**GOOD)
+
+
+def test_what_is_remembered_of_calls_is_bounded_and_holds_no_tensor():
+    arguments._remembered.clear()
+    for num_queries in range(1, arguments.MOST_REMEMBERED + 20):
+        arguments.understand(
+            VALUE, CASE.shapes, LOCATIONS[:, :1].expand(-1, num_queries, -1, -1, -1),
+            WEIGHTS[:, :1].expand(-1, num_queries, -1, -1), 3,
+        )  # fmt: skip
+    assert 0 < len(arguments._remembered) <= arguments.MOST_REMEMBERED
+    for key, sizes in arguments._remembered.items():
+        assert not any(isinstance(part, torch.Tensor) for part in (*key, *sizes))

@@ -13,7 +13,6 @@ from saccade.ops import native
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [
-    ROOT / "tests/native/check_kernels.cpp",
     ROOT / "csrc/problem.cpp",
     *sorted((ROOT / "csrc").glob("dispatch.cpp")),
     *sorted((ROOT / "csrc").glob("isa_*.cpp")),
@@ -28,9 +27,11 @@ def tool(*names: str) -> str:
 
 
 def build(compiler: str, target: Path, *flags: str) -> Path:
+    """Builds the program of tests/native that `target` is named after, with the kernels."""
     command = [compiler, "-std=c++17", "-ffp-contract=off", "-w", "-I", ROOT / "csrc", *flags]
+    program = ROOT / f"tests/native/{target.name}.cpp"
     done = subprocess.run(
-        [*command, *SOURCES, "-o", target], capture_output=True, text=True, check=False
+        [*command, program, *SOURCES, "-o", target], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     return target

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import Case, assert_same, run
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import saccade
 from saccade.ops import native, registration
@@ -226,6 +227,22 @@ def test_fake_tensors_on_different_devices_are_refused():
     arguments[2] = arguments[2].to("meta")
     with pytest.raises(ValueError, match="sampling_locations: expected a tensor on cpu like value"):
         OPERATOR(*arguments)
+
+
+def test_fake_tensors_with_other_axes_are_refused():
+    arguments = operator_arguments(Case(), requires_grad=False)
+    with FakeTensorMode() as mode:
+        for position, message in (
+            (0, r"value: expected 4 axes \[batch, positions, .*got 3 axes \[54, 3, 8\]"),
+            (2, r"sampling_locations: expected 5 axes .*got 4 axes \[11, 3, 6, 2\]"),
+            (3, "attention_weights: expected 4 axes"),
+        ):
+            given = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+            given[position] = given[position][0]
+            with pytest.raises(ValueError, match=message):
+                OPERATOR(*given)
+            with pytest.raises(ValueError, match=message):
+                BACKWARD(given[0].new_empty(2, 11, 24), *given, [True] * 3)
 
 
 def test_calls_from_many_threads_at_once(native_backend):

@@ -7,9 +7,10 @@ reference both execute. Each error names the argument, what was expected and wha
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
@@ -45,7 +46,20 @@ class Call(NamedTuple):
     @property
     def flat_spatial_shapes(self) -> list[int]:
         """The spatial shapes one after the other, as the registered operator takes them."""
-        return [size for shape in self.spatial_shapes for size in shape]
+        return list(itertools.chain.from_iterable(self.spatial_shapes))
+
+
+class Sizes(NamedTuple):
+    """What `understand` finds out from sizes and options alone, without looking into a tensor."""
+
+    spatial_shapes: list[tuple[int, ...]]
+    num_points: list[int]
+
+
+# The checks take longer than a small kernel, and a model calls with few different sizes: what was
+# found good is remembered by everything that was looked at. Emptied when it holds this many.
+MOST_REMEMBERED = 512
+_remembered: dict[Hashable, Sizes] = {}
 
 
 def understand(
@@ -65,6 +79,99 @@ def understand(
         TypeError: an argument is not of the kind the signature names.
         ValueError: a shape, dtype, device or option does not fit; the message names the argument.
     """
+    arguments = (
+        value,
+        spatial_shapes,
+        sampling_locations,
+        attention_weights,
+        num_points,
+        interpolation,
+        padding,
+        coordinates,
+    )
+    key = _key(*arguments)
+    sizes = _remembered.get(key) if key else None
+    if sizes is None:
+        sizes = _check(*arguments)
+        if key:
+            if len(_remembered) >= MOST_REMEMBERED:
+                _remembered.clear()
+            _remembered[key] = sizes
+    if value_padding_mask is not None:
+        value = apply_value_padding_mask(value, value_padding_mask)
+    if sampling_locations.dim() == 6:
+        sampling_locations = sampling_locations.flatten(3, 4)
+        attention_weights = attention_weights.flatten(3, 4)
+    return Call(
+        value,
+        sizes.spatial_shapes,
+        sampling_locations,
+        attention_weights,
+        sizes.num_points,
+        interpolation,
+        padding,
+        coordinates,
+    )
+
+
+def _key(
+    value: Tensor,
+    spatial_shapes: SpatialShapes,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    num_points: int | Sequence[int] | None,
+    interpolation: Interpolation,
+    padding: Padding,
+    coordinates: Coordinates,
+) -> Hashable:
+    """Everything that `_check` looks at, or None: this call is to be checked whatever was before."""
+    if (
+        type(value) is not Tensor
+        or type(sampling_locations) is not Tensor
+        or type(attention_weights) is not Tensor
+        or type(spatial_shapes) not in (list, tuple, Tensor)
+        or not (isinstance(interpolation, str) and isinstance(padding, str))
+        or not isinstance(coordinates, str)
+        # A traced size is more than its number.
+        or torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+    ):
+        return None
+    try:
+        return (
+            value.shape,
+            value.dtype,
+            value.layout,
+            value.device,
+            sampling_locations.shape,
+            sampling_locations.dtype,
+            sampling_locations.layout,
+            sampling_locations.device,
+            attention_weights.shape,
+            attention_weights.dtype,
+            attention_weights.layout,
+            attention_weights.device,
+            # As written: 6, 6.0 and True are equal and not the same, lists cannot be looked up.
+            repr(spatial_shapes.tolist() if type(spatial_shapes) is Tensor else spatial_shapes),
+            repr(num_points),
+            interpolation,
+            padding,
+            coordinates,
+        )
+    except RuntimeError:  # a nested tensor has no shape, a meta tensor no numbers
+        return None
+
+
+def _check(
+    value: Tensor,
+    spatial_shapes: SpatialShapes,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    num_points: int | Sequence[int] | None,
+    interpolation: Interpolation,
+    padding: Padding,
+    coordinates: Coordinates,
+) -> Sizes:
     check_option("interpolation", interpolation, Interpolation)
     check_option("padding", padding, Padding)
     check_option("coordinates", coordinates, Coordinates)
@@ -130,21 +237,7 @@ def understand(
     _check_shape(
         "attention_weights", attention_weights, list(sampling_locations.shape[:-1]), shapes
     )
-    if value_padding_mask is not None:
-        value = apply_value_padding_mask(value, value_padding_mask)
-    if sampling_locations.dim() == 6:
-        sampling_locations = sampling_locations.flatten(3, 4)
-        attention_weights = attention_weights.flatten(3, 4)
-    return Call(
-        value,
-        shapes,
-        sampling_locations,
-        attention_weights,
-        levels,
-        interpolation,
-        padding,
-        coordinates,
-    )
+    return Sizes(shapes, levels)
 
 
 def understand_spatial_shapes(spatial_shapes: SpatialShapes) -> list[tuple[int, ...]]:

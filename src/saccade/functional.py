@@ -9,10 +9,7 @@ from torch import Tensor
 
 from saccade import backend, reference
 from saccade.arguments import Coordinates, Interpolation, Padding, SpatialShapes, understand
-from saccade.ops import registration as _registration  # noqa: F401  defines the operator
-
-# The overload itself: looking it up costs as much as a small kernel.
-_OPERATOR = torch.ops.saccade.deformable_attention.default
+from saccade.ops import registration
 
 
 def deformable_attention(
@@ -92,7 +89,7 @@ def deformable_attention(
     )
     if backend.needs_reference():
         return reference.execute(call)
-    output: Tensor = _OPERATOR(
+    arguments = (
         call.value,
         call.flat_spatial_shapes,
         call.sampling_locations,
@@ -102,4 +99,9 @@ def deformable_attention(
         padding,
         coordinates,
     )
+    if registration.needs_autograd(call.value, call.sampling_locations, call.attention_weights):
+        output: Tensor = registration.OPERATOR(*arguments)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = registration.OPERATOR(*arguments)
     return output

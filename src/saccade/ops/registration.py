@@ -7,11 +7,12 @@ every other device, and the CPU where there is no library.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from saccade import reference
 from saccade.arguments import Call, Coordinates, Interpolation, Padding
@@ -85,7 +86,22 @@ def _unwanted(like: Tensor) -> Tensor:
 # --- shapes for tracing -------------------------------------------------------------------------
 
 
-def _check_devices(**tensors: Tensor) -> None:
+# No sizes are compared: a symbolic one would be fixed, or guarded, by that.
+_AXES = {
+    "grad_output": ("batch", "queries", "heads * head_dim"),
+    "value": ("batch", "positions", "heads or 1", "head_dim"),
+    "sampling_locations": ("batch", "queries", "heads", "points", "spatial_dims"),
+    "attention_weights": ("batch", "queries", "heads", "points"),
+}
+
+
+def _check_axes_and_devices(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dim() != len(_AXES[name]):
+            raise ValueError(
+                f"{name}: expected {len(_AXES[name])} axes [{', '.join(_AXES[name])}], "
+                f"got {tensor.dim()} axes {list(tensor.shape)}"
+            )
     (first_name, first), *others = tensors.items()
     for name, tensor in others:
         if tensor.device != first.device:
@@ -104,7 +120,7 @@ def _fake_forward(
     padding: str,
     coordinates: str,
 ) -> Tensor:
-    _check_devices(
+    _check_axes_and_devices(
         value=value, sampling_locations=sampling_locations, attention_weights=attention_weights
     )
     batch_size, num_queries, num_heads = sampling_locations.shape[:3]
@@ -123,6 +139,12 @@ def _fake_backward(
     coordinates: str,
     output_mask: Sequence[bool],
 ) -> Gradients:
+    _check_axes_and_devices(
+        value=value,
+        grad_output=grad_output,
+        sampling_locations=sampling_locations,
+        attention_weights=attention_weights,
+    )
     inputs = (value, sampling_locations, attention_weights)
     return cast(
         Gradients,
@@ -136,30 +158,69 @@ def _fake_backward(
 # --- gradients ----------------------------------------------------------------------------------
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    value, spatial_shapes, sampling_locations, attention_weights, *options = inputs
-    ctx.save_for_backward(value, sampling_locations, attention_weights)
-    ctx.spatial_shapes, ctx.options = spatial_shapes, options
+def needs_autograd(*tensors: Tensor) -> bool:
+    """Whether a call has to pass through autograd, which even to do nothing costs as much as a call.
+
+    That is where a gradient is wanted, where a compiler traces (it shall see the plain call), and
+    where someone's `__torch_function__` runs on the way.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or has_torch_function_variadic(*tensors)
+        or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+    )
 
 
-def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    value, sampling_locations, attention_weights = ctx.saved_tensors
-    needed = ctx.needs_input_grad
-    output_mask = [needed[0], needed[2], needed[3]]
-    gradients = torch.ops.saccade.deformable_attention_backward(
-        grad_output,
-        value,
-        ctx.spatial_shapes,
-        sampling_locations,
-        attention_weights,
-        *ctx.options,
-        output_mask,
-    )
-    grad_value, grad_locations, grad_weights = (
-        gradient if wanted else None
-        for gradient, wanted in zip(gradients, output_mask, strict=True)
-    )
-    return grad_value, None, grad_locations, grad_weights, None, None, None, None
+class _DeformableAttention(torch.autograd.Function):
+    """The operator with its gradient.
+
+    Written out, because what `torch.library.register_autograd` makes of the same two functions
+    takes twice the time of a small call.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, *inputs: Any) -> Tensor:
+        output = _below_autograd(keyset, *inputs)
+        value, ctx.spatial_shapes, sampling_locations, attention_weights, *ctx.options = inputs
+        ctx.save_for_backward(value, sampling_locations, attention_weights)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        value, sampling_locations, attention_weights = ctx.saved_tensors
+        _, *needed = ctx.needs_input_grad
+        output_mask = [needed[0], needed[2], needed[3]]
+        arguments = (
+            grad_output,
+            value,
+            ctx.spatial_shapes,
+            sampling_locations,
+            attention_weights,
+            *ctx.options,
+            output_mask,
+        )
+        if needs_autograd(grad_output, value, sampling_locations, attention_weights):
+            gradients = BACKWARD_OPERATOR(*arguments)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                gradients = BACKWARD_OPERATOR(*arguments)
+        grad_value, grad_locations, grad_weights = (
+            gradient if wanted else None
+            for gradient, wanted in zip(gradients, output_mask, strict=True)
+        )
+        return None, grad_value, None, grad_locations, grad_weights, None, None, None, None
+
+
+def _below_autograd(keyset: Any, *inputs: Any) -> Tensor:
+    with torch._C._AutoDispatchBelowAutograd():
+        return cast(Tensor, OPERATOR.redispatch(keyset & torch._C._after_autograd_keyset, *inputs))
+
+
+def _autograd(keyset: Any, *inputs: Any) -> Tensor:
+    """What the dispatcher calls for a tensor that autograd knows."""
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+        return cast(Tensor, _DeformableAttention.apply(keyset, *inputs))  # type: ignore[no-untyped-call]
+    return _below_autograd(keyset, *inputs)
 
 
 def _save_for_second_order(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -211,23 +272,25 @@ def _register() -> torch.library.Library:
     if native.failure is not None:
         for name, schema in SCHEMAS.items():
             library.define(name + schema)
-    kernels: dict[str, tuple[Callable[..., Any], ...]] = {
-        "deformable_attention": (_reference_forward, _fake_forward, _backward, _save),
-        "deformable_attention_backward": (
-            _reference_backward,
-            _fake_backward,
-            _backward_of_backward,
-            _save_for_second_order,
-        ),
-    }
-    for name, (fallback, fake, backward, save) in kernels.items():
+    for name, fallback, fake in (
+        ("deformable_attention", _reference_forward, _fake_forward),
+        ("deformable_attention_backward", _reference_backward, _fake_backward),
+    ):
         library.impl(name, fallback, "CompositeExplicitAutograd")
         torch.library.register_fake(f"saccade::{name}", fake, lib=library)
-        torch.library.register_autograd(
-            f"saccade::{name}", backward, setup_context=save, lib=library
-        )
+    library.impl("deformable_attention", _autograd, "Autograd", with_keyset=True)
+    torch.library.register_autograd(
+        "saccade::deformable_attention_backward",
+        _backward_of_backward,
+        setup_context=_save_for_second_order,
+        lib=library,
+    )
     return library
 
 
 # Registrations live as long as this object does.
 _library = _register()
+
+# The overloads themselves: looking one up costs as much as a small kernel.
+OPERATOR = torch.ops.saccade.deformable_attention.default
+BACKWARD_OPERATOR = torch.ops.saccade.deformable_attention_backward.default
