@@ -84,19 +84,20 @@ void dots_of_chunk(const Problem& problem, const Points<T>& points, int64_t num_
 
 // From dot products to the gradients of locations and weights; false if a number is NaN.
 template <class T>
-bool chain(const Problem& problem, const Points<T>& points, int64_t num_queries, const T* dots,
-           T* grad_locations, T* grad_weights) {
+bool chain(const Problem& problem, const PointCopies<T>& given, int64_t num_queries,
+           const T* all_dots, T* grad_locations, T* grad_weights) {
   typedef Vector<T> V;
   constexpr int W = kWidth<T>;
   const PointTable<T>& table = point_table<T>(problem);
-  V nan = {};
+  V zero_or_nan = {};
   int64_t in_period = 0;
   for (int64_t at = 0; at < num_queries * problem.total_points; at += W) {
-    const Located<T> point = locate_points<T>(problem, table, &points.locations[0], at, in_period);
+    const Located<T> point = locate_points<T>(problem, table, &given.locations[2 * at], in_period);
     in_period = next_in_period<T>(problem, in_period);
-    const V attention = load(&points.attention_weights[at]);
-    const V first = load(dots + 4 * at), second = load(dots + 4 * at + W);
-    const V third = load(dots + 4 * at + 2 * W), fourth = load(dots + 4 * at + 3 * W);
+    const V attention = load(&given.attention_weights[at]);
+    const T* dots = all_dots + 4 * at;
+    const V first = load(dots), second = load(dots + W);
+    const V third = load(dots + 2 * W), fourth = load(dots + 3 * W);
     const V even_low = evens<T>(first, second), even_high = evens<T>(third, fourth);
     const V odd_low = odds<T>(first, second), odd_high = odds<T>(third, fourth);
     const V corners[4] = {evens<T>(even_low, even_high), evens<T>(odd_low, odd_high),
@@ -112,9 +113,9 @@ bool chain(const Problem& problem, const Points<T>& points, int64_t num_queries,
     store(grad_weights + at, grad_weight);
     store_pairs<T>(grad_locations + 2 * at, grad_x, grad_y);
     const V sum = grad_weight + grad_x + grad_y;
-    nan += sum == sum ? V{} : splat<T>(1);
+    zero_or_nan += sum == sum ? V{} : sum;
   }
-  return !any(nan != V{});
+  return !any(zero_or_nan != zero_or_nan);
 }
 
 template <class S>
@@ -132,6 +133,7 @@ void backward_points(const Problem& problem, const Value& value, const void* gra
   typedef Compute<S> T;
   const int64_t total_points = problem.total_points;
   const S* grad = static_cast<const S*>(grad_output);
+  const GivenPoints<T> given = {static_cast<const T*>(locations), static_cast<const T*>(weights)};
   const int64_t grads_stride = whole_vectors<T>(problem.head_dim);
   const int64_t most_points = problem.chunk_queries * total_points + kWidth<T>;
   const bool stream = problem.stream_output &&
@@ -145,18 +147,19 @@ void backward_points(const Problem& problem, const Value& value, const void* gra
     const Unit unit = unit_of(problem, index);
     const HeadRows<S> rows = scratch.packed.rows(problem, value, unit);
     Points<T>& points = scratch.points;
-    points.locate(problem, static_cast<const T*>(locations), static_cast<const T*>(weights), unit);
+    points.template locate<true>(problem, given, unit);
     load_grad(problem, grad, unit, scratch.grads);
     const int64_t count = unit.num_queries * total_points;
     std::fill_n(&scratch.dots[4 * count], 4 * kWidth<T>, T(0));  // read by the last vector
     dots_of_chunk(problem, points, unit.num_queries, rows, &scratch.grads[0], grads_stride,
                   &scratch.dots[0]);
-    if (!chain(problem, points, unit.num_queries, &scratch.dots[0], &scratch.grad_locations[0],
-               &scratch.grad_weights[0])) {
+    if (!chain(problem, points.kept, unit.num_queries, &scratch.dots[0],
+               &scratch.grad_locations[0], &scratch.grad_weights[0])) {
       for (int64_t query = 0; query < unit.num_queries; ++query) {
-        exact_backward_points(problem, points, query, rows.in_place, rows.stride,
+        exact_backward_points(problem, given, unit, query, rows.in_place, rows.stride,
                               grad + unit.row(problem, query) * problem.head_dim,
-                              &scratch.grad_locations[0], &scratch.grad_weights[0]);
+                              &scratch.grad_locations[2 * query * total_points],
+                              &scratch.grad_weights[query * total_points]);
       }
     }
     for (int64_t query = 0; query < unit.num_queries; ++query) {

@@ -152,26 +152,21 @@ struct BackwardValueScratch {
 
 // Adds the points of a unit to the band's part of `rows`.
 template <class S>
-void scatter_unit(const Problem& problem, const S* grad_output, const Compute<S>* locations,
-                  const Compute<S>* weights, const Unit& unit, const Band& band,
-                  Compute<S>* rows, int64_t row_stride, BackwardValueScratch<S>& scratch) {
+void scatter_unit(const Problem& problem, const S* grad_output, const GivenPoints<Compute<S>>& given,
+                  const Unit& unit, const Band& band, Compute<S>* rows, int64_t row_stride,
+                  BackwardValueScratch<S>& scratch) {
   typedef Compute<S> T;
   const int64_t head_dim = problem.head_dim;
   const int64_t grads_stride = whole_vectors<T>(head_dim);
   Points<T>& points = scratch.points;
-  points.locate(problem, locations, weights, unit);
+  points.template locate<false>(problem, given, unit);
   load_grad(problem, grad_output, unit, scratch.grads);
   if (!points.weights_are_finite ||
       !all_finite(&scratch.grads[0], unit.num_queries * grads_stride)) {
-    for (int64_t done = 0; done < unit.num_queries; done += problem.chunk_queries) {
-      const Unit piece = {unit.batch, unit.head, unit.first_query + done,
-                          std::min(problem.chunk_queries, unit.num_queries - done)};
-      points.locate(problem, locations, weights, piece);
-      for (int64_t query = 0; query < piece.num_queries; ++query) {
-        exact_backward_value(problem, points, query,
-                             grad_output + piece.row(problem, query) * head_dim, band, rows,
-                             row_stride);
-      }
+    for (int64_t query = 0; query < unit.num_queries; ++query) {
+      exact_backward_value(problem, given, unit, query,
+                           grad_output + unit.row(problem, query) * head_dim, band, rows,
+                           row_stride);
     }
     return;
   }
@@ -199,6 +194,7 @@ void backward_value(const Problem& problem, const void* grad_output, const void*
   const int64_t head_dim = problem.head_dim;
   const int64_t full_stride = problem.value_heads * head_dim;
   const bool in_place = problem.adds_in_place();
+  const GivenPoints<T> given = {static_cast<const T*>(locations), static_cast<const T*>(weights)};
   const bool stream = problem.stream_output && fills_lines(grad_value, head_dim * sizeof(S));
   for (int64_t index = begin; index < end; ++index) {
     const Band band(problem, index % problem.num_bands);
@@ -221,8 +217,8 @@ void backward_value(const Problem& problem, const void* grad_output, const void*
       for (int64_t query = 0; query < problem.num_queries; query += problem.scatter_queries) {
         const Unit unit = {batch, head, query,
                            std::min(problem.scatter_queries, problem.num_queries - query)};
-        scatter_unit(problem, static_cast<const S*>(grad_output), static_cast<const T*>(locations),
-                     static_cast<const T*>(weights), unit, band, rows, row_stride, scratch);
+        scatter_unit(problem, static_cast<const S*>(grad_output), given, unit, band, rows,
+                     row_stride, scratch);
       }
     }
     if (!in_place) {

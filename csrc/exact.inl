@@ -16,11 +16,11 @@ struct Corners {
 };
 
 template <class T>
-void corners_of(const Problem& problem, const PointTable<T>& table, const T* locations,
-                const Level& level, int64_t at, Corners<T>& corners) {
+void corners_of(const Problem& problem, const Level& level, const T* location, int64_t point,
+                Corners<T>& corners) {
   // Locates a whole vector for one point: this path is rare and its numbers must be the same.
-  const Located<T> points =
-      locate_points<T>(problem, table, locations, at, at % problem.total_points);
+  T padded[2 * kWidth<T>] = {location[0], location[1]};
+  const Located<T> points = locate_points<T>(problem, point_table<T>(problem), padded, point);
   const int64_t x = static_cast<int64_t>(points.x.base[0]);
   const int64_t y = static_cast<int64_t>(points.y.base[0]);
   corners.count = 0;
@@ -38,16 +38,17 @@ void corners_of(const Problem& problem, const PointTable<T>& table, const T* loc
   }
 }
 
-// Calls visit(point, attention weight, corners) for each point of one query of the chunk.
+// Calls visit(point, attention weight, corners) for each point of one query of the unit.
 template <class T, class Visit>
-void for_each_point(const Problem& problem, const Points<T>& points, int64_t query, Visit visit) {
-  const PointTable<T>& table = point_table<T>(problem);
+void for_each_point(const Problem& problem, const GivenPoints<T>& given, const Unit& unit,
+                    int64_t query, Visit visit) {
+  const int64_t first = unit.row(problem, query) * problem.total_points;
   Corners<T> corners;
   for (const Level& level : problem.levels) {
     for (int64_t k = 0; k < level.num_points; ++k) {
-      const int64_t at = query * problem.total_points + level.first_point + k;
-      corners_of(problem, table, &points.locations[0], level, at, corners);
-      visit(at, points.attention_weights[at], corners);
+      const int64_t point = level.first_point + k;
+      corners_of(problem, level, given.locations + 2 * (first + point), point, corners);
+      visit(point, given.attention_weights[first + point], corners);
     }
   }
 }
@@ -58,11 +59,11 @@ Compute<S> number(const S* from) {
 }
 
 template <class S, class T>
-void exact_forward(const Problem& problem, const Points<T>& points, int64_t query, const S* rows,
-                   int64_t row_stride, S* output) {
+void exact_forward(const Problem& problem, const GivenPoints<T>& given, const Unit& unit,
+                   int64_t query, const S* rows, int64_t row_stride, S* output) {
   for (int64_t channel = 0; channel < problem.head_dim; ++channel) {
     T sum = 0;
-    for_each_point(problem, points, query, [&](int64_t, T attention, const Corners<T>& corners) {
+    for_each_point(problem, given, unit, query, [&](int64_t, T attention, const Corners<T>& corners) {
       T sampled = 0;
       for (int i = 0; i < corners.count; ++i) {
         const Corner<T>& corner = corners.list[i];
@@ -74,11 +75,12 @@ void exact_forward(const Problem& problem, const Points<T>& points, int64_t quer
   }
 }
 
+// grad_locations and grad_weights are those of the query.
 template <class S, class T>
-void exact_backward_points(const Problem& problem, const Points<T>& points, int64_t query,
-                           const S* rows, int64_t row_stride, const S* grad_output,
+void exact_backward_points(const Problem& problem, const GivenPoints<T>& given, const Unit& unit,
+                           int64_t query, const S* rows, int64_t row_stride, const S* grad_output,
                            T* grad_locations, T* grad_weights) {
-  for_each_point(problem, points, query, [&](int64_t at, T attention, const Corners<T>& corners) {
+  for_each_point(problem, given, unit, query, [&](int64_t at, T attention, const Corners<T>& corners) {
     T grad_x = 0, grad_y = 0, grad_weight = 0;
     for (int i = 0; i < corners.count; ++i) {
       const Corner<T>& corner = corners.list[i];
@@ -99,10 +101,10 @@ void exact_backward_points(const Problem& problem, const Points<T>& points, int6
 
 // Adds to the rows of the band only (see band.inl).
 template <class S, class T>
-void exact_backward_value(const Problem& problem, const Points<T>& points, int64_t query,
-                          const S* grad_output, const Band& band, T* grad_rows,
+void exact_backward_value(const Problem& problem, const GivenPoints<T>& given, const Unit& unit,
+                          int64_t query, const S* grad_output, const Band& band, T* grad_rows,
                           int64_t row_stride) {
-  for_each_point(problem, points, query, [&](int64_t, T attention, const Corners<T>& corners) {
+  for_each_point(problem, given, unit, query, [&](int64_t, T attention, const Corners<T>& corners) {
     for (int i = 0; i < corners.count; ++i) {
       const Corner<T>& corner = corners.list[i];
       if (!band.owns(corner.row)) {

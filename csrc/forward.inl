@@ -123,13 +123,13 @@ void forward(const Problem& problem, const Value& value, const void* locations, 
   const int64_t head_dim = problem.head_dim;
   const int64_t sums_stride = whole_vectors<T>(head_dim);
   const bool stream = problem.stream_output && fills_lines(output, head_dim * sizeof(S));
+  const GivenPoints<T> given = {static_cast<const T*>(locations), static_cast<const T*>(weights)};
   scratch.packed.forget();
   scratch.sums.reserve(problem.chunk_queries * sums_stride);
   for (int64_t index = begin; index < end; ++index) {
     const Unit unit = unit_of(problem, index);
     const HeadRows<S> rows = scratch.packed.rows(problem, value, unit);
-    scratch.points.locate(problem, static_cast<const T*>(locations), static_cast<const T*>(weights),
-                          unit);
+    scratch.points.template locate<false>(problem, given, unit);
     T* sums = &scratch.sums[0];
     std::fill_n(sums, unit.num_queries * sums_stride, T(0));
     blend_chunk(problem, scratch.points, unit.num_queries, rows, sums, sums_stride);
@@ -138,7 +138,7 @@ void forward(const Problem& problem, const Value& value, const void* locations, 
       const T* row = sums + query * sums_stride;
       S* to = static_cast<S*>(output) + unit.row(problem, query) * head_dim;
       if (not_a_number && has_nan(row, sums_stride)) {
-        exact_forward(problem, scratch.points, query, rows.in_place, rows.stride, to);
+        exact_forward(problem, given, unit, query, rows.in_place, rows.stride, to);
       } else if (stream) {
         stream_row(to, row, head_dim);
       } else {

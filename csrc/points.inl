@@ -55,25 +55,15 @@ struct Located {
   Axis<T> x, y;
 };
 
-// Where in the tables the vector of points after that at `in_period` begins.
-template <class T>
-SACCADE_INLINE int64_t next_in_period(const Problem& problem, int64_t in_period) {
-  in_period += kWidth<T>;
-  if (in_period >= problem.total_points) {
-    in_period %= problem.total_points;
-  }
-  return in_period;
-}
-
-// The points [at, at + width), the first of which is point `in_period` of its query: `locations`
-// holds x and y in turns. A point whose location is not finite has weight, slope and corners 0.
+// A vector of points, the first of which is point `in_period` of its query: `locations` holds x and
+// y in turns. A point whose location is not finite has weight, slope and corners 0.
 template <class T>
 SACCADE_INLINE Located<T> locate_points(const Problem& problem, const PointTable<T>& table,
-                                        const T* locations, int64_t at, int64_t in_period) {
+                                        const T* locations, int64_t in_period) {
   typedef Vector<T> V;
   constexpr int W = kWidth<T>;
   const V zero = {};
-  const V first = load(locations + 2 * at), second = load(locations + 2 * at + W);
+  const V first = load(locations), second = load(locations + W);
   const V x = evens<T>(first, second), y = odds<T>(first, second);
   Located<T> located = {
       locate<T>(x, table.x, in_period, problem.interpolation, problem.padding),
@@ -90,6 +80,88 @@ SACCADE_INLINE Located<T> locate_points(const Problem& problem, const PointTable
   return located;
 }
 
+// The locations and attention weights of a call, [B, Q, M, P, 2] and [B, Q, M, P].
+template <class T>
+struct GivenPoints {
+  const T* locations;
+  const T* attention_weights;
+};
+
+template <class T>
+struct PointCopies {
+  Buffer<T> locations, attention_weights;
+};
+
+// Where in its query the vector of points after that at `in_period` begins.
+template <class T>
+SACCADE_INLINE int64_t next_in_period(const Problem& problem, int64_t in_period) {
+  in_period += kWidth<T>;
+  return in_period < problem.total_points ? in_period : in_period % problem.total_points;
+}
+
+// Calls run(locations, attention weights, in_period, at) for each vector of the unit's points, query
+// after query; `at` counts them. They are read in place where a query has whole vectors of points,
+// else copied together. The last vector may reach past the last point and then reads zeros there.
+template <class T, class Run>
+SACCADE_INLINE void for_each_vector(const Problem& problem, const GivenPoints<T>& given,
+                                    const Unit& unit, PointCopies<T>& copies, Run run) {
+  constexpr int64_t W = kWidth<T>;
+  const int64_t total_points = problem.total_points;
+  const int64_t step = problem.num_heads * total_points;
+  const int64_t all = problem.batch_size * problem.num_queries * step;
+  const int64_t queries_ahead = std::max<int64_t>(kPointsAhead / total_points, 1);
+  int64_t from = unit.row(problem, 0) * total_points;
+  const auto fetch_ahead = [&]() SACCADE_INLINE_LAMBDA {
+    const int64_t ahead = std::min(from + queries_ahead * step, all - total_points);
+    prefetch(given.locations + 2 * ahead, 2 * total_points);
+    prefetch(given.attention_weights + ahead, total_points);
+  };
+  int64_t at = 0;
+  if (total_points % W == 0) {
+    for (int64_t query = 0; query < unit.num_queries; ++query, from += step) {
+      fetch_ahead();
+      for (int64_t point = 0; point < total_points; point += W, at += W) {
+        run(given.locations + 2 * (from + point), given.attention_weights + from + point, point,
+            at);
+      }
+    }
+    return;
+  }
+  constexpr int64_t kTogether = 8 * W;
+  constexpr int64_t kRoom = std::max<int64_t>(2 * W, 64 / sizeof(T));
+  copies.locations.reserve(2 * (kTogether + total_points) + kRoom);
+  copies.attention_weights.reserve(kTogether + total_points + kRoom);
+  T* const locations = copies.locations.data();
+  T* const weights = copies.attention_weights.data();
+  int64_t filled = 0, in_period = 0;
+  for (int64_t query = 0; query < unit.num_queries; ++query, from += step) {
+    fetch_ahead();
+    copy_numbers_roughly(locations + 2 * filled, given.locations + 2 * from, 2 * total_points,
+                         given.locations + 2 * all);
+    copy_numbers_roughly(weights + filled, given.attention_weights + from, total_points,
+                         given.attention_weights + all);
+    filled += total_points;
+    const bool last = query + 1 == unit.num_queries;
+    if (filled < kTogether && !last) {
+      continue;
+    }
+    if (last) {
+      std::fill_n(locations + 2 * filled, 2 * W, T(0));
+      std::fill_n(weights + filled, W, T(0));
+    }
+    int64_t done = 0;
+    for (; done + (last ? 1 : W) <= filled; done += W, at += W) {
+      run(locations + 2 * done, weights + done, in_period, at);
+      in_period = next_in_period<T>(problem, in_period);
+    }
+    if (!last) {
+      filled -= done;
+      std::memcpy(locations, locations + 2 * done, 2 * W * sizeof(T));
+      std::memcpy(weights, weights + done, W * sizeof(T));
+    }
+  }
+}
+
 // What stage two reads of the points of a unit.
 template <class T>
 struct Points {
@@ -98,79 +170,42 @@ struct Points {
   // included.
   Buffer<T> weights;
   bool weights_are_finite;
-  // As given, without the other heads: of all the unit's points if it has no more queries than a
-  // piece, else of the last piece.
-  Buffer<T> locations, attention_weights;
+  PointCopies<T> kept;  // [queries, P, 2] and [queries, P], as given
 
-  void locate(const Problem& problem, const T* all_locations, const T* all_weights,
-              const Unit& unit) {
+  // With kKeep, `kept` is filled, for who needs the locations once more.
+  template <bool kKeep>
+  void locate(const Problem& problem, const GivenPoints<T>& given, const Unit& unit) {
+    typedef Vector<T> V;
+    const PointTable<T>& table = point_table<T>(problem);
     const int64_t count = unit.num_queries * problem.total_points;
     rows.reserve(count + kWidth<T>);
     weights.reserve(4 * (count + kWidth<T>));
-    weights_are_finite = true;
-    for (int64_t done = 0; done < unit.num_queries; done += problem.chunk_queries) {
-      const Unit piece = {unit.batch, unit.head, unit.first_query + done,
-                          std::min(problem.chunk_queries, unit.num_queries - done)};
-      locate_piece(problem, all_locations, all_weights, piece, done * problem.total_points);
+    if (kKeep) {
+      kept.locations.reserve(2 * (count + kWidth<T>));
+      kept.attention_weights.reserve(count + kWidth<T>);
     }
+    V zero_or_nan = {};
+    const auto run = [&](const T* locations, const T* attention_weights, int64_t in_period,
+                         int64_t at) SACCADE_INLINE_LAMBDA {
+      const Located<T> point = locate_points<T>(problem, table, locations, in_period);
+      store_rows<T>(&rows[at], point.x.base, point.y.base, &table.width[in_period]);
+      const V attention = load(attention_weights);
+      zero_or_nan += attention - attention;
+      if (kKeep) {
+        store(&kept.locations[2 * at], load(locations));
+        store(&kept.locations[2 * at + kWidth<T>], load(locations + kWidth<T>));
+        store(&kept.attention_weights[at], attention);
+      }
+      const V upper = point.y.weights[0] * attention, lower = point.y.weights[1] * attention;
+      store_quads<T>(&weights[4 * at], point.x.weights[0] * upper, point.x.weights[1] * upper,
+                     point.x.weights[0] * lower, point.x.weights[1] * lower);
+    };
+    for_each_vector(problem, given, unit, copies_, run);
+    weights_are_finite = !any(zero_or_nan != zero_or_nan);
   }
 
  private:
-  // Query after query, the locations and weights of the head are copied together, [.., M, P, ..] ->
-  // [Q, P, ..], and located as soon as they fill a vector.
-  void locate_piece(const Problem& problem, const T* all_locations, const T* all_weights,
-                    const Unit& piece, int64_t first_point) {
-    constexpr int64_t W = kWidth<T>;
-    constexpr int64_t kRoom = std::max<int64_t>(2 * W, 64 / sizeof(T));
-    const int64_t total_points = problem.total_points;
-    const int64_t count = piece.num_queries * total_points;
-    locations.reserve(2 * count + kRoom);
-    attention_weights.reserve(count + kRoom);
-    const int64_t step = problem.num_heads * total_points;
-    const int64_t all = problem.batch_size * problem.num_queries * step;
-    int64_t from = piece.row(problem, 0) * total_points;
-    int64_t located = 0, in_period = 0;
-    Vector<T> not_finite = {};
-    const auto locate_vector = [&]() SACCADE_INLINE_LAMBDA {
-      not_finite += locate_vector_at(problem, located, in_period, first_point + located);
-      in_period = next_in_period<T>(problem, in_period);
-      located += W;
-    };
-    for (int64_t query = 0; query < piece.num_queries; ++query, from += step) {
-      const int64_t ahead = std::min(from + kQueriesAhead * step, all - total_points);
-      prefetch(all_locations + 2 * ahead, 2 * total_points);
-      prefetch(all_weights + ahead, total_points);
-      const int64_t to = query * total_points;
-      copy_numbers_roughly(&locations[2 * to], all_locations + 2 * from, 2 * total_points,
-                           all_locations + 2 * all);
-      copy_numbers_roughly(&attention_weights[to], all_weights + from, total_points,
-                           all_weights + all);
-      while (located + W <= to + total_points) {
-        locate_vector();
-      }
-    }
-    if (located < count) {
-      // The last vector reaches past the last point; what it computes there is not used.
-      std::fill_n(&locations[2 * count], 2 * W, T(0));
-      std::fill_n(&attention_weights[count], W, T(0));
-      locate_vector();
-    }
-    weights_are_finite = weights_are_finite && !any(not_finite != not_finite);
-  }
-
-  // A vector of points; returns 0, or NaN where an attention weight is not finite.
-  SACCADE_INLINE Vector<T> locate_vector_at(const Problem& problem, int64_t at, int64_t in_period,
-                                            int64_t to) {
-    typedef Vector<T> V;
-    const PointTable<T>& table = point_table<T>(problem);
-    const Located<T> point = locate_points<T>(problem, table, &locations[0], at, in_period);
-    store_rows<T>(&rows[to], point.x.base, point.y.base, &table.width[in_period]);
-    const V attention = load(&attention_weights[at]);
-    const V upper = point.y.weights[0] * attention, lower = point.y.weights[1] * attention;
-    store_quads<T>(&weights[4 * to], point.x.weights[0] * upper, point.x.weights[1] * upper,
-                   point.x.weights[0] * lower, point.x.weights[1] * lower);
-    return attention - attention;
-  }
+  PointCopies<T> copies_;
 };
 
 // The rows of a level for one head, and the steps from a point's first corner to the others.

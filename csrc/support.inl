@@ -80,6 +80,7 @@ SACCADE_INLINE void copy_numbers_roughly(S* to, const S* from, int64_t count, co
 // What a chunk of queries reads of a tensor [B, Q, M, ...] lies in pieces, one head apart: fetched
 // far enough ahead to cover the way to memory, near enough to still be in the cache when needed.
 constexpr int64_t kQueriesAhead = 16;
+constexpr int64_t kPointsAhead = 256;
 
 // Into the second-level cache, which has more requests under way than the first.
 template <class S>

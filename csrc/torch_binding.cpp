@@ -4,6 +4,10 @@
 // The Python functions have checked the arguments already, with better messages; what is checked
 // here keeps a direct call of torch.ops.saccade.* from reading or writing outside its tensors.
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -186,6 +190,21 @@ Tensor contiguous_as(const Tensor& tensor, ScalarType type) {
   return same_type.is_contiguous() ? same_type : torch::stable::contiguous(same_type);
 }
 
+// The first touch of fresh memory costs more than the work on it, the less the larger its pages are:
+// 44 against 10 ms for 82 MB. Only where the system leaves the choice to the program; a hint, so
+// that a refusal changes nothing.
+void ask_for_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr int64_t kHugePage = int64_t(1) << 21;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (begin + bytes) / kHugePage * kHugePage;
+  if (first < end) {
+    madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+  }
+#endif
+}
+
 // A contiguous tensor with memory that holds anything. Not `new_empty`, which looks its operator up
 // by name, boxes six arguments and dispatches: a microsecond.
 Tensor empty(IntHeaderOnlyArrayRef sizes, ScalarType type) {
@@ -200,7 +219,9 @@ Tensor empty(IntHeaderOnlyArrayRef sizes, ScalarType type) {
       static_cast<int64_t>(sizes.size()), sizes.data(), strides,
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
       aoti_torch_device_type_cpu(), -1, &handle));
-  return Tensor(handle);
+  Tensor tensor(handle);
+  ask_for_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size());
+  return tensor;
 }
 
 Value describe(const Tensor& value) {
