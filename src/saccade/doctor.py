@@ -33,6 +33,16 @@ EXTRAS = {
         "safetensors",
         "scipy",
     ),
+    "bench": (
+        "typer",
+        "rich",
+        "matplotlib",
+        "numpy",
+        "transformers",
+        "onnx",
+        "onnxscript",
+        "onnxruntime",
+    ),
 }
 """The modules that each extra of the package brings, for those the command line uses."""
 
