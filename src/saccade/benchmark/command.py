@@ -19,12 +19,14 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from saccade.benchmark.detectors import DETECTORS
 from saccade.benchmark.workloads import WORKLOADS
 from saccade.terminal import err, fail, need, out
 
 if TYPE_CHECKING:
     from saccade.benchmark.operator import Figure, LeftOut
     from saccade.benchmark.plan import Step
+    from saccade.benchmark.sweep import ScalingFigure, Summary
 
 # transformers, matplotlib and onnxruntime are imported by what needs them, after the arguments.
 
@@ -152,8 +154,7 @@ def _run(
     out.print(f"{report.METHOD}\n", style="dim")
     found: list[Figure | LeftOut] = []
     wrong = False
-    before = torch.get_num_threads()
-    with progress_bar("Figures", len(plan)) as progress:
+    with on_threads(None), progress_bar("Figures", len(plan)) as progress:
         for step in plan:
             progress.update(TaskID(0), description=step.workload)
             try:
@@ -167,7 +168,6 @@ def _run(
                 out.print(report.table(rows))
                 out.print()
             progress.advance(TaskID(0))
-    torch.set_num_threads(before)
     results = report.results(command, found)
     if json is not None:
         with writing(json):
@@ -182,6 +182,17 @@ def _run(
 
 
 @contextmanager
+def on_threads(number: int | None) -> Iterator[None]:
+    """torch's number of CPU threads, and the one before again."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Says what was written, or why it could not be."""
     try:
@@ -189,6 +200,130 @@ def writing(path: Path) -> Iterator[None]:
     except (OSError, ValueError) as error:
         fail(f"cannot write {path}: {error}")
     out.print(f"Written: {path}", markup=False, soft_wrap=True)
+
+
+@app.command("models")
+def bench_models(
+    context: typer.Context,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help=f"One of {', '.join(DETECTORS)}; repeat it. Without it, all."),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="CPU threads. Without it, torch's choice.", show_default=False),
+    ] = None,
+    seconds: Seconds = 10.0,
+    json: JsonFile = None,
+) -> None:
+    """Whole transformers models with random weights: a forward eager, and after saccade.patch.
+
+    Also how much of the forward is spent in attention, projections included, before and after. The
+    models are made here, nothing is downloaded. One that cannot be made is listed with the reason.
+
+    Exit code: 0 done; 1 a patched model gave other outputs; 2 wrong usage or something is missing.
+    """
+    _check("--model", model, DETECTORS)
+    need("bench models", "bench", "transformers")
+    from saccade.benchmark import models, report
+
+    figures, wrong = [], False
+    with on_threads(threads):
+        out.print(report.machine_line(), soft_wrap=True)
+        out.print(f"threads: {torch.get_num_threads()}; ratio = eager / patched\n")
+        chosen = model or list(DETECTORS)
+        with progress_bar("Models", len(chosen)) as progress:
+            for name in chosen:
+                progress.update(TaskID(0), description=name)
+                try:
+                    figures.append(models.measure(DETECTORS[name], seconds))
+                except ArithmeticError as error:
+                    wrong = True
+                    err.print(f"wrong numbers: {error}", markup=False, soft_wrap=True)
+                progress.advance(TaskID(0))
+        out.print(models.table(figures))
+        if json is not None:
+            with writing(json):
+                models.write(command_line(context), figures, json)
+    if wrong:
+        raise typer.Exit(1)
+
+
+@app.command("sweep")
+def bench_sweep(
+    context: typer.Context,
+    shapes: Annotated[
+        int, typer.Option(min=0, help="How many random shapes beside the registry.")
+    ] = 200,
+    seed: Annotated[int, typer.Option(help="Of the random shapes.")] = 0,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="CPU threads. Without it, torch's choice.", show_default=False),
+    ] = None,
+    seconds: Seconds = 0.1,
+    json: JsonFile = None,
+    plot: PlotFile = None,
+) -> None:
+    """Where the kernel is slow for its work: the registry and random shapes, and how time grows.
+
+    The work is the bytes of value rows that the forward reads; a bandwidth is the work over the time,
+    with warm caches. The worst shapes are named, and how far they are below the median. Then time
+    against queries, against levels and points, and on one thread and many.
+
+    Exit code: 0 done; 1 wrong numbers; 2 wrong usage, or a file that cannot be written.
+    """
+    if plot is not None:
+        need("bench sweep --plot", "bench", "matplotlib")
+    from saccade.benchmark import report, sweep
+
+    with on_threads(threads):
+        out.print(report.machine_line(), soft_wrap=True)
+        out.print(f"threads: {torch.get_num_threads()}; {sweep.METHOD}\n", style="dim")
+        chosen = [*WORKLOADS.values(), *sweep.random_workloads(shapes, seed)]
+        steps = sweep.scaling_steps()
+        figures, curves = [], []
+        try:
+            with progress_bar("Shapes", len(chosen) + len(steps)) as progress:
+                for workload in chosen:
+                    figures.append(sweep.shape_figure(workload, seconds))
+                    progress.advance(TaskID(0))
+                for figure in sweep.scaling_figures(steps, seconds):
+                    curves.append(figure)
+                    progress.advance(TaskID(0))
+        except ArithmeticError as error:
+            err.print(f"wrong numbers: {error}", markup=False, soft_wrap=True)
+            raise typer.Exit(1) from None
+        _print_sweep(sweep.summarise(figures), curves)
+        if json is not None:
+            with writing(json):
+                sweep.write(command_line(context), figures, curves, json)
+        if plot is not None:
+            from saccade.benchmark.sweep_plot import save_plot
+            from saccade.benchmark.timing import machine
+
+            with writing(plot):
+                save_plot(figures, curves, machine(), torch.get_num_threads(), plot)
+
+
+def _print_sweep(summaries: Sequence[Summary], curves: Sequence[ScalingFigure]) -> None:
+    for summary in summaries:
+        out.print(
+            f"{summary.direction}: the worst shape is {summary.worst_ratio:.1f} × below the median "
+            f"of {summary.median:.3g} GB/s ({summary.worst_ratio_of_full_vectors:.1f} × among those "
+            f"whose head_dim is a multiple of 16); the slowest:",
+            soft_wrap=True,
+        )
+        for name in summary.worst:
+            out.print(f"  {name}", markup=False, soft_wrap=True)
+    for curve in dict.fromkeys(figure.curve for figure in curves):
+        out.print(f"\n{curve:>16}    forward  forward + backward")
+        for figure in curves:
+            if figure.curve == curve:
+                out.print(
+                    f"{figure.x:16} {figure.forward_ms:7.3g} ms {figure.both_ms:16.3g} ms  "
+                    f"{figure.of}",
+                    markup=False,
+                )
 
 
 def command_line(context: typer.Context) -> str:

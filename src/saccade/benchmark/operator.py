@@ -89,7 +89,7 @@ def compare(
     setting = setting_of(
         workload, dtype=dtype, uniform=uniform, backward=backward, single_call=single_call
     )
-    truth = _Truth(workload, inputs, backward)
+    truth = Truth(workload, inputs, backward)
     functions: dict[str, Callable[[], Results]] = {}
     first_seconds = {}
     for peer in peers:
@@ -98,7 +98,7 @@ def compare(
         if reason is None:
             try:
                 with peer.within():
-                    run = _timed(peer.prepare(workload, given), given, backward)
+                    run = timed_call(peer.prepare(workload, given), given, backward)
                     begin = time.perf_counter()
                     found = run()
                     first_seconds[peer.name] = time.perf_counter() - begin
@@ -165,7 +165,7 @@ def draw_nothing() -> Inputs:
     return Inputs(*(torch.empty(0) for _ in Inputs._fields))
 
 
-def _timed(
+def timed_call(
     attend: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Inputs, backward: bool
 ) -> Callable[[], Results]:
     """The call that is timed; it gives the output, or the output and the three gradients."""
@@ -185,7 +185,7 @@ def _timed(
     return both
 
 
-class _Truth:
+class Truth:
     """The definition in float64 on some of the queries, and the first peer's gradient of the value."""
 
     def __init__(self, workload: Workload, inputs: Inputs, backward: bool) -> None:

@@ -29,15 +29,22 @@ class Results(NamedTuple):
     left_out: list[LeftOut]
 
 
+def record(command: str) -> dict[str, Any]:
+    """What stands above all figures: the command, the date and the machine."""
+    return {
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(),
+    }
+
+
 def results(command: str, found: Iterable[Figure | LeftOut]) -> Results:
     """The figures with today's date and this machine."""
     kept = list(found)
     return Results(
-        command,
-        datetime.date.today().isoformat(),
-        machine(),
-        [figure for figure in kept if isinstance(figure, Figure)],
-        [peer for peer in kept if isinstance(peer, LeftOut)],
+        **record(command),
+        figures=[figure for figure in kept if isinstance(figure, Figure)],
+        left_out=[peer for peer in kept if isinstance(peer, LeftOut)],
     )
 
 
