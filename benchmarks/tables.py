@@ -111,11 +111,11 @@ def _cell(figures: dict[str, Figure], peer: str, *, with_times: bool = False) ->
     if peer not in figures:
         return "–"
     figure = figures[peer]
-    ratio = f"**{times(figure.ratio)}**"
+    ratio = times(figure.ratio)
     if not with_times:
         return ratio
     own = milliseconds(figures["saccade"].milliseconds).removesuffix(" ms")
-    return f"{ratio} {own} against {milliseconds(figure.milliseconds)}"
+    return f"**{ratio}** {own} against {milliseconds(figure.milliseconds)}"
 
 
 def _row(cells: Sequence[str]) -> str:
