@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 import saccade
@@ -184,7 +185,8 @@ def table(figures: list[ModelFigure]) -> Table:
     shown.add_column("model", overflow="fold")
     for figure in figures:
         if figure.reason:
-            shown.add_row("–", "", "", "", "", f"{figure.input}: {figure.reason}", style="dim")
+            reason = Text(f"{figure.input}: {figure.reason}")
+            shown.add_row("–", "", "", "", "", reason, style="dim")
         else:
             shown.add_row(
                 times(figure.ratio),

@@ -10,7 +10,6 @@ import logging
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from importlib import util
 from io import BytesIO
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 
 import saccade
 from saccade.benchmark.workloads import Inputs, Workload
+from saccade.doctor import installed
 from saccade.ops import native
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -41,7 +41,7 @@ class Peer:
 
     def missing(self) -> str | None:
         """Why it cannot run here at all, or None."""
-        missing = [name for name in self.modules if util.find_spec(name) is None]
+        missing = [name for name in self.modules if not installed(name)]
         return f"{', '.join(missing)} not installed: {self.install}" if missing else None
 
     def refusal(self, workload: Workload, *, backward: bool) -> str | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.table import Table
+from rich.text import Text
 
 from saccade.benchmark.operator import Figure, LeftOut, Setting
 from saccade.benchmark.timing import machine
@@ -121,7 +122,8 @@ def table(rows: Sequence[Figure | LeftOut]) -> Table:
         )
     for left in rows:
         if isinstance(left, LeftOut):
-            shown.add_row("–", left.peer, "", left.reason, style="dim")
+            # as Text: in a string, rich takes what is in brackets for markup
+            shown.add_row("–", left.peer, "", Text(left.reason), style="dim")
     return shown
 
 
