@@ -99,7 +99,7 @@ def test_random_shapes_are_seeded_and_strange():
     assert any(workload.head_dim % 2 for workload in found)
     assert any(workload.shared_head for workload in found)
     assert any(len(set(workload.points)) > 1 for workload in found)
-    works = sorted(sweep.work(workload) for workload in found)
+    works = sorted(sweep.work(one) for one in found if one.head_dim >= 16)
     assert works[len(works) // 10] > sweep.LEAST_BYTES / 2
     assert works[-len(works) // 10] < sweep.MOST_BYTES * 2
 

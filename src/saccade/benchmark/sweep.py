@@ -121,7 +121,9 @@ def random_workloads(count: int, seed: int = 0) -> list[Workload]:
             shared_head=chosen.random() < 0.15,
         )
         wanted = math.exp(chosen.uniform(math.log(LEAST_BYTES), math.log(MOST_BYTES)))
-        queries = _prime_from(max(2, round(wanted / work(workload))))
+        # A row takes a vector's time at least, also one of a single number.
+        of_a_query = work(workload) * max(1, 16 / workload.head_dim)
+        queries = _prime_from(max(2, round(wanted / of_a_query)))
         found.append(workload._replace(num_queries=queries))
     return found
 
