@@ -1,7 +1,7 @@
 # make demo   set up, then find and explain the digits of a shipped scene
 # make test   set up, then run the tests
 # make lint   formatting, style, types
-# make bench  the figures of the README (minutes; a quiet machine, please)
+# make bench  the figures of the README and the docs (half an hour; a quiet machine, please)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -32,7 +32,11 @@ format: $(VENV)/.installed
 	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h csrc/*.inl csrc/simd/*.inl tests/native/*.cpp
 
 bench: $(VENV)/.installed
+	$(BIN)/saccade bench --full --json benchmarks/results/cpu.json --plot docs/images/bench.png
+	$(BIN)/saccade bench models --json benchmarks/results/models.json
+	$(BIN)/saccade bench sweep --json benchmarks/results/sweep.json --plot docs/images/sweep.png
 	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.tables --write
 
 install: $(VENV)/.installed
 

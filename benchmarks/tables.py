@@ -1,48 +1,168 @@
-"""Prints committed results as the Markdown tables that the README and the docs quote."""
+"""Writes the tables of the README and of docs/performance.md from the committed results.
+
+`python -m benchmarks.tables` prints them, with `--write` it puts them between the marks
+`<!-- figures: NAME -->` and `<!-- end of figures -->` of the pages. A test holds the two equal.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-RESULTS = Path(__file__).resolve().parent / "results"
+from saccade.benchmark.operator import Figure, Setting
+from saccade.benchmark.report import Results, milliseconds, read, times
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ("README.md", "docs/performance.md")
+MARKED = re.compile(
+    r"(<!-- figures: (?P<name>\w+) -->\n).*?(<!-- end of figures -->)", flags=re.DOTALL
+)
+
+# What the README shows, and what a reader calls it.
+README_CASES = {
+    "detr-encoder": "Deformable DETR encoder, 22,223 queries",
+    "detr-decoder": "its decoder, 300 queries",
+    "mask2former-encoder": "Mask2Former pixel decoder",
+    "rtdetr-decoder": "RT-DETR decoder",
+    "dfine-decoder": "D-FINE decoder",
+    "rfdetr-large": "RF-DETR L",
+    "bevformer-tsa": "BEVFormer temporal",
+    "plain-single-map": "plain form, one shared map",
+}
+DIRECTIONS = ("forward", "forward + backward")
+README_PEERS = ("grid_sample", "torch-ms-deform-attn")
 
 
-def rows(results: dict, threads: int) -> list[str]:
-    """One line a workload, locations and dtype: ratios first, then times."""
-    figures: dict[tuple[str, str, str], dict[str, dict]] = {}
-    for figure in results["operator"]:
-        if figure["threads"] == threads:
-            key = (figure["workload"], figure["dtype"], figure["locations"])
-            figures.setdefault(key, {})[figure["direction"]] = figure
+def readme(results: Results) -> list[str]:
+    """float32, model-like locations, all threads, warm: the ratios, and the times of the first peer."""
+    threads = max(figure.setting.threads for figure in results.figures)
+    by_key = _by_setting(results.figures)
     lines = [
-        "| workload | values | locations | forward | | forward + backward | |",
-        "|---|---|---|---|---|---|---|",
+        f"{_machine(results)}; {threads} threads, float32.\n",
+        _row(["", *(f"{way}: {peer}" for way in DIRECTIONS for peer in README_PEERS)]),
+        _row(["---"] * 5),
     ]
-    for (workload, dtype, locations), directions in figures.items():
-        cells = []
-        for direction in ("forward", "forward + backward"):
-            figure = directions[direction]
-            cells.append(f"**{figure['ratio']:.1f} ×**")
-            cells.append(f"{_ms(figure['saccade_ms'])} against {_ms(figure['grid_sample_ms'])} ms")
-        lines.append(f"| {workload} | {dtype} | {locations} | {' | '.join(cells)} |")
+    for case, name in README_CASES.items():
+        cells = [name]
+        for way in DIRECTIONS:
+            peers = by_key.get(Setting(case, way, "model-like", "float32", threads, "warm"), {})
+            for index, peer in enumerate(README_PEERS):
+                cells.append(_cell(peers, peer, with_times=index == 0))
+        lines.append(_row(cells))
     return lines
 
 
-def _ms(time: float) -> str:
-    return f"{time:.0f}" if time >= 100 else f"{time:.3g}"
+def every(results: Results) -> list[str]:
+    """A table for each kind of figure: Saccade's time, then the ratio to each peer."""
+    by_key = _by_setting(results.figures)
+    peers = [peer for peer in dict.fromkeys(figure.peer for figure in results.figures)]
+    lines = [f"`{results.command}`, {results.date}: {_machine(results)}.\n"]
+    kinds = dict.fromkeys(setting[1:] for setting in by_key)
+    for kind in sorted(kinds, key=lambda kind: list(kinds).index((DIRECTIONS[0], *kind[1:]))):
+        way, locations, dtype, threads, caches = kind
+        here = [peer for peer in peers if any(s[1:] == kind and peer in by_key[s] for s in by_key)]
+        lines += [
+            f"**{way}**, {dtype}, {locations} locations, {threads} "
+            f"thread{'' if threads == 1 else 's'}{'' if caches == 'warm' else ', single calls'}\n",
+            _row(["workload", "Saccade", *(name for name in here if name != "saccade")]),
+            _row(["---"] * (1 + len(here))),
+        ]
+        for setting, figures in by_key.items():
+            if setting[1:] == kind:
+                cells = [_cell(figures, peer) for peer in here if peer != "saccade"]
+                own = milliseconds(figures["saccade"].milliseconds)
+                lines.append(_row([setting.workload, own, *cells]))
+        lines.append("")
+    reasons = dict.fromkeys((left.peer, left.reason) for left in results.left_out)
+    return lines + [f"- {peer}: {reason}." for peer, reason in reasons]
+
+
+def models(found: dict) -> list[str]:
+    """Whole models, eager against patched."""
+    lines = [
+        f"`{found['command']}`, {found['date']}: {_versions(found['machine'])}; "
+        f"{found['threads']} threads.\n",
+        _row(["model", "forward", "", "attention before", "after"]),
+        _row(["---"] * 5),
+    ]
+    for row in found["models"]:
+        name = f"{row['model']}, {row['input']}"
+        if row["reason"]:
+            lines.append(_row([name, f"– {row['reason']}", "", "", ""]))
+            continue
+        spent = f"{row['patched_ms'] / 1e3:.3g} against {row['eager_ms'] / 1e3:.3g} s"
+        shares = [f"{row[key]:.0%}" for key in ("eager_share", "patched_share")]
+        lines.append(_row([name, f"**{times(row['ratio'])}**", spent, *shares]))
+    return lines
+
+
+def _by_setting(figures: Iterable[Figure]) -> dict[Setting, dict[str, Figure]]:
+    found: dict[Setting, dict[str, Figure]] = {}
+    for figure in figures:
+        found.setdefault(figure.setting, {})[figure.peer] = figure
+    return found
+
+
+def _cell(figures: dict[str, Figure], peer: str, *, with_times: bool = False) -> str:
+    if peer not in figures:
+        return "–"
+    figure = figures[peer]
+    ratio = times(figure.ratio)
+    if not with_times:
+        return ratio
+    own = milliseconds(figures["saccade"].milliseconds).removesuffix(" ms")
+    return f"**{ratio}** {own} against {milliseconds(figure.milliseconds)}"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _machine(results: Results) -> str:
+    return _versions(results.machine)
+
+
+def _versions(machine: dict[str, str]) -> str:
+    return ", ".join(
+        value if key in ("processor", "backend", "system") else f"{key} {value}"
+        for key, value in machine.items()
+    )
+
+
+# The name of a mark, the file its figures are in, and what makes the table of it.
+TABLES: dict[str, tuple[str, Callable[[Path], list[str]]]] = {
+    "readme": ("cpu.json", lambda path: readme(read(path))),
+    "cpu": ("cpu.json", lambda path: every(read(path))),
+    "models": ("models.json", lambda path: models(json.loads(path.read_text()))),
+}
+
+
+def filled(page: str, folder: Path = RESULTS) -> str:
+    """The text of a page with the tables of the results in `folder`; one without a file stays."""
+
+    def fill(found: re.Match[str]) -> str:
+        file, make = TABLES[found["name"]]
+        if not (folder / file).exists():
+            return found[0]
+        return found[1] + "\n".join(make(folder / file)) + "\n" + found[3]
+
+    return MARKED.sub(fill, page)
 
 
 def main() -> None:
-    """Prints the tables of each result file named, default: all."""
-    names = sys.argv[1:] or sorted(path.name for path in RESULTS.glob("foundation*.json"))
-    for name in names:
-        results = json.loads((RESULTS / name).read_text())
-        threads = results["operator"][0]["threads"]
-        machine = ", ".join(f"{key} {value}" for key, value in results["machine"].items())
-        print(f"`{results['command']}`, {results['date']}: {machine}; {threads} threads\n")
-        print("\n".join(rows(results, threads)), "\n")
+    """Prints the tables, or writes them into the pages."""
+    for name in PAGES if "--write" in sys.argv[1:] else ():
+        path = ROOT / name
+        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+        print(f"written: {name}")
+    if "--write" not in sys.argv[1:]:
+        for file, make in TABLES.values():
+            if (RESULTS / file).exists():
+                print("\n".join(make(RESULTS / file)), "\n")
 
 
 if __name__ == "__main__":

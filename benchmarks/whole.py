@@ -1,4 +1,4 @@
-"""Figures about more than one call: memory, a whole detector, the import, bitwise equal gradients."""
+"""Figures about more than one call: memory, the import, bitwise equal gradients."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ import sys
 
 import torch
 
-import saccade
 from saccade.benchmark.operator import grid_sample_call, saccade_call
-from saccade.benchmark.timing import alternate
 from saccade.benchmark.workloads import WORKLOADS, draw
 
 MEGABYTE = 1e6
@@ -83,43 +81,6 @@ def gradients_are_bitwise_equal() -> bool:
         for other in results[1:]
         for found, expected in zip(other, results[0], strict=True)
     )
-
-
-def detector(threads: int) -> dict[str, float]:
-    """A forward of transformers' Deformable DETR (R50, random weights), unpatched and patched."""
-    from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, ResNetConfig
-
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    backbone = ResNetConfig(out_features=["stage2", "stage3", "stage4"])
-    model = DeformableDetrForObjectDetection(DeformableDetrConfig(backbone_config=backbone)).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith(("sampling_offsets.weight", "attention_weights.weight")):
-            torch.nn.init.normal_(parameter, std=0.02)  # not all queries alike
-    picture = torch.randn(1, 3, 800, 1333)
-
-    def run() -> list[torch.Tensor]:
-        with torch.no_grad():
-            found = model(picture)
-        return [found.logits, found.pred_boxes]
-
-    def patched() -> list[torch.Tensor]:
-        saccade.patch(model)
-        try:
-            return run()
-        finally:
-            saccade.unpatch(model)
-
-    pairs = list(zip(patched(), run(), strict=True))
-    error = max((found - expected).abs().max().item() for found, expected in pairs)
-    times = alternate({"patched": patched, "unpatched": run}, seconds=60)
-    return {
-        "ratio": round(times["unpatched"] / times["patched"], 2),
-        "patched_seconds": round(times["patched"] / 1e3, 3),
-        "unpatched_seconds": round(times["unpatched"] / 1e3, 3),
-        "largest_difference_of_outputs": error,
-        "threads": threads,
-    }
 
 
 def _run(code: str) -> str:

@@ -306,3 +306,22 @@ def test_detect_into_a_place_that_is_a_file_ends_with_2(model, pictures, tmp_pat
     result = invoke("detect", pictures[0], "--model", model, "--out", tmp_path / "out")
     assert result.exit_code == 2
     assert "cannot make the folder" in result.output
+
+
+def test_bench_without_its_extras_says_which_peers_are_missing() -> None:
+    blocked = ("transformers", "onnxruntime", "torch_ms_deform_attn", "matplotlib")
+    options = ("--case", "rfdetr-nano", "--seconds", 0)
+    done = run("bench", *options, blocked=blocked)
+    assert done.returncode == 0, done.stderr
+    printed = " ".join(done.stdout.split())
+    assert "grid_sample transformers not installed: pip install 'saccade[bench]'" in printed
+    assert "onnxruntime not installed" in printed
+    assert "torch_ms_deform_attn not installed: pip install --no-build-isolation" in printed
+    assert "saccade" in printed
+    assert all(len(line) <= 80 for line in done.stdout.splitlines()[4:])
+    done = run("bench", *options, "--plot", "bench.png", blocked=blocked)
+    assert done.returncode == 2
+    assert "saccade bench --plot needs matplotlib, not installed here" in done.stderr
+    done = run("bench", "models", blocked=blocked)
+    assert done.returncode == 2
+    assert "saccade bench models needs transformers, not installed here" in done.stderr

@@ -1,8 +1,9 @@
-"""transformers' Deformable DETR on Saccade: the same numbers, and back again."""
+"""transformers' models on Saccade: the same numbers, and back again."""
 
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import DeformableDetrForObjectDetection
 from vision_helpers import random_detector, random_rt_detr
 
 import saccade
+from saccade.benchmark.detectors import DETECTORS
 
 
 def scatter_parameters(model):
@@ -61,6 +63,145 @@ def test_patched_model_gives_the_same_outputs_and_gradients(make, operators):
     for name, want in expected_gradients.items():
         torch.testing.assert_close(gradients[name], want, rtol=1e-3, atol=1e-4, msg=name)
     assert model.state_dict().keys() == state.keys()
+
+
+def attended(model, inputs):
+    """The outputs of the attention modules, and those of the model that are finite numbers."""
+    found = []
+    modules = [
+        module
+        for name, module in model.named_modules()
+        if type(module).__name__.lower().endswith("multiscaledeformableattention")
+    ]
+    hooks = [
+        module.register_forward_hook(
+            lambda module, given, output: found.append(
+                output[0] if isinstance(output, tuple) else output
+            )
+        )
+        for module in modules
+    ]
+    with torch.no_grad():
+        output = model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    tensors = [tensor for tensor in output.values() if isinstance(tensor, torch.Tensor)]
+    return found + [tensor.nan_to_num() for tensor in tensors if tensor.is_floating_point()]
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_six_families_run_patched_and_go_back(name):
+    detector = DETECTORS[name]
+    model, inputs = detector.build(small=True), detector.inputs(small=True)
+    other = detector.build(small=True)
+    before = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    expected = attended(model, inputs)
+    assert min(tensor.std() for tensor in expected[:2]) > 1e-2  # far from the noise of float32
+    report = saccade.patch(model)
+    assert report.replaced
+    assert not report.left
+    assert saccade.patch(model) == report
+    with counted_calls() as calls:
+        found = attended(model, inputs)
+        assert len(calls) == len(report.replaced)
+        attended(other, inputs)
+        attended(copy.deepcopy(model), inputs)
+        assert len(calls) == 2 * len(report.replaced)  # the other model is left alone, a copy not
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+    assert saccade.unpatch(model).replaced == report.replaced
+    assert {name: dict(module.__dict__) for name, module in model.named_modules()} == before
+    for got, want in zip(attended(model, inputs), expected, strict=True):
+        assert torch.equal(got, want)
+    with pytest.raises(ValueError, match="expected submodules"):
+        saccade.patch(torch.nn.ReLU())
+
+
+@contextmanager
+def counted_calls():
+    """The calls of the operator that the integration makes."""
+    from saccade.integrations import transformers as integration
+
+    calls = []
+    operator = integration.deformable_attention
+
+    def counting(*given, **options):
+        calls.append(given)
+        return operator(*given, **options)
+
+    integration.deformable_attention = counting
+    try:
+        yield calls
+    finally:
+        integration.deformable_attention = operator
+
+
+def random_rt_detr_v2(method="default"):
+    from transformers import RTDetrResNetConfig, RTDetrV2Config, RTDetrV2ForObjectDetection
+
+    torch.manual_seed(0)
+    small = random_rt_detr().config
+    sizes = (
+        "hidden_dim in_channels ffn_dim attention_heads",
+        "in_channels ffn_dim layers attention_heads",
+    )
+    names = [f"encoder_{name}" for name in sizes[0].split()]
+    names += [f"decoder_{name}" for name in sizes[1].split()]
+    names += ["d_model", "num_queries"]
+    backbone = RTDetrResNetConfig(**{**small.backbone_config.to_dict(), "out_indices": None})
+    config = RTDetrV2Config(
+        backbone_config=backbone,
+        num_denoising=0,
+        decoder_method=method,
+        **{name: getattr(small, name) for name in names},
+    )
+    return RTDetrV2ForObjectDetection(config).eval()
+
+
+def test_a_function_in_the_file_of_the_model_is_replaced_for_this_model_alone():
+    model, pictures = scatter_parameters(random_rt_detr_v2()), torch.randn(1, 3, 96, 128)
+    expected, expected_gradients = outputs_and_gradients(model, pictures)
+    saccade.patch(model)
+    with counted_calls() as calls:
+        found, gradients = outputs_and_gradients(model, pictures)
+    assert len(calls) == 2
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    for name, want in expected_gradients.items():
+        torch.testing.assert_close(gradients[name], want, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_discrete_sampling_is_left_alone():
+    with pytest.raises(ValueError, match="its method is 'discrete', expected 'default'"):
+        saccade.patch(random_rt_detr_v2("discrete"))
+
+
+def test_a_patched_function_survives_torch_compile():
+    model = random_rt_detr_v2()
+    module = model.model.decoder.layers[0].encoder_attn
+    saccade.patch(model)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph.code)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend=backend)
+    value = torch.randn(1, 8 * 8 + 4 * 4 + 2 * 2, 32)
+    shapes = [(8, 8), (4, 4), (2, 2)]
+    arguments = {
+        "hidden_states": torch.randn(1, 15, 32),
+        "encoder_hidden_states": value,
+        "reference_points": torch.rand(1, 15, 1, 4),
+        "spatial_shapes": torch.tensor(shapes),
+        "spatial_shapes_list": shapes,
+    }
+    with torch.no_grad():
+        found, expected = compiled(**arguments), module(**arguments)
+    torch.testing.assert_close(found[0], expected[0])
+    assert any("saccade.deformable_attention" in code for code in graphs)
+    assert not any("grid_sample" in code for code in graphs)
 
 
 def test_patch_is_explicit_idempotent_and_reversible():

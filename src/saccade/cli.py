@@ -1,14 +1,13 @@
-"""The command line: reads arguments, prints results. The work is done in `vision` and `doctor`."""
+"""The command line: reads arguments, prints results. The work is done elsewhere."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -20,6 +19,8 @@ from rich.progress import (
 import saccade
 from saccade import doctor as doctor_report
 from saccade.arguments import Interpolation, Padding
+from saccade.benchmark.command import app as bench
+from saccade.terminal import err, fail, need, out
 
 if TYPE_CHECKING:
     from saccade.vision.batch import PictureDone
@@ -34,23 +35,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
-
-
-def _fail(message: object) -> NoReturn:
-    """Ends the command with exit code 2: a usage error, or nothing could be done."""
-    err.print(f"error: {message}", markup=False, soft_wrap=True)
-    raise typer.Exit(2)
-
-
-def _need(command: str, extra: str) -> None:
-    missing = doctor_report.missing_modules(extra)
-    if missing:
-        _fail(
-            f"saccade {command} needs {', '.join(missing)}, not installed here: "
-            f"pip install 'saccade[{extra}]'"
-        )
+app.add_typer(bench, name="bench")
 
 
 def _print_version(wanted: bool) -> None:
@@ -79,55 +64,6 @@ def doctor() -> None:
     numbers, or the native library is there and does not load.
     """
     raise typer.Exit(doctor_report.run())
-
-
-@app.command()
-def bench(
-    workloads: Annotated[
-        list[str] | None,
-        typer.Argument(help="Names from --list; default: detr-encoder detr-decoder."),
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16 values.")] = "float32",
-    uniform: Annotated[
-        bool, typer.Option("--uniform", help="Locations anywhere, not around the queries' places.")
-    ] = False,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: torch's choice.")] = 0,
-    seconds: Annotated[float, typer.Option(min=0, help="Time for each figure.")] = 5.0,
-    names: Annotated[bool, typer.Option("--list", help="Only list the workloads.")] = False,
-) -> None:
-    """The operator's speed on this machine, beside the grid_sample path of today's detectors.
-
-    Both run in this process, taking turns, on the same inputs; times are medians. The grid_sample
-    path is transformers' own code and always float32. Exit code: 2 for a usage error.
-    """
-    from saccade.benchmark.workloads import WORKLOADS
-
-    if names:
-        for workload in WORKLOADS.values():
-            out.print(f"{workload.name:20} {workload.source}")
-        return
-    _need("bench", "detect")
-    chosen = workloads or ["detr-encoder", "detr-decoder"]
-    if unknown := [name for name in chosen if name not in WORKLOADS]:
-        _fail(f"WORKLOADS: expected names from saccade bench --list, got {', '.join(unknown)}")
-    if dtype not in ("float32", "bfloat16", "float16"):
-        _fail(f"--dtype: expected float32, bfloat16 or float16, got {dtype}")
-    from saccade.benchmark.operator import compare
-    from saccade.benchmark.timing import machine
-
-    if threads:
-        torch.set_num_threads(threads)
-    out.print(", ".join(f"{key} {value}" for key, value in machine().items()), soft_wrap=True)
-    out.print(f"{torch.get_num_threads()} threads, {dtype} values; ratio = grid_sample / saccade")
-    out.print(f"\n{'':20} {'':18}    ratio    saccade   grid_sample")
-    for name in chosen:
-        for figure in compare(
-            WORKLOADS[name], dtype=getattr(torch, dtype), uniform=uniform, seconds=seconds
-        ):
-            out.print(
-                f"{name:20} {figure.direction:18} {figure.ratio:6.1f} x"
-                f" {figure.saccade_ms:8.2f} ms {figure.grid_sample_ms:10.2f} ms"
-            )
 
 
 @app.command()
@@ -185,9 +121,9 @@ def explain(
     from saccade.vision.explain_table import print_explanation
 
     if picture is not None:
-        _need("explain --out", "explain")
+        need("explain --out", "explain")
     if (module is None) != (inputs is None):
-        _fail("explain takes MODULE and INPUTS together, or neither for the worked example")
+        fail("explain takes MODULE and INPUTS together, or neither for the worked example")
     try:
         if module is None or inputs is None:
             explanation = explain_worked_example(
@@ -206,7 +142,7 @@ def explain(
                 channel=channel,
             )
     except (ValueError, TypeError, RuntimeError) as error:
-        _fail(error)
+        fail(error)
     print_explanation(out, explanation, points)
     if picture is not None:
         from saccade.vision.explain_picture import save_picture
@@ -214,7 +150,7 @@ def explain(
         try:
             save_picture(explanation, picture)
         except (OSError, ValueError) as error:
-            _fail(f"cannot write {picture}: {error}")
+            fail(f"cannot write {picture}: {error}")
         out.print(f"\nWritten: {picture}", markup=False, soft_wrap=True)
     if not all(check.passed for check in explanation.checks):
         raise typer.Exit(1)
@@ -259,7 +195,7 @@ def detect(
     Exit code: 0 all done; 1 some pictures were skipped, each named with the reason; 2 wrong usage,
     no model, or no picture could be done.
     """
-    _need("detect", "detect")
+    need("detect", "detect")
     from saccade.vision.batch import detect_pictures
     from saccade.vision.detector import Detector, ModelError
 
@@ -268,14 +204,14 @@ def detect(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        _fail(f"cannot make the folder {folder}: {error.strerror or error}")
+        fail(f"cannot make the folder {folder}: {error.strerror or error}")
     try:
         with err.status("Loading the model") if err.is_terminal else nullcontext():
             detector = Detector.load(model)
     except ModelError as error:
-        _fail(error)
+        fail(error)
     if layer is not None and not 1 <= layer <= detector.num_layers:
-        _fail(f"--layer: expected 1 to {detector.num_layers}, the decoder's layers, got {layer}")
+        fail(f"--layer: expected 1 to {detector.num_layers}, the decoder's layers, got {layer}")
     skipped = 0
     # One console for all that shares the terminal with the bar: only it can print above the bar.
     screen = out if out.is_terminal else err

@@ -33,6 +33,16 @@ EXTRAS = {
         "safetensors",
         "scipy",
     ),
+    "bench": (
+        "typer",
+        "rich",
+        "matplotlib",
+        "numpy",
+        "transformers",
+        "onnx",
+        "onnxscript",
+        "onnxruntime",
+    ),
 }
 """The modules that each extra of the package brings, for those the command line uses."""
 
@@ -54,7 +64,7 @@ class Finding(NamedTuple):
 
 def missing_modules(extra: str) -> list[str]:
     """The modules of an extra (a key of `EXTRAS`) that are not installed here."""
-    return [name for name in EXTRAS[extra] if not _installed(name)]
+    return [name for name in EXTRAS[extra] if not installed(name)]
 
 
 def missing_model_files() -> list[str]:
@@ -239,14 +249,15 @@ def _installation() -> Iterator[Finding]:
         text = f"missing: {', '.join(missing)}; pip install 'saccade[{extra}]'"
         yield Finding("Extras", extra, text if missing else "installed")
     for name in ("transformers", "matplotlib", "typer", "rich"):
-        if _installed(name):
+        if installed(name):
             yield Finding("Extras", f"  {name}", _version(name))
     lacking = missing_model_files()
     state = f"not in this installation ({', '.join(lacking)} missing); saccade detect needs --model"
     yield Finding("Default model", "vision/model", state if lacking else "present")
 
 
-def _installed(name: str) -> bool:
+def installed(name: str) -> bool:
+    """Whether a module could be imported here, without importing it."""
     if name in sys.modules:
         return sys.modules[name] is not None
     try:

@@ -1,0 +1,254 @@
+"""A sweep over shapes: where the kernel is slow for the work it does, and how its time grows.
+
+The work is the bytes of value rows that the forward reads: B · Q · M · P · 4 corners · D · itemsize.
+The backward reads them again and adds as many to the gradient of the value, which has to be written
+whole even where few queries look at a large map: forward and backward count three times the rows and
+once the value. Work over time is an effective bandwidth, the same measure for every shape. Rows come
+mostly from caches, so it may exceed the memory's. A head_dim that does not fill vectors, or rows so short that
+the arithmetic of the points weighs more than they do, cannot reach the median: such shapes are not
+left out, the worst are named.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from saccade.benchmark.operator import Truth, timed_call
+from saccade.benchmark.peers import Saccade
+from saccade.benchmark.plan import ENCODERS
+from saccade.benchmark.report import record, write_text
+from saccade.benchmark.timing import alternate
+from saccade.benchmark.workloads import WORKLOADS, Workload, draw
+
+# Value rows of a random shape: at some 10 to 100 GB/s a forward takes 0.2 to 50 ms.
+LEAST_BYTES, MOST_BYTES = 4e6, 5e8
+WORST = 5
+"""How many of the slowest shapes are named."""
+DIRECTIONS = ("forward", "forward + backward")
+METHOD = (
+    "float32, model-like locations; every shape by itself, its results compared with the definition, "
+    "then forward and forward + backward in turns, medians of rounds of some 10 ms of calls: warm "
+    "caches. Bandwidth: bytes of value rows read, B Q M P 4 D itemsize, over the time; forward + "
+    "backward: three times these and once the value"
+)
+
+
+class ShapeFigure(NamedTuple):
+    """One shape: times in milliseconds, bandwidths in GB/s."""
+
+    name: str
+    shape: str
+    head_dim: int
+    megabytes: float
+    forward_ms: float
+    both_ms: float
+    forward_bandwidth: float
+    both_bandwidth: float
+
+    @property
+    def fills_vectors(self) -> bool:
+        """Whether head_dim is a multiple of the widest vector's 16 numbers."""
+        return self.head_dim % 16 == 0
+
+    def bandwidth(self, direction: str) -> float:
+        """Of one of `DIRECTIONS`."""
+        return self.forward_bandwidth if direction == DIRECTIONS[0] else self.both_bandwidth
+
+
+class ScalingFigure(NamedTuple):
+    """One point of a curve."""
+
+    curve: str
+    """"queries", "levels x points" or "threads"."""
+    of: str
+    x: int
+    forward_ms: float
+    both_ms: float
+
+
+def work(workload: Workload) -> int:
+    """The bytes of float32 value rows that the forward reads."""
+    sampled = workload.batch_size * workload.queries * workload.num_heads * sum(workload.points)
+    return sampled * 4 * workload.head_dim * 4
+
+
+def work_of_both(workload: Workload) -> int:
+    """The bytes of rows read, read again and added, and of the gradient of the value."""
+    heads = 1 if workload.shared_head else workload.num_heads
+    value = workload.batch_size * workload.num_positions * heads * workload.head_dim * 4
+    return 3 * work(workload) + value
+
+
+def describe(workload: Workload) -> str:
+    """The sizes of a shape, short."""
+    points = workload.num_points
+    sizes = ", ".join(f"{height}x{width}" for height, width in workload.shapes)
+    return (
+        f"B{workload.batch_size} Q{workload.queries} M{workload.num_heads} D{workload.head_dim} "
+        f"K{points if isinstance(points, int) else list(points)}"
+        f"{' shared' if workload.shared_head else ''} [{sizes}]"
+    )
+
+
+def random_workloads(count: int, seed: int = 0) -> list[Workload]:
+    """Shapes that nobody chose: prime numbers of queries, odd head_dim, 1 to 9 levels, lists of points."""
+    chosen = random.Random(seed)
+    found = []
+    for index in range(count):
+        levels = chosen.randint(1, 9)
+        shapes = [(chosen.randint(1, 120), chosen.randint(1, 120)) for _ in range(levels)]
+        points: int | list[int] = chosen.randint(1, 8)
+        if chosen.random() < 0.3:
+            points = [chosen.randint(1, 8) for _ in shapes]
+        usual = chosen.random() < 0.4
+        workload = Workload(
+            f"random-{index:03}",
+            "drawn at random",
+            shapes,
+            1,
+            num_heads=chosen.choice([1, 2, 3, 4, 6, 8, 12, 16]),
+            head_dim=chosen.choice([16, 32, 64, 128]) if usual else chosen.randint(1, 49) * 2 - 1,
+            num_points=points,
+            batch_size=chosen.choice([1, 1, 2, 3]),
+            shared_head=chosen.random() < 0.15,
+        )
+        wanted = math.exp(chosen.uniform(math.log(LEAST_BYTES), math.log(MOST_BYTES)))
+        # A row takes a vector's time at least, also one of a single number.
+        of_a_query = work(workload) * max(1, 16 / workload.head_dim)
+        queries = _prime_from(max(2, round(wanted / of_a_query)))
+        found.append(workload._replace(num_queries=queries))
+    return found
+
+
+def _prime_from(number: int) -> int:
+    while any(number % factor == 0 for factor in range(2, math.isqrt(number) + 1)):
+        number += 1
+    return number
+
+
+def measure(workload: Workload, seconds: float) -> tuple[float, float]:
+    """Milliseconds of the forward, and of forward and backward.
+
+    Raises:
+        ArithmeticError: the results differ from the definition.
+    """
+    inputs = draw(workload, dtype=torch.float32, uniform=False)
+    attend = Saccade().prepare(workload, inputs)
+    functions = {
+        direction: timed_call(attend, inputs, direction != DIRECTIONS[0])
+        for direction in DIRECTIONS
+    }
+    Truth(workload, inputs, backward=True).check("saccade", functions[DIRECTIONS[1]]())
+    timings = alternate(functions, seconds, least_rounds=3)
+    forward, both = (float(f"{timings[name].milliseconds:.4g}") for name in DIRECTIONS)
+    return forward, both
+
+
+def shape_figure(workload: Workload, seconds: float) -> ShapeFigure:
+    """The bandwidths of one shape."""
+    forward, both = measure(workload, seconds)
+    sizes = work(workload), work_of_both(workload)
+    return ShapeFigure(
+        workload.name,
+        describe(workload),
+        workload.head_dim,
+        float(f"{sizes[0] / 1e6:.4g}"),
+        forward,
+        both,
+        *(
+            float(f"{size / 1e6 / time:.4g}")
+            for size, time in zip(sizes, (forward, both), strict=True)
+        ),
+    )
+
+
+def scaling_steps() -> list[tuple[str, str, int, Workload]]:
+    """(curve, of, x, workload); the threads of the last curve are x."""
+    steps = []
+    for queries in (1, 10, 100, 300, 1000, 3000, 10000, 30000):
+        workload = WORKLOADS["detr-decoder"]._replace(num_queries=queries)
+        steps.append(("queries", "maps of detr-decoder", queries, workload))
+    for levels in (1, 2, 4, 8):
+        for points in (1, 2, 4, 8):
+            workload = Workload("curve", "", [(48, 48)] * levels, 2000, num_points=points)
+            steps.append(
+                ("levels x points", f"{levels} level{'s'[: levels - 1]}", levels * points, workload)
+            )
+    many = torch.get_num_threads()
+    for name in ENCODERS:
+        for threads in sorted({1, many}):
+            steps.append(("threads", name, threads, WORKLOADS[name]))
+    return steps
+
+
+def scaling_figures(
+    steps: Sequence[tuple[str, str, int, Workload]], seconds: float
+) -> Iterator[ScalingFigure]:
+    """The points of the curves."""
+    many = torch.get_num_threads()
+    for curve, of, x, workload in steps:
+        torch.set_num_threads(x if curve == "threads" else many)
+        try:
+            yield ScalingFigure(curve, of, x, *measure(workload, seconds))
+        finally:
+            torch.set_num_threads(many)
+
+
+class Summary(NamedTuple):
+    """One direction of all shapes."""
+
+    direction: str
+    median: float
+    """GB/s."""
+    worst_ratio: float
+    """How far the worst is below the median: median / worst."""
+    worst_ratio_of_full_vectors: float
+    """The same among the shapes whose head_dim fills vectors: their median / their worst."""
+    worst: list[str]
+    """The slowest shapes, the worst first."""
+
+
+def summarise(figures: Sequence[ShapeFigure]) -> list[Summary]:
+    """For each direction the median, and the worst by name."""
+    found = []
+    for direction in DIRECTIONS:
+        ordered = sorted(figures, key=lambda figure: figure.bandwidth(direction))
+        every = [figure.bandwidth(direction) for figure in figures]
+        full = [figure.bandwidth(direction) for figure in figures if figure.fills_vectors]
+        found.append(
+            Summary(
+                direction,
+                float(f"{statistics.median(every):.3g}"),
+                float(f"{statistics.median(every) / min(every):.3g}"),
+                float(f"{statistics.median(full or every) / min(full or every):.3g}"),
+                [f"{figure.name}: {figure.shape}" for figure in ordered[:WORST]],
+            )
+        )
+    return found
+
+
+def write(
+    command: str,
+    shapes: Sequence[ShapeFigure],
+    scaling: Sequence[ScalingFigure],
+    path: Path,
+) -> None:
+    """Writes a JSON file, one figure a line."""
+    head: dict[str, Any] = record(command) | {
+        "method": METHOD,
+        "threads": torch.get_num_threads(),
+        "summary": [summary._asdict() for summary in summarise(shapes)],
+    }
+    parts = [f'"{key}": {json.dumps(value)}' for key, value in head.items()]
+    for key, rows in (("shapes", shapes), ("scaling", scaling)):
+        lines = ",\n".join(json.dumps(row._asdict()) for row in rows)
+        parts.append(f'"{key}": [\n{lines}\n]')
+    write_text(path, "{\n" + ",\n".join(parts) + "\n}\n")

@@ -1,0 +1,29 @@
+"""What the commands share: where they print, and how they end when something is wrong or missing."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import typer
+from rich.console import Console
+
+from saccade import doctor
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def fail(message: object) -> NoReturn:
+    """Ends the command with exit code 2: a usage error, or nothing could be done."""
+    err.print(f"error: {message}", markup=False, soft_wrap=True)
+    raise typer.Exit(2)
+
+
+def need(command: str, extra: str, *modules: str) -> None:
+    """Ends the command if modules of an extra are missing: those named, or all that it brings."""
+    missing = [name for name in doctor.missing_modules(extra) if not modules or name in modules]
+    if missing:
+        fail(
+            f"saccade {command} needs {', '.join(missing)}, not installed here: "
+            f"pip install 'saccade[{extra}]'"
+        )
