@@ -2,8 +2,8 @@
 // then *points* in reverse.
 
 // The grad_output [B, Q, M * D] of a unit in the compute type, in slots (see for_blocks); numbers
-// that the last slot visits a second time are zero there.
-template <class S, class T>
+// that the last slot visits a second time are zero there. With kInPairs in the order of blocks.
+template <bool kInPairs, class S, class T>
 void load_grad(const Problem& problem, const S* grad_output, const Unit& unit, Buffer<T>& grads) {
   const int64_t head_dim = problem.head_dim;
   const int64_t stride = whole_vectors<T>(head_dim);
@@ -15,19 +15,17 @@ void load_grad(const Problem& problem, const S* grad_output, const Unit& unit, B
     const int64_t ahead = std::min(row + kQueriesAhead * problem.num_heads, last);
     prefetch(grad_output + ahead * head_dim, head_dim);
     T* to = &grads[query * stride];
-    for_blocks<T, 1>(head_dim, [&](auto block, int64_t slot, int64_t channel)
-                                   SACCADE_INLINE_LAMBDA {
-      if (decltype(block)::Partial) {
-        store(to, load_partial<S, T>(from, head_dim));
-        return;
+    const auto run = [&](auto block, int64_t slot, int64_t channel) SACCADE_INLINE_LAMBDA {
+      typedef decltype(block) B;
+#pragma GCC unroll 2
+      for (int v = 0; v < B::NV; ++v) {
+        store(to + slot + v * kWidth<T>, load_of_block<S, T, B>(from + channel, v, head_dim));
       }
-      for (int v = 0; v < decltype(block)::NV; ++v) {
-        store(to + slot + v * kWidth<T>, load_as_compute(from + channel + v * kWidth<T>));
+      if (!B::Partial) {
+        std::fill_n(to + slot, slot - channel, T(0));
       }
-      for (int64_t again = 0; again < slot - channel; ++again) {
-        to[slot + again] = 0;
-      }
-    });
+    };
+    for_blocks<T, kInPairs ? 2 : 1>(head_dim, run);
   }
 }
 
@@ -38,14 +36,12 @@ SACCADE_INLINE void dots_of_point(const LevelRows<const S>& level, const S* uppe
   Vector<T> dot[4] = {Vector<T>{}, Vector<T>{}, Vector<T>{}, Vector<T>{}};
   const S* lower = upper + level.down;
   const auto run = [&](auto block, int64_t slot, int64_t channel) SACCADE_INLINE_LAMBDA {
-    typedef decltype(block) B;
 #pragma GCC unroll 4
-    for (int v = 0; v < B::NV; ++v) {
+    for (int v = 0; v < decltype(block)::NV; ++v) {
       const Vector<T> g = load(grad + slot + v * kWidth<T>);
       const auto add = [&](Vector<T>& sum, const S* row) SACCADE_INLINE_LAMBDA {
-        row += channel + v * kWidth<T>;
-        sum = (Vector<T>)fma(
-            g, B::Partial ? load_partial<S, T>(row, head_dim) : load_as_compute(row), sum);
+        const auto numbers = load_of_block<S, T, decltype(block)>(row + channel, v, head_dim);
+        sum = (Vector<T>)fma(g, numbers, sum);
       };
       add(dot[0], upper);
       add(dot[1], upper + level.right);
@@ -118,6 +114,14 @@ bool chain(const Problem& problem, const PointCopies<T>& given, int64_t num_quer
   return !any(zero_or_nan != zero_or_nan);
 }
 
+// Past the caches, a row of whole cache lines.
+template <class S, class T>
+SACCADE_INLINE void stream_numbers(S* to, const T* from, int64_t count) {
+  for (int64_t at = 0; at < count; at += kWidth<T>) {
+    stream_from_compute(to + at, load(from + at));
+  }
+}
+
 template <class S>
 struct BackwardPointsScratch {
   PackedRows<S> packed;
@@ -148,7 +152,7 @@ void backward_points(const Problem& problem, const Value& value, const void* gra
     const HeadRows<S> rows = scratch.packed.rows(problem, value, unit);
     Points<T>& points = scratch.points;
     points.template locate<true>(problem, given, unit);
-    load_grad(problem, grad, unit, scratch.grads);
+    load_grad<true>(problem, grad, unit, scratch.grads);
     const int64_t count = unit.num_queries * total_points;
     std::fill_n(&scratch.dots[4 * count], 4 * kWidth<T>, T(0));  // read by the last vector
     dots_of_chunk(problem, points, unit.num_queries, rows, &scratch.grads[0], grads_stride,
@@ -167,8 +171,8 @@ void backward_points(const Problem& problem, const Value& value, const void* gra
       const T* location = &scratch.grad_locations[2 * query * total_points];
       const T* weight = &scratch.grad_weights[query * total_points];
       if (stream) {
-        stream_row(static_cast<T*>(grad_locations) + 2 * to, location, 2 * total_points);
-        stream_row(static_cast<T*>(grad_weights) + to, weight, total_points);
+        stream_numbers(static_cast<T*>(grad_locations) + 2 * to, location, 2 * total_points);
+        stream_numbers(static_cast<T*>(grad_weights) + to, weight, total_points);
       } else {
         copy_numbers(static_cast<T*>(grad_locations) + 2 * to, location, 2 * total_points);
         copy_numbers(static_cast<T*>(grad_weights) + to, weight, total_points);

@@ -160,7 +160,7 @@ void scatter_unit(const Problem& problem, const S* grad_output, const GivenPoint
   const int64_t grads_stride = whole_vectors<T>(head_dim);
   Points<T>& points = scratch.points;
   points.template locate<false>(problem, given, unit);
-  load_grad(problem, grad_output, unit, scratch.grads);
+  load_grad<false>(problem, grad_output, unit, scratch.grads);
   if (!points.weights_are_finite ||
       !all_finite(&scratch.grads[0], unit.num_queries * grads_stride)) {
     for (int64_t query = 0; query < unit.num_queries; ++query) {
@@ -184,6 +184,18 @@ void scatter_unit(const Problem& problem, const S* grad_output, const GivenPoint
     };
     for_blocks<T, kMost>(head_dim, run);
   }
+}
+
+template <class S, class T>
+SACCADE_INLINE void write_numbers(S* to, const T* from, int64_t count) {
+  const auto run = [&](auto block, int64_t, int64_t channel) SACCADE_INLINE_LAMBDA {
+    if (decltype(block)::Partial) {
+      store_partial<S, T>(to, load_partial<T, T>(from, count), count);
+    } else {
+      store_from_compute(to + channel, load(from + channel));
+    }
+  };
+  for_blocks<T, 1>(count, run);
 }
 
 template <class S>
@@ -227,9 +239,9 @@ void backward_value(const Problem& problem, const void* grad_output, const void*
           S* to = target + row * full_stride;
           const T* from = rows + row * head_dim;
           if (stream) {
-            stream_row(to, from, head_dim);
+            stream_numbers(to, from, head_dim);
           } else {
-            write_row<false>(to, from, head_dim);
+            write_numbers(to, from, head_dim);
           }
         }
       });

@@ -1,12 +1,12 @@
 // output[q] = sum over points of weight * row: the blend, and the loop over units around it.
 
-// The points of one query on one level, added to NV vectors of sums. With Partial, NV is 1 and only
-// `channels` numbers of the rows exist.
-template <class S, class T, int NV, bool Partial>
+// The points of one query on one level, added to the sums of a block of its channels.
+template <class S, class T, class Block>
 SACCADE_INLINE void blend(const LevelRows<const S>& level, const S* first, const int32_t* rows,
                           const T* weights, int64_t count, T* sums, int64_t channels) {
+  constexpr int NV = Block::NV;
   const auto numbers = [&](const S* row, int v) SACCADE_INLINE_LAMBDA {
-    return Partial ? load_partial<S, T>(row, channels) : load_as_compute(row + v * kWidth<T>);
+    return load_of_block<S, T, Block>(row, v, channels);
   };
   // Two sums, for the upper and the lower corners: one alone would be a chain of additions, each
   // waiting for the one before.
@@ -65,7 +65,6 @@ void blend_chunk(const Problem& problem, const Points<T>& points, int64_t num_qu
     const int64_t num_points = level.num_points;
     const int64_t fetched_ahead = queries_fetched_ahead(level, num_queries);
     const auto run = [&](auto block, int64_t slot, int64_t channel) SACCADE_INLINE_LAMBDA {
-      typedef decltype(block) B;
       const int32_t* point_rows = &points.rows[level.first_point];
       const T* weights = &points.weights[4 * level.first_point];
       T* sums = all_sums + slot;
@@ -74,8 +73,8 @@ void blend_chunk(const Problem& problem, const Points<T>& points, int64_t num_qu
           prefetch_rows(level_rows, point_rows + kRowQueriesAhead * total_points, num_points,
                         problem.head_dim);
         }
-        blend<S, T, B::NV, B::Partial>(level_rows, level_rows.first + channel, point_rows, weights,
-                                       num_points, sums, problem.head_dim);
+        blend<S, T, decltype(block)>(level_rows, level_rows.first + channel, point_rows, weights,
+                                     num_points, sums, problem.head_dim);
         point_rows += total_points;
         weights += 4 * total_points;
         sums += sums_stride;
@@ -85,28 +84,24 @@ void blend_chunk(const Problem& problem, const Points<T>& points, int64_t num_qu
   }
 }
 
-// From slots (see for_blocks), or from another row, to a row.
-template <bool FromSlots, class S, class T>
-SACCADE_INLINE void write_row(S* to, const T* from, int64_t count) {
-  for_blocks<T, 1>(count, [&](auto block, int64_t slot, int64_t channel) SACCADE_INLINE_LAMBDA {
-    if (decltype(block)::Partial) {
-      store_partial<S, T>(to, load_partial<T, T>(from, count), count);
-      return;
-    }
-    const T* piece = from + (FromSlots ? slot : channel);
-#pragma GCC unroll 2
-    for (int v = 0; v < decltype(block)::NV; ++v) {
-      store_from_compute(to + channel + v * kWidth<T>, load(piece + v * kWidth<T>));
-    }
-  });
-}
-
-// The same past the caches, for a row of whole cache lines.
+// From the slots of sums (see for_blocks) to a row of the output; `stream`: past the caches, for rows
+// of whole cache lines.
 template <class S, class T>
-SACCADE_INLINE void stream_row(S* to, const T* slots, int64_t count) {
-  for (int64_t at = 0; at < count; at += kWidth<T>) {
-    stream_from_compute(to + at, load(slots + at));
-  }
+SACCADE_INLINE void write_sums(S* to, const T* sums, int64_t head_dim, bool stream) {
+  const auto run = [&](auto block, int64_t slot, int64_t channel) SACCADE_INLINE_LAMBDA {
+    typedef decltype(block) B;
+    const Vector<T> first = load(sums + slot);
+    if (B::Partial) {
+      store_partial<S, T>(to, first, head_dim);
+    } else if (B::NV == 2) {
+      store_pair<S, T>(to + channel, first, load(sums + slot + kWidth<T>), stream);
+    } else if (stream) {
+      stream_from_compute(to + channel, first);
+    } else {
+      store_from_compute(to + channel, first);
+    }
+  };
+  for_blocks<T, 2>(head_dim, run);
 }
 
 template <class S>
@@ -139,10 +134,8 @@ void forward(const Problem& problem, const Value& value, const void* locations, 
       S* to = static_cast<S*>(output) + unit.row(problem, query) * head_dim;
       if (not_a_number && has_nan(row, sums_stride)) {
         exact_forward(problem, given, unit, query, rows.in_place, rows.stride, to);
-      } else if (stream) {
-        stream_row(to, row, head_dim);
       } else {
-        write_row<true>(to, row, head_dim);
+        write_sums(to, row, head_dim, stream);
       }
     }
   }

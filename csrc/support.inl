@@ -208,21 +208,32 @@ struct Block {
   static constexpr bool Partial = IsPartial;
 };
 
+// Vector v of a block that begins at `row`. Blocks of several vectors go in pairs (see load_of_pair).
+template <class S, class T, class Block>
+SACCADE_INLINE Vector<T> load_of_block(const S* row, int v, int64_t channels) {
+  if (Block::Partial) {
+    return load_partial<S, T>(row, channels);
+  }
+  return Block::NV == 1 ? load_as_compute(row)
+                        : load_of_pair<S, T>(row + v / 2 * 2 * kWidth<T>, v % 2);
+}
+
 template <class T, int Most, class Run>
 SACCADE_INLINE void for_blocks(int64_t channels, Run run) {
   constexpr int W = kWidth<T>;
   int64_t slot = 0;
-  if (Most >= 4) {
+  if constexpr (Most >= 4) {
     for (; slot + 4 * W <= channels; slot += 4 * W) {
-      run(Block<Most >= 4 ? 4 : 1, false>{}, slot, slot);
+      run(Block<4, false>{}, slot, slot);
     }
   }
-  for (; slot + 2 * W <= channels; slot += 2 * W) {
-    run(Block<2, false>{}, slot, slot);
+  if constexpr (Most >= 2) {
+    for (; slot + 2 * W <= channels; slot += 2 * W) {
+      run(Block<2, false>{}, slot, slot);
+    }
   }
-  if (slot + W <= channels) {
+  for (; slot + W <= channels; slot += W) {
     run(Block<1, false>{}, slot, slot);
-    slot += W;
   }
   if (slot < channels) {
     if (channels < W) {

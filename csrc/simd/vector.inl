@@ -45,6 +45,21 @@ SACCADE_INLINE Vector<float> load_as_compute(const BFloat16* from) {
   return (Vector<float>)wide;
 }
 
+// Two neighbouring vectors' worth of numbers as two vectors, in an order of the storage type's own:
+// one after the other, but for bfloat16 the numbers of even index, then those of odd index, which
+// takes one load, one shift and one mask. Sums do not care, and store_pair puts them back.
+template <class S, class T>
+SACCADE_INLINE Vector<T> load_of_pair(const S* from, int odd) {
+  return load_as_compute(from + odd * kWidth<T>);
+}
+template <>
+SACCADE_INLINE Vector<float> load_of_pair<BFloat16, float>(const BFloat16* from, int odd) {
+  typedef typename VectorOf<uint32_t, kFloatWidth>::type Wide;
+  Wide both;
+  std::memcpy(&both, from, sizeof(both));
+  return (Vector<float>)(odd ? both & 0xffff0000u : both << 16);
+}
+
 // A vector as it is stored.
 typedef typename VectorOf<uint16_t, kFloatWidth>::type Bits16;
 
@@ -53,13 +68,17 @@ SACCADE_INLINE Vector<double> as_stored(const double*, Vector<double> vector) { 
 SACCADE_INLINE Bits16 as_stored(const Half*, Vector<float> vector) {
   return (Bits16)half_bits(vector);
 }
-SACCADE_INLINE Bits16 as_stored(const BFloat16*, Vector<float> vector) {
+// The bits of bfloat16 numbers, above whatever is left of the float's.
+SACCADE_INLINE typename VectorOf<uint32_t, kFloatWidth>::type round_to_bfloat16(
+    Vector<float> vector) {
   typedef typename VectorOf<uint32_t, kFloatWidth>::type Wide;
   const Wide wide = (Wide)vector;
-  const Wide rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;  // half to even
-  const Wide quiet = (wide >> 16) | 0x40;                           // a NaN stays one
-  const Wide bits = (Wide)(vector == vector) ? rounded : quiet;
-  return __builtin_convertvector(bits, Bits16);
+  const Wide rounded = wide + 0x7fff + ((wide >> 16) & 1);  // half to even
+  const Wide quiet = wide | 0x400000;                       // a NaN stays one
+  return (Wide)(vector == vector) ? rounded : quiet;
+}
+SACCADE_INLINE Bits16 as_stored(const BFloat16*, Vector<float> vector) {
+  return __builtin_convertvector(round_to_bfloat16(vector) >> 16, Bits16);
 }
 
 template <class S, class V>
@@ -73,6 +92,28 @@ template <class S, class V>
 SACCADE_INLINE void stream_from_compute(S* to, V vector) {
   const auto stored = as_stored(to, vector);
   stream(to, &stored, std::integral_constant<std::size_t, sizeof(stored)>{});
+}
+
+// The reverse of load_of_pair.
+template <class S, class T>
+SACCADE_INLINE void store_pair(S* to, Vector<T> first, Vector<T> second, bool past_the_caches) {
+  if (past_the_caches) {
+    stream_from_compute(to, first);
+    stream_from_compute(to + kWidth<T>, second);
+  } else {
+    store_from_compute(to, first);
+    store_from_compute(to + kWidth<T>, second);
+  }
+}
+template <>
+SACCADE_INLINE void store_pair<BFloat16, float>(BFloat16* to, Vector<float> even,
+                                                Vector<float> odd, bool past_the_caches) {
+  const auto both = (round_to_bfloat16(odd) & 0xffff0000u) | (round_to_bfloat16(even) >> 16);
+  if (past_the_caches) {
+    stream(to, &both, std::integral_constant<std::size_t, sizeof(both)>{});
+  } else {
+    std::memcpy(to, &both, sizeof(both));
+  }
 }
 
 // The first `count` numbers, the rest zero.
