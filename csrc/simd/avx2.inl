@@ -29,6 +29,28 @@ SACCADE_INLINE __m256 repeat_four(const float* from) {
 }
 SACCADE_INLINE __m256d repeat_four(const double* from) { return _mm256_loadu_pd(from); }
 
+// The first `count` numbers, fewer than a vector has: no others are touched. None for 16 bits.
+constexpr std::size_t kLeastMasked = 4;
+SACCADE_INLINE __m256i mask32(int64_t count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)),
+                            _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+SACCADE_INLINE __m256i mask64(int64_t count) {
+  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+SACCADE_INLINE __m256 load_masked(const float* from, int64_t count) {
+  return _mm256_maskload_ps(from, mask32(count));
+}
+SACCADE_INLINE __m256d load_masked(const double* from, int64_t count) {
+  return _mm256_maskload_pd(from, mask64(count));
+}
+SACCADE_INLINE void store_masked(float* to, __m256 v, int64_t count) {
+  _mm256_maskstore_ps(to, mask32(count), v);
+}
+SACCADE_INLINE void store_masked(double* to, __m256d v, int64_t count) {
+  _mm256_maskstore_pd(to, mask64(count), v);
+}
+
 template <std::size_t N>
 using Bytes = std::integral_constant<std::size_t, N>;
 

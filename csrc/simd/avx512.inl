@@ -35,6 +35,27 @@ SACCADE_INLINE __m512d repeat_four(const double* from) {
   return _mm512_broadcast_f64x4(_mm256_loadu_pd(from));
 }
 
+// The first `count` numbers, fewer than a vector has: no others are touched.
+constexpr std::size_t kLeastMasked = 2;
+SACCADE_INLINE __m512 load_masked(const float* from, int64_t count) {
+  return _mm512_maskz_loadu_ps((1u << count) - 1, from);
+}
+SACCADE_INLINE __m512d load_masked(const double* from, int64_t count) {
+  return _mm512_maskz_loadu_pd((1u << count) - 1, from);
+}
+SACCADE_INLINE __m256i load_masked(const uint16_t* from, int64_t count) {
+  return _mm256_maskz_loadu_epi16((1u << count) - 1, from);
+}
+SACCADE_INLINE void store_masked(float* to, __m512 v, int64_t count) {
+  _mm512_mask_storeu_ps(to, (1u << count) - 1, v);
+}
+SACCADE_INLINE void store_masked(double* to, __m512d v, int64_t count) {
+  _mm512_mask_storeu_pd(to, (1u << count) - 1, v);
+}
+SACCADE_INLINE void store_masked(uint16_t* to, __m256i v, int64_t count) {
+  _mm256_mask_storeu_epi16(to, (1u << count) - 1, v);
+}
+
 template <std::size_t N>
 using Bytes = std::integral_constant<std::size_t, N>;
 

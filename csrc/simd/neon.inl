@@ -44,6 +44,8 @@ SACCADE_INLINE DoubleVector repeat_four(const double* from) {
   return DoubleVector{from[0], from[1], from[2], from[3]};
 }
 
+constexpr std::size_t kLeastMasked = 64;  // no masked loads and stores
+
 // Nothing goes past the caches here.
 template <class N>
 SACCADE_INLINE void stream(void* to, const void* from, N) {

@@ -3,7 +3,7 @@
 // rounding, 16-bit conversion) is in the file of each instruction set, included before this one:
 //   kFloatWidth, kDoubleWidth; fma, floor, round_even for both; load_half, half_bits; kManyRegisters,
 //   whether there are 32 vector registers rather than 16; repeat_four, four numbers again and again;
-//   stream, end_streams.
+//   stream, end_streams; kLeastMasked, load_masked, store_masked.
 
 template <class T, int W>
 struct VectorOf {
@@ -116,22 +116,38 @@ SACCADE_INLINE void store_pair<BFloat16, float>(BFloat16* to, Vector<float> even
   }
 }
 
-// The first `count` numbers, the rest zero.
+// What masks see of a storage type.
+template <class S>
+using Masked = typename std::conditional<sizeof(S) == 2, uint16_t, S>::type;
+
+// The first `count` numbers, fewer than a vector has; the rest zero.
 template <class S, class T>
 SACCADE_INLINE Vector<T> load_partial(const S* from, int64_t count) {
   S padded[kWidth<T>] = {};
-  for (int64_t i = 0; i < count; ++i) {
-    padded[i] = from[i];
+  if constexpr (sizeof(S) >= kLeastMasked) {
+    const auto loaded = load_masked(reinterpret_cast<const Masked<S>*>(from), count);
+    std::memcpy(padded, &loaded, sizeof(padded));
+  } else {
+    for (int64_t i = 0; i < count; ++i) {
+      padded[i] = from[i];
+    }
   }
   return load_as_compute(padded);
 }
 
 template <class S, class T>
 SACCADE_INLINE void store_partial(S* to, Vector<T> vector, int64_t count) {
-  S padded[kWidth<T>];
-  store_from_compute(padded, vector);
-  for (int64_t i = 0; i < count; ++i) {
-    to[i] = padded[i];
+  const auto stored = as_stored(to, vector);
+  if constexpr (sizeof(S) >= kLeastMasked) {
+    store_masked(reinterpret_cast<Masked<S>*>(to), (decltype(load_masked(
+                                                       reinterpret_cast<Masked<S>*>(to), 0)))stored,
+                 count);
+  } else {
+    S padded[kWidth<T>];
+    std::memcpy(padded, &stored, sizeof(padded));
+    for (int64_t i = 0; i < count; ++i) {
+      to[i] = padded[i];
+    }
   }
 }
 
