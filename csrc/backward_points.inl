@@ -157,8 +157,8 @@ void backward_points(const Problem& problem, const Value& value, const void* gra
     std::fill_n(&scratch.dots[4 * count], 4 * kWidth<T>, T(0));  // read by the last vector
     dots_of_chunk(problem, points, unit.num_queries, rows, &scratch.grads[0], grads_stride,
                   &scratch.dots[0]);
-    if (!chain(problem, points.kept, unit.num_queries, &scratch.dots[0],
-               &scratch.grad_locations[0], &scratch.grad_weights[0])) {
+    if (!chain(problem, points.kept, unit.num_queries, &scratch.dots[0], &scratch.grad_locations[0],
+               &scratch.grad_weights[0])) {
       for (int64_t query = 0; query < unit.num_queries; ++query) {
         exact_backward_points(problem, given, unit, query, rows.in_place, rows.stride,
                               grad + unit.row(problem, query) * problem.head_dim,

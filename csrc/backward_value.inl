@@ -36,9 +36,8 @@ class ScatterOrder {
                           static_cast<int32_t>(query)};
     };
     if (!level.sorted) {
-      for_each([&](int32_t cell, int64_t at, int64_t query) SACCADE_INLINE_LAMBDA {
-        entries_[size_++] = entry(cell, at, query);
-      });
+      for_each([&](int32_t cell, int64_t at, int64_t query)
+                   SACCADE_INLINE_LAMBDA { entries_[size_++] = entry(cell, at, query); });
       return;
     }
     // A counting sort: where[c] is first the number of points in cell c, then the next place.
@@ -51,9 +50,8 @@ class ScatterOrder {
       where[cell] = static_cast<int32_t>(size_);
       size_ += count;
     }
-    for_each([&](int32_t cell, int64_t at, int64_t query) SACCADE_INLINE_LAMBDA {
-      entries_[where[cell]++] = entry(cell, at, query);
-    });
+    for_each([&](int32_t cell, int64_t at, int64_t query)
+                 SACCADE_INLINE_LAMBDA { entries_[where[cell]++] = entry(cell, at, query); });
   }
 
   const ScatterPoint* begin() const { return size_ > 0 ? &entries_[0] : nullptr; }
@@ -152,9 +150,9 @@ struct BackwardValueScratch {
 
 // Adds the points of a unit to the band's part of `rows`.
 template <class S>
-void scatter_unit(const Problem& problem, const S* grad_output, const GivenPoints<Compute<S>>& given,
-                  const Unit& unit, const Band& band, Compute<S>* rows, int64_t row_stride,
-                  BackwardValueScratch<S>& scratch) {
+void scatter_unit(const Problem& problem, const S* grad_output,
+                  const GivenPoints<Compute<S>>& given, const Unit& unit, const Band& band,
+                  Compute<S>* rows, int64_t row_stride, BackwardValueScratch<S>& scratch) {
   typedef Compute<S> T;
   const int64_t head_dim = problem.head_dim;
   const int64_t grads_stride = whole_vectors<T>(head_dim);

@@ -63,14 +63,15 @@ void exact_forward(const Problem& problem, const GivenPoints<T>& given, const Un
                    int64_t query, const S* rows, int64_t row_stride, S* output) {
   for (int64_t channel = 0; channel < problem.head_dim; ++channel) {
     T sum = 0;
-    for_each_point(problem, given, unit, query, [&](int64_t, T attention, const Corners<T>& corners) {
-      T sampled = 0;
-      for (int i = 0; i < corners.count; ++i) {
-        const Corner<T>& corner = corners.list[i];
-        sampled += corner.weight * number(rows + corner.row * row_stride + channel);
-      }
-      sum += attention * sampled;
-    });
+    for_each_point(problem, given, unit, query,
+                   [&](int64_t, T attention, const Corners<T>& corners) {
+                     T sampled = 0;
+                     for (int i = 0; i < corners.count; ++i) {
+                       const Corner<T>& corner = corners.list[i];
+                       sampled += corner.weight * number(rows + corner.row * row_stride + channel);
+                     }
+                     sum += attention * sampled;
+                   });
     store_partial<S, T>(output + channel, splat<T>(sum), 1);
   }
 }
@@ -80,23 +81,23 @@ template <class S, class T>
 void exact_backward_points(const Problem& problem, const GivenPoints<T>& given, const Unit& unit,
                            int64_t query, const S* rows, int64_t row_stride, const S* grad_output,
                            T* grad_locations, T* grad_weights) {
-  for_each_point(problem, given, unit, query, [&](int64_t at, T attention, const Corners<T>& corners) {
-    T grad_x = 0, grad_y = 0, grad_weight = 0;
-    for (int i = 0; i < corners.count; ++i) {
-      const Corner<T>& corner = corners.list[i];
-      T dot = 0;
-      for (int64_t channel = 0; channel < problem.head_dim; ++channel) {
-        dot += number(grad_output + channel) *
-               number(rows + corner.row * row_stride + channel);
-      }
-      grad_weight += corner.weight * dot;
-      grad_x += corner.x_slope * (attention * dot);
-      grad_y += corner.y_slope * (attention * dot);
-    }
-    grad_locations[2 * at] = grad_x;
-    grad_locations[2 * at + 1] = grad_y;
-    grad_weights[at] = grad_weight;
-  });
+  for_each_point(
+      problem, given, unit, query, [&](int64_t at, T attention, const Corners<T>& corners) {
+        T grad_x = 0, grad_y = 0, grad_weight = 0;
+        for (int i = 0; i < corners.count; ++i) {
+          const Corner<T>& corner = corners.list[i];
+          T dot = 0;
+          for (int64_t channel = 0; channel < problem.head_dim; ++channel) {
+            dot += number(grad_output + channel) * number(rows + corner.row * row_stride + channel);
+          }
+          grad_weight += corner.weight * dot;
+          grad_x += corner.x_slope * (attention * dot);
+          grad_y += corner.y_slope * (attention * dot);
+        }
+        grad_locations[2 * at] = grad_x;
+        grad_locations[2 * at + 1] = grad_y;
+        grad_weights[at] = grad_weight;
+      });
 }
 
 // Adds to the rows of the band only (see band.inl).

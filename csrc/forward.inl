@@ -84,8 +84,8 @@ void blend_chunk(const Problem& problem, const Points<T>& points, int64_t num_qu
   }
 }
 
-// From the slots of sums (see for_blocks) to a row of the output; `stream`: past the caches, for rows
-// of whole cache lines.
+// From the slots of sums (see for_blocks) to a row of the output; `stream`: past the caches, for
+// rows of whole cache lines.
 template <class S, class T>
 SACCADE_INLINE void write_sums(S* to, const T* sums, int64_t head_dim, bool stream) {
   const auto run = [&](auto block, int64_t slot, int64_t channel) SACCADE_INLINE_LAMBDA {

@@ -99,9 +99,10 @@ SACCADE_INLINE int64_t next_in_period(const Problem& problem, int64_t in_period)
   return in_period < problem.total_points ? in_period : in_period % problem.total_points;
 }
 
-// Calls run(locations, attention weights, in_period, at) for each vector of the unit's points, query
-// after query; `at` counts them. They are read in place where a query has whole vectors of points,
-// else copied together. The last vector may reach past the last point and then reads zeros there.
+// Calls run(locations, attention weights, in_period, at) for each vector of the unit's points,
+// query after query; `at` counts them. They are read in place where a query has whole vectors of
+// points, else copied together. The last vector may reach past the last point and then reads zeros
+// there.
 template <class T, class Run>
 SACCADE_INLINE void for_each_vector(const Problem& problem, const GivenPoints<T>& given,
                                     const Unit& unit, PointCopies<T>& copies, Run run) {
@@ -166,8 +167,8 @@ SACCADE_INLINE void for_each_vector(const Problem& problem, const GivenPoints<T>
 template <class T>
 struct Points {
   Buffer<int32_t> rows;  // [queries, P]: of the first corner, counted within its level
-  // [queries, P, 4]: of the corners (y, x), (y, x + 1), (y + 1, x), (y + 1, x + 1), attention weight
-  // included.
+  // [queries, P, 4]: of the corners (y, x), (y, x + 1), (y + 1, x), (y + 1, x + 1), attention
+  // weight included.
   Buffer<T> weights;
   bool weights_are_finite;
   PointCopies<T> kept;  // [queries, P, 2] and [queries, P], as given

@@ -62,8 +62,9 @@ SACCADE_INLINE void copy_numbers(S* to, const S* from, int64_t count) {
   }
 }
 
-// Copies `count` numbers in whole pieces of 64 bytes, up to 63 bytes more than asked for, where `end`
-// (of what may be read) allows it: a short row then takes no branches. `to` must have the room.
+// Copies `count` numbers in whole pieces of 64 bytes, up to 63 bytes more than asked for, where
+// `end` (of what may be read) allows it: a short row then takes no branches. `to` must have the
+// room.
 template <class S>
 SACCADE_INLINE void copy_numbers_roughly(S* to, const S* from, int64_t count, const S* end) {
   constexpr int64_t kPiece = 64 / sizeof(S);
@@ -197,8 +198,8 @@ class PackedRows {
   int64_t batch_ = -1, head_ = -1;
 };
 
-// Calls run(Block, slot, channel) for pieces of a row of `channels` numbers, up to `Most` vectors at
-// a time: `channel` is the first number of the piece in the row, `slot` its place in a buffer of
+// Calls run(Block, slot, channel) for pieces of a row of `channels` numbers, up to `Most` vectors
+// at a time: `channel` is the first number of the piece in the row, `slot` its place in a buffer of
 // whole vectors. Where the row does not end with a vector, the last piece is the row's last whole
 // vector, so that its first numbers are visited a second time. Partial: the row is shorter than a
 // vector.
@@ -208,7 +209,8 @@ struct Block {
   static constexpr bool Partial = IsPartial;
 };
 
-// Vector v of a block that begins at `row`. Blocks of several vectors go in pairs (see load_of_pair).
+// Vector v of a block that begins at `row`. Blocks of several vectors go in pairs (see
+// load_of_pair).
 template <class S, class T, class Block>
 SACCADE_INLINE Vector<T> load_of_block(const S* row, int v, int64_t channels) {
   if (Block::Partial) {

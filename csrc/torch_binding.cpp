@@ -190,9 +190,9 @@ Tensor contiguous_as(const Tensor& tensor, ScalarType type) {
   return same_type.is_contiguous() ? same_type : torch::stable::contiguous(same_type);
 }
 
-// The first touch of fresh memory costs more than the work on it, the less the larger its pages are:
-// 44 against 10 ms for 82 MB. Only where the system leaves the choice to the program; a hint, so
-// that a refusal changes nothing.
+// The first touch of fresh memory costs more than the work on it, the less the larger its pages
+// are: 44 against 10 ms for 82 MB. Only where the system leaves the choice to the program; a hint,
+// so that a refusal changes nothing.
 void ask_for_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr int64_t kHugePage = int64_t(1) << 21;

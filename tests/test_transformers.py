@@ -45,8 +45,10 @@ def outputs_and_gradients(model, pictures, mask=None):
     ids=["deformable-detr", "two-stage", "rt-detr"],
 )
 def test_patched_model_gives_the_same_outputs_and_gradients(make, operators):
-    model = scatter_parameters(make())
-    pictures = torch.randn(2, 3, 96, 128)
+    # In float64: in float32 a location at the border of two cells may fall on either side of it, where
+    # the gradient jumps.
+    model = scatter_parameters(make()).double()
+    pictures = torch.randn(2, 3, 96, 128, dtype=torch.float64)
     mask = None
     if isinstance(model, DeformableDetrForObjectDetection):
         mask = torch.ones(2, 96, 128, dtype=torch.long)
@@ -58,10 +60,10 @@ def test_patched_model_gives_the_same_outputs_and_gradients(make, operators):
     assert not report.left
     found, gradients = outputs_and_gradients(model, pictures, mask)
     for got, want in zip(found, expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got, want)
     assert gradients.keys() == expected_gradients.keys()
     for name, want in expected_gradients.items():
-        torch.testing.assert_close(gradients[name], want, rtol=1e-3, atol=1e-4, msg=name)
+        torch.testing.assert_close(gradients[name], want, rtol=1e-6, atol=1e-8, msg=name)
     assert model.state_dict().keys() == state.keys()
 
 

@@ -20,9 +20,7 @@ SACCADE_INLINE __m256d round_even(__m256d v) {
 SACCADE_INLINE __m256 load_half(const Half* from) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
-SACCADE_INLINE __m128i half_bits(__m256 v) {
-  return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
-}
+SACCADE_INLINE __m128i half_bits(__m256 v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
 
 SACCADE_INLINE __m256 repeat_four(const float* from) {
   return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(from));

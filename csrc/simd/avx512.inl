@@ -24,9 +24,7 @@ SACCADE_INLINE __m512d round_even(__m512d v) {
 SACCADE_INLINE __m512 load_half(const Half* from) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
-SACCADE_INLINE __m256i half_bits(__m512 v) {
-  return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
-}
+SACCADE_INLINE __m256i half_bits(__m512 v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
 
 SACCADE_INLINE __m512 repeat_four(const float* from) {
   return _mm512_broadcast_f32x4(_mm_loadu_ps(from));

@@ -33,9 +33,7 @@ SACCADE_INLINE DoubleVector round_even(DoubleVector v) {
 SACCADE_INLINE float32x4_t load_half(const Half* from) {
   return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(from))));
 }
-SACCADE_INLINE uint16x4_t half_bits(float32x4_t v) {
-  return vreinterpret_u16_f16(vcvt_f16_f32(v));
-}
+SACCADE_INLINE uint16x4_t half_bits(float32x4_t v) { return vreinterpret_u16_f16(vcvt_f16_f32(v)); }
 
 SACCADE_INLINE float32x4_t repeat_four(const float* from) {
   return float32x4_t{from[0], from[1], from[2], from[3]};

@@ -1,9 +1,9 @@
 // Vectors of T over the compiler's vector extensions (GCC, Clang): arithmetic, comparison and
 // selection come from the compiler for any instruction set. What they lack (fused multiply-add,
 // rounding, 16-bit conversion) is in the file of each instruction set, included before this one:
-//   kFloatWidth, kDoubleWidth; fma, floor, round_even for both; load_half, half_bits; kManyRegisters,
-//   whether there are 32 vector registers rather than 16; repeat_four, four numbers again and again;
-//   stream, end_streams; kLeastMasked, load_masked, store_masked.
+//   kFloatWidth, kDoubleWidth; fma, floor, round_even for both; load_half, half_bits;
+//   kManyRegisters, whether there are 32 vector registers rather than 16; repeat_four, four numbers
+//   again and again; stream, end_streams; kLeastMasked, load_masked, store_masked.
 
 template <class T, int W>
 struct VectorOf {
@@ -106,8 +106,8 @@ SACCADE_INLINE void store_pair(S* to, Vector<T> first, Vector<T> second, bool pa
   }
 }
 template <>
-SACCADE_INLINE void store_pair<BFloat16, float>(BFloat16* to, Vector<float> even,
-                                                Vector<float> odd, bool past_the_caches) {
+SACCADE_INLINE void store_pair<BFloat16, float>(BFloat16* to, Vector<float> even, Vector<float> odd,
+                                                bool past_the_caches) {
   const auto both = (round_to_bfloat16(odd) & 0xffff0000u) | (round_to_bfloat16(even) >> 16);
   if (past_the_caches) {
     stream(to, &both, std::integral_constant<std::size_t, sizeof(both)>{});
@@ -139,9 +139,8 @@ template <class S, class T>
 SACCADE_INLINE void store_partial(S* to, Vector<T> vector, int64_t count) {
   const auto stored = as_stored(to, vector);
   if constexpr (sizeof(S) >= kLeastMasked) {
-    store_masked(reinterpret_cast<Masked<S>*>(to), (decltype(load_masked(
-                                                       reinterpret_cast<Masked<S>*>(to), 0)))stored,
-                 count);
+    store_masked(reinterpret_cast<Masked<S>*>(to),
+                 (decltype(load_masked(reinterpret_cast<Masked<S>*>(to), 0)))stored, count);
   } else {
     S padded[kWidth<T>];
     std::memcpy(padded, &stored, sizeof(padded));
@@ -243,8 +242,8 @@ SACCADE_INLINE Vector<T> splat_lane(Vector<T> quads, std::integer_sequence<int, 
   return shuffle<T, (I / 4 * 4 + Lane)...>(quads, quads);
 }
 
-// Four numbers, each in all lanes of a vector. One load and four shuffles: four loads would wait for
-// the rows, which keep the load units busy.
+// Four numbers, each in all lanes of a vector. One load and four shuffles: four loads would wait
+// for the rows, which keep the load units busy.
 template <class T>
 struct Quad {
   Vector<T> splats[4];

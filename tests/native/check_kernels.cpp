@@ -292,6 +292,9 @@ double check(const Call<S>& call, const saccade::Kernels& kernels) {
     kernels.forward(p, value, call.locations.data(), call.weights.data(), output.data(), begin,
                     end);
   });
+  if (p.adds_in_place()) {
+    std::fill(grad_value.begin(), grad_value.end(), S{});
+  }
   in_pieces(p.backward_value_units(), [&](int64_t begin, int64_t end) {
     kernels.backward_value(p, call.grad_output.data(), call.locations.data(), call.weights.data(),
                            grad_value.data(), begin, end);
