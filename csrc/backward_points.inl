@@ -114,14 +114,6 @@ bool chain(const Problem& problem, const PointCopies<T>& given, int64_t num_quer
   return !any(zero_or_nan != zero_or_nan);
 }
 
-// Past the caches, a row of whole cache lines.
-template <class S, class T>
-SACCADE_INLINE void stream_numbers(S* to, const T* from, int64_t count) {
-  for (int64_t at = 0; at < count; at += kWidth<T>) {
-    stream_from_compute(to + at, load(from + at));
-  }
-}
-
 template <class S>
 struct BackwardPointsScratch {
   PackedRows<S> packed;

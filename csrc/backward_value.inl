@@ -40,18 +40,19 @@ class ScatterOrder {
                    SACCADE_INLINE_LAMBDA { entries_[size_++] = entry(cell, at, query); });
       return;
     }
-    // A counting sort: where[c] is first the number of points in cell c, then the next place.
+    // A counting sort: `where` is first the number of points of each cell, then their next place.
     where_.reserve(end - first);
-    int32_t* const where = &where_[0] - first;
-    std::fill_n(&where_[0], end - first, 0);
-    for_each([&](int32_t cell, int64_t, int64_t) SACCADE_INLINE_LAMBDA { ++where[cell]; });
-    for (int64_t cell = first; cell < end; ++cell) {
-      const int32_t count = where[cell];
-      where[cell] = static_cast<int32_t>(size_);
+    int32_t* const where = &where_[0];
+    std::fill_n(where, end - first, 0);
+    for_each([&](int32_t cell, int64_t, int64_t) SACCADE_INLINE_LAMBDA { ++where[cell - first]; });
+    for (int64_t i = 0; i < end - first; ++i) {
+      const int32_t count = where[i];
+      where[i] = static_cast<int32_t>(size_);
       size_ += count;
     }
-    for_each([&](int32_t cell, int64_t at, int64_t query)
-                 SACCADE_INLINE_LAMBDA { entries_[where[cell]++] = entry(cell, at, query); });
+    for_each([&](int32_t cell, int64_t at, int64_t query) SACCADE_INLINE_LAMBDA {
+      entries_[where[cell - first]++] = entry(cell, at, query);
+    });
   }
 
   const ScatterPoint* begin() const { return size_ > 0 ? &entries_[0] : nullptr; }
@@ -182,18 +183,6 @@ void scatter_unit(const Problem& problem, const S* grad_output,
     };
     for_blocks<T, kMost>(head_dim, run);
   }
-}
-
-template <class S, class T>
-SACCADE_INLINE void write_numbers(S* to, const T* from, int64_t count) {
-  const auto run = [&](auto block, int64_t, int64_t channel) SACCADE_INLINE_LAMBDA {
-    if (decltype(block)::Partial) {
-      store_partial<S, T>(to, load_partial<T, T>(from, count), count);
-    } else {
-      store_from_compute(to + channel, load(from + channel));
-    }
-  };
-  for_blocks<T, 1>(count, run);
 }
 
 template <class S>

@@ -245,3 +245,24 @@ SACCADE_INLINE void for_blocks(int64_t channels, Run run) {
     }
   }
 }
+
+// From a row of the compute type to one as it is stored.
+template <class S, class T>
+SACCADE_INLINE void write_numbers(S* to, const T* from, int64_t count) {
+  const auto run = [&](auto block, int64_t, int64_t channel) SACCADE_INLINE_LAMBDA {
+    if (decltype(block)::Partial) {
+      store_partial<S, T>(to, load_partial<T, T>(from, count), count);
+    } else {
+      store_from_compute(to + channel, load(from + channel));
+    }
+  };
+  for_blocks<T, 1>(count, run);
+}
+
+// The same past the caches, for rows of whole cache lines.
+template <class S, class T>
+SACCADE_INLINE void stream_numbers(S* to, const T* from, int64_t count) {
+  for (int64_t at = 0; at < count; at += kWidth<T>) {
+    stream_from_compute(to + at, load(from + at));
+  }
+}

@@ -156,6 +156,8 @@ Problem understand(const Tensor& value, const Tensor& sampling_locations,
     problem.total_points += num_points[i];
     problem.num_positions += height * width;
   }
+  STD_TORCH_CHECK(problem.total_points <= kMost, "num_points: expected at most ", kMost,
+                  " points in all, got ", problem.total_points);
 
   STD_TORCH_CHECK(value.dim() == 4 && value.size(1) == problem.num_positions && value.size(3) >= 1,
                   "value: expected [batch, ", problem.num_positions,

@@ -106,7 +106,7 @@ def test_random_shapes_are_seeded_and_strange():
 
 def test_work_is_counted_in_value_rows():
     workload = Workload("", "", [(10, 10), (5, 5)], 7, 2, 3, num_points=[1, 4], batch_size=2)
-    assert sweep.work(workload) == 2 * 7 * 2 * 5 * 4 * 3 * 4
+    assert sweep.work(workload) == 2 * 7 * 2 * 5 * 4 * 64  # rows of 12 bytes take a line
     assert sweep.work_of_both(workload) == 3 * sweep.work(workload) + 2 * 125 * 2 * 3 * 4
     assert sweep.work_of_both(workload._replace(shared_head=True)) == (
         3 * sweep.work(workload) + 2 * 125 * 3 * 4

@@ -1,12 +1,12 @@
 """A sweep over shapes: where the kernel is slow for the work it does, and how its time grows.
 
-The work is the bytes of value rows that the forward reads: B · Q · M · P · 4 corners · D · itemsize.
-The backward reads them again and adds as many to the gradient of the value, which has to be written
-whole even where few queries look at a large map: forward and backward count three times the rows and
-once the value. Work over time is an effective bandwidth, the same measure for every shape. Rows come
-mostly from caches, so it may exceed the memory's. A head_dim that does not fill vectors, or rows so short that
-the arithmetic of the points weighs more than they do, cannot reach the median: such shapes are not
-left out, the worst are named.
+The work is the cache lines of value rows that the forward reads: B · Q · M · P · 4 corners, each
+D · itemsize bytes in whole lines of 64, since a row of 4 bytes takes a line, and an instruction, as a
+row of 64 does. The backward reads them again and adds as many to the gradient of the value, which has
+to be written whole even where few queries look at a large map: forward and backward count three times
+the rows and once the value. Work over time is an effective bandwidth, the same measure for every
+shape. Rows come mostly from caches, so it may exceed the memory's. Nothing is left out, and the worst
+are named.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ from saccade.benchmark.workloads import WORKLOADS, Workload, draw
 
 # Value rows of a random shape: at some 10 to 100 GB/s a forward takes 0.2 to 50 ms.
 LEAST_BYTES, MOST_BYTES = 4e6, 5e8
+LINE_BYTES = 64
 WORST = 5
 """How many of the slowest shapes are named."""
 DIRECTIONS = ("forward", "forward + backward")
 METHOD = (
     "float32, model-like locations; every shape by itself, its results compared with the definition, "
     "then forward and forward + backward in turns, medians of rounds of some 10 ms of calls: warm "
-    "caches. Bandwidth: bytes of value rows read, B Q M P 4 D itemsize, over the time; forward + "
-    "backward: three times these and once the value"
+    "caches. Bandwidth: cache lines of value rows read, B Q M P 4 times D itemsize in whole lines of 64 "
+    "bytes, over the time; forward + backward: three times these and once the value"
 )
 
 
@@ -75,9 +76,9 @@ class ScalingFigure(NamedTuple):
 
 
 def work(workload: Workload) -> int:
-    """The bytes of float32 value rows that the forward reads."""
+    """The bytes of the cache lines of float32 value rows that the forward reads."""
     sampled = workload.batch_size * workload.queries * workload.num_heads * sum(workload.points)
-    return sampled * 4 * workload.head_dim * 4
+    return sampled * 4 * math.ceil(workload.head_dim * 4 / LINE_BYTES) * LINE_BYTES
 
 
 def work_of_both(workload: Workload) -> int:
