@@ -12,6 +12,8 @@ BUILD_TOOLS := scikit-build-core cmake ninja pathspec
 LIBRARY_SOURCES := $(wildcard $(shell git ls-files -co --exclude-standard src csrc 2>/dev/null)) \
   CMakeLists.txt pyproject.toml LICENSE README.md
 
+CXX_FILES := csrc/*.cpp csrc/*.h csrc/*.inl csrc/simd/*.inl tests/native/*.cpp benchmarks/*.cpp
+
 .PHONY: demo test lint format bench install clean
 
 demo: $(VENV)/.installed
@@ -24,18 +26,19 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*.inl csrc/simd/*.inl tests/native/*.cpp
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h csrc/*.inl csrc/simd/*.inl tests/native/*.cpp
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 bench: $(VENV)/.installed
 	$(BIN)/saccade bench --full --json benchmarks/results/cpu.json --plot docs/images/bench.png
 	$(BIN)/saccade bench models --json benchmarks/results/models.json
 	$(BIN)/saccade bench sweep --json benchmarks/results/sweep.json --plot docs/images/sweep.png
 	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.floors
 	$(BIN)/python -m benchmarks.tables --write
 
 install: $(VENV)/.installed

@@ -100,6 +100,36 @@ def models(found: dict) -> list[str]:
     return lines
 
 
+def floors(found: dict, results: Results | None) -> list[str]:
+    """The parts that detr-encoder cannot do without, their sums, and beside them what was measured."""
+    columns = [key for key in found if key.startswith("threads ")]
+    lines = [
+        f"`{found['command']}`, {found['date']}; milliseconds, float32, detr-encoder.\n",
+        _row(["", *(key.replace("threads ", "threads: ") for key in columns)]),
+        _row(["---"] * (1 + len(columns))),
+    ]
+    for kind in ("parts", "floors"):
+        for name in found[columns[0]][kind]:
+            title = name.replace("_", " ") if kind == "parts" else f"**floor, {name}**"
+            lines.append(_row([title, *(f"{found[key][kind][name]:.3g}" for key in columns)]))
+    by_key = _by_setting(results.figures) if results else {}
+    for way in DIRECTIONS:
+        cells = []
+        for key in columns:
+            setting = Setting(
+                "detr-encoder", way, "model-like", "float32", int(key.split()[1]), "warm"
+            )
+            figures = by_key.get(setting, {})
+            cells.append(
+                f"{figures['saccade'].milliseconds:.3g} (grid_sample: "
+                f"{figures['grid_sample'].milliseconds:.4g})"
+                if "grid_sample" in figures
+                else "–"
+            )
+        lines.append(_row([f"measured, {way}", *cells]))
+    return lines
+
+
 def _by_setting(figures: Iterable[Figure]) -> dict[Setting, dict[str, Figure]]:
     found: dict[Setting, dict[str, Figure]] = {}
     for figure in figures:
@@ -138,6 +168,13 @@ TABLES: dict[str, tuple[str, Callable[[Path], list[str]]]] = {
     "readme": ("cpu.json", lambda path: readme(read(path))),
     "cpu": ("cpu.json", lambda path: every(read(path))),
     "models": ("models.json", lambda path: models(json.loads(path.read_text()))),
+    "floors": (
+        "floors.json",
+        lambda path: floors(
+            json.loads(path.read_text()),
+            read(path.with_name("cpu.json")) if path.with_name("cpu.json").exists() else None,
+        ),
+    ),
 }
 
 

@@ -88,8 +88,10 @@ SACCADE_INLINE void add_column(T* upper, int64_t down, bool owns_upper, bool own
   }
 }
 
-// Adds weight * grad to the four rows of each point's cell. The points of a cell are summed up in
-// registers, and the right column of a cell goes on as the left one of the next.
+// Adds weight * grad to the four rows of each point's cell. Of a sorted level, the points of a cell
+// are summed up in registers, and the right column of a cell goes on as the left one of the next.
+// Of others never: which points follow each other there depends on the bands, and the sums must
+// not.
 template <class T, int NV, bool Partial>
 SACCADE_INLINE void scatter(const LevelRows<T>& level, const Level& size, const Band::Rows& owned,
                             const ScatterPoint* point, const ScatterPoint* end, const T* weights,
@@ -120,14 +122,14 @@ SACCADE_INLINE void scatter(const LevelRows<T>& level, const Level& size, const 
         lower_right[v] = (V)fma(w[3], g, lower_right[v]);
       }
       ++point;
-    } while (point != end && point->cell == cell);
+    } while (size.sorted && point != end && point->cell == cell);
     // A cell at the band's edge has a row of pixels that another band owns; one of a map one cell
     // high has no lower row.
     const bool owns_upper = cell >= owned.first, owns_lower = cell + size.width < owned.end;
     T* upper = level.first + cell * level.stride;
     add_column<T, NV, Partial>(upper, level.down, owns_upper, owns_lower, upper_left, lower_left,
                                channels);
-    if (point != end && point->cell == cell + 1 && size.width > 1) {
+    if (size.sorted && point != end && point->cell == cell + 1 && size.width > 1) {
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) {
         upper_left[v] = upper_right[v];

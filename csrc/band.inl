@@ -1,6 +1,7 @@
 // Ownership of grad_value: each unit owns, for a batch item and head of the value, a band of rows
-// of pixels of every level. A pixel receives first from the cells above it, then from those below,
-// in that order wherever the bands begin: the sums do not depend on how many there are.
+// of pixels of every level. A pixel receives from the points of its four cells in one order (by
+// cell or by query, see ScatterOrder) wherever the bands begin: the sums do not depend on how many
+// there are.
 
 class Band {
  public:

@@ -198,11 +198,7 @@ class PackedRows {
   int64_t batch_ = -1, head_ = -1;
 };
 
-// Calls run(Block, slot, channel) for pieces of a row of `channels` numbers, up to `Most` vectors
-// at a time: `channel` is the first number of the piece in the row, `slot` its place in a buffer of
-// whole vectors. Where the row does not end with a vector, the last piece is the row's last whole
-// vector, so that its first numbers are visited a second time. Partial: the row is shorter than a
-// vector.
+// A piece of a row: some whole vectors, or (Partial) a row shorter than a vector.
 template <int NumVectors, bool IsPartial>
 struct Block {
   static constexpr int NV = NumVectors;
@@ -220,6 +216,10 @@ SACCADE_INLINE Vector<T> load_of_block(const S* row, int v, int64_t channels) {
                         : load_of_pair<S, T>(row + v / 2 * 2 * kWidth<T>, v % 2);
 }
 
+// Calls run(Block, slot, channel) for pieces of a row of `channels` numbers, up to `Most` vectors
+// at a time: `channel` is the first number of the piece in the row, `slot` its place in a buffer of
+// whole vectors. Where the row does not end with a vector, the last piece is the row's last whole
+// vector, so that its first numbers are visited a second time.
 template <class T, int Most, class Run>
 SACCADE_INLINE void for_blocks(int64_t channels, Run run) {
   constexpr int W = kWidth<T>;

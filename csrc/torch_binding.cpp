@@ -246,7 +246,7 @@ void in_parallel(int64_t units, int64_t unit_cost, const Work& work) {
 
 // By all threads: one alone cannot keep the memory busy.
 void fill_with_zeros(const Tensor& tensor) {
-  constexpr int64_t kPiece = int64_t(1) << 16;
+  constexpr int64_t kPiece = int64_t(1) << 20;  // worth waking a thread for
   const int64_t bytes = tensor.numel() * tensor.element_size();
   char* const data = static_cast<char*>(tensor.mutable_data_ptr());
   in_parallel((bytes + kPiece - 1) / kPiece, kPiece, [&](int64_t begin, int64_t end) {

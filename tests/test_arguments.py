@@ -214,3 +214,38 @@ def test_what_is_remembered_of_calls_is_bounded_and_holds_no_tensor():
     assert 0 < len(arguments._remembered) <= arguments.MOST_REMEMBERED
     for key, sizes in arguments._remembered.items():
         assert not any(isinstance(part, torch.Tensor) for part in (*key, *sizes))
+
+
+class Row:
+    """A shape whose sizes change behind its back."""
+
+    def __init__(self, *sizes):
+        self.sizes = sizes
+
+    def __iter__(self):
+        return iter(self.sizes)
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def __getitem__(self, index):
+        return self.sizes[index]
+
+
+def test_sizes_that_may_change_are_looked_at_again():
+    value = torch.arange(12.0).reshape(1, 12, 1, 1)
+    locations = torch.rand(1, 5, 1, 1, 2, 2)
+    weights = torch.rand(1, 5, 1, 1, 2)
+    row = Row(3, 4)
+    for sizes in ((3, 4), (4, 3), (2, 6)):
+        row.sizes = sizes
+        try:
+            found = saccade.deformable_attention(value, [row], locations, weights)
+        except (TypeError, ValueError):
+            continue  # rows of this kind are not taken at all
+        expected = saccade.deformable_attention(value, [sizes], locations, weights)
+        assert torch.equal(found, expected)
+    for wrong in ([(3, 4, 1)], [(3.0, 4)], [(True, 12)], [3, 4], "34"):
+        saccade.deformable_attention(value, [(3, 4)], locations, weights)
+        with pytest.raises((TypeError, ValueError), match="spatial_shapes"):
+            saccade.deformable_attention(value, wrong, locations, weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 
@@ -205,7 +206,23 @@ def test_single_calls_are_not_preceded_by_another():
         turn_seconds=0,
         first_seconds={"first": 0, "second": 0},
     )
-    assert calls == ["first", "second"] * 4  # one each to begin with
+    assert calls[:2] == ["first", "second"]  # one each to begin with
+    rounds = [calls[start : start + 2] for start in range(2, 8, 2)]
+    assert len(calls) == 8
+    assert all(sorted(one) == ["first", "second"] for one in rounds)
+
+
+def test_nobody_always_follows_the_same_one():
+    calls = []
+    names = ("first", "second", "third")
+    alternate(
+        {name: lambda name=name: calls.append(name) for name in names},
+        seconds=0,
+        least_rounds=20,
+        turn_seconds=0,
+        first_seconds=dict.fromkeys(names, 0),
+    )
+    assert len(set(itertools.pairwise(calls[3:]))) > 6
 
 
 def test_machine_names_what_a_figure_depends_on():

@@ -81,8 +81,10 @@ def test_infinite_logits_agree_when_they_are_in_the_same_place():
     want = [torch.tensor([[1.0, -math.inf], [2.0, -math.inf]])]
     assert models._compare("model", want, want) == 0
     with pytest.raises(ArithmeticError, match="differ in 50%"):
+        models._compare("model", [want[0] * 1.5], want)
+    with pytest.raises(ArithmeticError, match="finite in different places"):
         models._compare("model", [torch.tensor([[1.0, 0.0], [2.0, 0.0]])], want)
-    with pytest.raises(ArithmeticError, match="differ"):
+    with pytest.raises(ArithmeticError, match="finite in different places"):
         models._compare("model", [want[0] * math.nan], want)
 
 
@@ -99,7 +101,7 @@ def test_random_shapes_are_seeded_and_strange():
     assert any(workload.head_dim % 2 for workload in found)
     assert any(workload.shared_head for workload in found)
     assert any(len(set(workload.points)) > 1 for workload in found)
-    works = sorted(sweep.work(one) for one in found if one.head_dim >= 16)
+    works = sorted(sweep.work(one) for one in found)
     assert works[len(works) // 10] > sweep.LEAST_BYTES / 2
     assert works[-len(works) // 10] < sweep.MOST_BYTES * 2
 

@@ -23,9 +23,19 @@ LAYERS = [
     {"backend", "sampling"},
     {"ops"},
     {"reference"},
-    {"arguments"},
+    {"arguments", "argument_key"},
 ]
-CORE = {"arguments", "backend", "functional", "nn", "ops", "reference", "sampling", "integrations"}
+CORE = {
+    "argument_key",
+    "arguments",
+    "backend",
+    "functional",
+    "nn",
+    "ops",
+    "reference",
+    "sampling",
+    "integrations",
+}
 
 
 def modules():

@@ -179,6 +179,31 @@ def test_bitwise_equal_for_every_number_of_threads(native_backend, case, dtype, 
             assert torch.equal(got.nan_to_num(nan=1e9), want.nan_to_num(nan=1e9))
 
 
+@pytest.mark.parametrize("shared_head", [True, False])
+@pytest.mark.parametrize("spread", [0.3, 0.02], ids=["strewn", "crowded"])
+def test_bands_that_few_points_reach_sum_in_the_same_order(native_backend, shared_head, spread):
+    """Few queries on a large map: its points are not sorted, and neighbours in a band are none in all."""
+    num_heads = 2
+    shapes = [(64, 64), (9, 1), (1, 7)]
+    value = torch.randn(1, 64 * 64 + 16, 1 if shared_head else num_heads, 24)
+    locations = 0.5 + spread * torch.randn(1, 150, num_heads, 3, 2, 2)
+    weights = torch.rand(1, 150, num_heads, 3, 2)
+    leaves = [tensor.requires_grad_() for tensor in (value, locations, weights)]
+    grad_output = torch.randn(1, 150, num_heads * 24)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 8, 24):
+            torch.set_num_threads(threads)
+            output = saccade.deformable_attention(value, shapes, locations, weights)
+            results.append(torch.autograd.grad(output, leaves, grad_output))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for got, want in zip(other, results[0], strict=True):
+            assert torch.equal(got, want)
+
+
 def test_only_the_gradients_that_are_needed(native_backend):
     case = Case()
     inputs = case.draw()

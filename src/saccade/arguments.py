@@ -16,6 +16,8 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from saccade.argument_key import key_of
+
 Interpolation: TypeAlias = Literal["linear", "nearest"]
 Padding: TypeAlias = Literal["zeros", "border"]
 Coordinates: TypeAlias = Literal["normalized", "normalized_corners", "pixel"]
@@ -52,8 +54,8 @@ class Call(NamedTuple):
 class Sizes(NamedTuple):
     """What `understand` finds out from sizes and options alone, without looking into a tensor."""
 
-    spatial_shapes: list[tuple[int, ...]]
-    num_points: list[int]
+    spatial_shapes: tuple[tuple[int, ...], ...]
+    num_points: tuple[int, ...]
 
 
 # The checks take longer than a small kernel, and a model calls with few different sizes: what was
@@ -89,7 +91,7 @@ def understand(
         padding,
         coordinates,
     )
-    key = _key(*arguments)
+    key = key_of(*arguments)
     sizes = _remembered.get(key) if key else None
     if sizes is None:
         sizes = _check(*arguments)
@@ -104,62 +106,14 @@ def understand(
         attention_weights = attention_weights.flatten(3, 4)
     return Call(
         value,
-        sizes.spatial_shapes,
+        list(sizes.spatial_shapes),
         sampling_locations,
         attention_weights,
-        sizes.num_points,
+        list(sizes.num_points),
         interpolation,
         padding,
         coordinates,
     )
-
-
-def _key(
-    value: Tensor,
-    spatial_shapes: SpatialShapes,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    num_points: int | Sequence[int] | None,
-    interpolation: Interpolation,
-    padding: Padding,
-    coordinates: Coordinates,
-) -> Hashable:
-    """Everything that `_check` looks at, or None: this call is to be checked whatever was before."""
-    if (
-        type(value) is not Tensor
-        or type(sampling_locations) is not Tensor
-        or type(attention_weights) is not Tensor
-        or type(spatial_shapes) not in (list, tuple, Tensor)
-        or not (isinstance(interpolation, str) and isinstance(padding, str))
-        or not isinstance(coordinates, str)
-        # A traced size is more than its number.
-        or torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-    ):
-        return None
-    try:
-        return (
-            value.shape,
-            value.dtype,
-            value.layout,
-            value.device,
-            sampling_locations.shape,
-            sampling_locations.dtype,
-            sampling_locations.layout,
-            sampling_locations.device,
-            attention_weights.shape,
-            attention_weights.dtype,
-            attention_weights.layout,
-            attention_weights.device,
-            # As written: 6, 6.0 and True are equal and not the same, lists cannot be looked up.
-            repr(spatial_shapes.tolist() if type(spatial_shapes) is Tensor else spatial_shapes),
-            repr(num_points),
-            interpolation,
-            padding,
-            coordinates,
-        )
-    except RuntimeError:  # a nested tensor has no shape, a meta tensor no numbers
-        return None
 
 
 def _check(
@@ -237,7 +191,7 @@ def _check(
     _check_shape(
         "attention_weights", attention_weights, list(sampling_locations.shape[:-1]), shapes
     )
-    return Sizes(shapes, levels)
+    return Sizes(tuple(shapes), tuple(levels))
 
 
 def understand_spatial_shapes(spatial_shapes: SpatialShapes) -> list[tuple[int, ...]]:

@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <new>
 #include <random>
 #include <type_traits>
 #include <vector>
@@ -40,6 +41,24 @@ double real(double low, double high) {
 // both hold exactly; results are decoded only.
 template <class S>
 struct Stored;
+
+// Memory that begins with a cache line, as torch's does: results may then go past the caches.
+template <class T>
+struct Aligned {
+  typedef T value_type;
+  Aligned() = default;
+  template <class U>
+  Aligned(const Aligned<U>&) {}
+  T* allocate(std::size_t count) {
+    return static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(64)));
+  }
+  void deallocate(T* memory, std::size_t) { ::operator delete(memory, std::align_val_t(64)); }
+  bool operator==(const Aligned&) const { return true; }
+  bool operator!=(const Aligned&) const { return false; }
+};
+template <class T>
+using Lines = std::vector<T, Aligned<T>>;
+
 template <>
 struct Stored<float> {
   static constexpr Storage kind = Storage::float32;
@@ -130,12 +149,14 @@ Call<S> draw() {
   problem.head_dim = integer(0, 1) ? integer(1, 40) : 16 * integer(1, 6);
   const int64_t num_levels = integer(1, 4);
   for (int64_t i = 0; i < num_levels; ++i) {
-    const int64_t height = integer(1, 7), width = integer(1, 7), points = integer(1, 5);
+    const int64_t height = integer(1, 7), width = integer(1, 7);
+    const int64_t points = integer(0, 2) ? integer(1, 5) : 16;  // 16: whole vectors, whole lines
     problem.levels.push_back({height, width, problem.num_positions, problem.total_points, points});
     problem.num_positions += height * width;
     problem.total_points += points;
   }
   problem.prepare(integer(1, 8));
+  problem.stream_output = integer(0, 1);  // whatever the size
   call.row_padding = integer(0, 2) ? 0 : integer(1, 5);
   const int64_t rows = problem.batch_size * problem.num_positions;
   call.value.resize(rows > 0 ? rows * call.row_stride() - call.row_padding : 0);
@@ -253,7 +274,7 @@ double decode(BFloat16 number) { return Stored<BFloat16>::decode(number); }
 
 // The largest difference relative to the largest expected number; NaN if one is NaN.
 template <class S>
-double difference(const std::vector<S>& actual, const std::vector<double>& expected) {
+double difference(const Lines<S>& actual, const std::vector<double>& expected) {
   double largest = 0, scale = 1;
   for (size_t i = 0; i < expected.size(); ++i) {
     const double error = std::fabs(decode(actual[i]) - expected[i]);
@@ -282,10 +303,10 @@ double check(const Call<S>& call, const saccade::Kernels& kernels) {
   S poison;
   std::memset(&poison, 0xff, sizeof poison);  // NaN in every storage type
   const T no_number = std::numeric_limits<T>::quiet_NaN();
-  std::vector<S> output(expected.output.size(), poison);
-  std::vector<S> grad_value(expected.grad_value.size(), poison);
-  std::vector<T> grad_locations(call.locations.size(), no_number);
-  std::vector<T> grad_weights(call.weights.size(), no_number);
+  Lines<S> output(expected.output.size(), poison);
+  Lines<S> grad_value(expected.grad_value.size(), poison);
+  Lines<T> grad_locations(call.locations.size(), no_number);
+  Lines<T> grad_weights(call.weights.size(), no_number);
   const saccade::Value value = {call.value.data(), p.num_positions * call.row_stride(),
                                 call.row_stride(), p.head_dim};
   in_pieces(p.forward_units(), [&](int64_t begin, int64_t end) {

@@ -37,6 +37,8 @@ class Peer:
     """What has to be installed."""
     install = "pip install 'saccade[bench]'"
     native_16_bit = False
+    # Its first call prepares (compiles) and says nothing about the others.
+    first_call_prepares = False
     """Whether it takes 16-bit values with float32 locations; else it is given float32."""
 
     def missing(self) -> str | None:
@@ -146,6 +148,7 @@ class CompiledGridSample(GridSample):
 
     name = "torch.compile"
     about = "grid_sample under torch.compile, sizes fixed; compiles for up to a minute a case"
+    first_call_prepares = True
 
     def prepare(self, workload: Workload, inputs: Inputs) -> Attend:
         """Compiled afresh for each case: what was compiled before would make the sizes dynamic."""

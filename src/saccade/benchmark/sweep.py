@@ -35,10 +35,11 @@ WORST = 5
 """How many of the slowest shapes are named."""
 DIRECTIONS = ("forward", "forward + backward")
 METHOD = (
-    "float32, model-like locations; every shape by itself, its results compared with the definition, "
-    "then forward and forward + backward in turns, medians of rounds of some 10 ms of calls: warm "
-    "caches. Bandwidth: cache lines of value rows read, B Q M P 4 times D itemsize in whole lines of 64 "
-    "bytes, over the time; forward + backward: three times these and once the value"
+    "float32, model-like locations; every shape by itself, its output and the gradients of locations "
+    "and weights compared with the definition, then forward and forward + backward in turns, medians "
+    "of rounds of some 10 ms of calls: warm caches. Bandwidth: cache lines of value rows read, B Q M P "
+    "4 times D itemsize in whole lines of 64 bytes, over the time; forward + backward: three times "
+    "these and once the value"
 )
 
 
@@ -122,9 +123,7 @@ def random_workloads(count: int, seed: int = 0) -> list[Workload]:
             shared_head=chosen.random() < 0.15,
         )
         wanted = math.exp(chosen.uniform(math.log(LEAST_BYTES), math.log(MOST_BYTES)))
-        # A row takes a vector's time at least, also one of a single number.
-        of_a_query = work(workload) * max(1, 16 / workload.head_dim)
-        queries = _prime_from(max(2, round(wanted / of_a_query)))
+        queries = _prime_from(max(2, round(wanted / work(workload))))
         found.append(workload._replace(num_queries=queries))
     return found
 

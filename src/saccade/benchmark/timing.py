@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import random
 import statistics
 import sys
 import time
@@ -49,10 +50,10 @@ def alternate(
 ) -> dict[str, Timing]:
     """Median time of each function, measured in turns.
 
-    Each round times every function once, so that a machine that slows down slows all of them. A
-    short function is called for some 10 ms a turn, after one call that is not timed: the threads of
-    the function before have come to rest then. A function slower than `SLOW_SECONDS` takes part in
-    fewer rounds.
+    Each round times every function once, so that a machine that slows down slows all of them, in an
+    order of its own, so that none always follows the same one. A function is called for some 10 ms a
+    turn, at least once, after one call that is not timed: the threads of the function before have
+    come to rest then. One slower than `SLOW_SECONDS` has no such call and takes part in fewer rounds.
 
     Args:
         functions: what to time, by name.
@@ -66,15 +67,19 @@ def alternate(
     within = within or {}
     taken: dict[str, list[float]] = {name: [] for name in functions}
     calls, least = {}, {}
+    slow_ones = set()
     for name, function in functions.items():
         with within.get(name, nullcontext)():
             first = first_seconds[name] if first_seconds else _clock(function)
             slow = first > SLOW_SECONDS
             once = first if slow else _clock(function)
-        if slow and least_rounds:
-            taken[name].append(first)
+        if slow:
+            slow_ones.add(name)
+            if least_rounds:
+                taken[name].append(first)
         calls[name] = max(1, round(turn_seconds / max(1e-9, once)))
         least[name] = min(least_rounds, SLOW_ROUNDS) if slow else least_rounds
+    order = random.Random(0)
     end = time.perf_counter() + seconds
     while True:
         left = end - time.perf_counter()
@@ -86,9 +91,10 @@ def alternate(
         ]
         if not turns:
             break
+        order.shuffle(turns)
         for name in turns:
             with within.get(name, nullcontext)():
-                if turn_seconds and calls[name] > 1:
+                if turn_seconds and name not in slow_ones:
                     functions[name]()
                 taken[name].append(_clock(functions[name], calls[name]))
     return {

@@ -1,0 +1,98 @@
+"""Floors under the kernel's time on detr-encoder: `python -m benchmarks.floors` (seconds, needs g++).
+
+Builds floors.cpp for this machine, times each unavoidable part of the work alone, derives floors for the
+forward and for forward with backward, and keeps all in benchmarks/results/floors.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import subprocess
+import tempfile
+from pathlib import Path
+
+from saccade.benchmark.timing import machine
+
+SOURCE = Path(__file__).resolve().parent / "floors.cpp"
+RESULTS = Path(__file__).resolve().parent / "results" / "floors.json"
+# Arithmetic on rows at hand, and traffic with memory, that no kernel can do without. Forward: four rows
+# a point; locations, weights and value read once, the output written. Backward: the rows for the dot
+# products, the sums of the cells; all that and grad_output read once, three gradients written.
+COMPUTE = {"forward": ["row_loads"], "backward": ["row_loads", "cell_sums"]}
+TRAFFIC = {
+    "forward": ["read_points", "read_value", "write_output"],
+    "backward": [
+        *("read_points", "read_value", "read_grad_output"),
+        *("write_grad_points", "write_output"),
+    ],
+}
+
+
+def measure(threads: int, repeats: int) -> dict[str, float]:
+    """Milliseconds of each part."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = str(Path(folder) / "floors")
+        subprocess.run(
+            [
+                "g++",
+                "-std=c++17",
+                "-O3",
+                "-ffp-contract=fast",
+                "-march=native",
+                "-pthread",
+                str(SOURCE),
+                "-o",
+                program,
+            ],
+            check=True,
+        )
+        printed = subprocess.run(
+            [program, str(threads), str(repeats)], check=True, capture_output=True, text=True
+        ).stdout
+    return {name: float(number) for name, number in map(str.split, printed.splitlines())}
+
+
+def floors(parts: dict[str, float]) -> dict[str, float]:
+    """Arithmetic and traffic side by side at best, and one after the other as far as they hinder each other.
+
+    Results may come in memory that is there already: the system's part stands by itself.
+    """
+    compute, traffic = (
+        {way: sum(parts[name] for name in names) for way, names in kind.items()}
+        for kind in (COMPUTE, TRAFFIC)
+    )
+    least = {way: max(compute[way], traffic[way]) for way in compute}
+    sums = {way: compute[way] + traffic[way] for way in compute}
+    return {
+        "forward": round(least["forward"], 2),
+        "forward, one after the other": round(sums["forward"], 2),
+        "forward + backward": round(sum(least.values()), 2),
+        "forward + backward, one after the other": round(sum(sums.values()), 2),
+    }
+
+
+def main() -> None:
+    """Measures and writes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    results: dict[str, object] = {
+        "command": "python -m benchmarks.floors",
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(),
+        "unit": "milliseconds, the least of the repeats",
+    }
+    for threads in arguments.threads:
+        parts = measure(threads, arguments.repeats)
+        found = {"parts": parts, "floors": floors(parts)}
+        results[f"threads {threads}"] = found
+        print(threads, "threads:", json.dumps(found, indent=1))
+    arguments.output.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
