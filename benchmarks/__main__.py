@@ -11,7 +11,12 @@ import datetime
 import json
 from pathlib import Path
 
-from benchmarks.whole import gradients_are_bitwise_equal, import_time, peak_memory
+from benchmarks.whole import (
+    gradients_are_bitwise_equal,
+    import_time,
+    peak_memory,
+    small_calls,
+)
 from saccade.benchmark.timing import machine
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -31,6 +36,7 @@ def main() -> None:
         ("import", import_time),
         ("peak_memory_detr_encoder_forward", peak_memory),
         ("gradients_bitwise_equal", gradients_are_bitwise_equal),
+        ("small_call_microseconds", small_calls),
     ):
         results[name] = measure()
         print(f"{name}: {json.dumps(results[name])}", flush=True)

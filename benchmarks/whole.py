@@ -1,13 +1,15 @@
-"""Figures about more than one call: memory, the import, bitwise equal gradients."""
+"""Figures about more than the speed of a workload: memory, the import, bitwise equal gradients, small calls."""
 
 from __future__ import annotations
 
 import statistics
 import subprocess
 import sys
+import timeit
 
 import torch
 
+import saccade
 from saccade.benchmark.operator import grid_sample_call, saccade_call
 from saccade.benchmark.workloads import WORKLOADS, draw
 
@@ -65,22 +67,62 @@ print(time.perf_counter() - begin)
 
 
 def gradients_are_bitwise_equal() -> bool:
-    """Output and gradients of detr-encoder on 1 and 2 threads and from run to run."""
-    workload = WORKLOADS["detr-encoder"]
-    inputs = draw(workload, dtype=torch.float32, uniform=False)
+    """Output and gradients on 1, 2 and 16 threads and from run to run.
+
+    An encoder, and two cases in which 16 threads have to share a head's gradient of the value.
+    """
     threads = torch.get_num_threads()
-    results = []
-    for number in (1, 2, 2, 1):
-        torch.set_num_threads(number)
-        leaves = [tensor.clone().requires_grad_() for tensor in inputs[:3]]
-        output = saccade_call(workload)(*leaves)
-        results.append([output, *torch.autograd.grad(output, leaves, inputs.grad_output)])
+    equal = True
+    for name in ("detr-encoder", "rtdetr-decoder", "plain-single-map"):
+        workload = WORKLOADS[name]
+        inputs = draw(workload, dtype=torch.float32, uniform=False)
+        results = []
+        for number in (1, 2, 2, 16):
+            torch.set_num_threads(number)
+            leaves = [tensor.clone().requires_grad_() for tensor in inputs[:3]]
+            output = saccade_call(workload)(*leaves)
+            results.append([output, *torch.autograd.grad(output, leaves, inputs.grad_output)])
+        equal = equal and all(
+            torch.equal(found, expected)
+            for other in results[1:]
+            for found, expected in zip(other, results[0], strict=True)
+        )
     torch.set_num_threads(threads)
-    return all(
-        torch.equal(found, expected)
-        for other in results[1:]
-        for found, expected in zip(other, results[0], strict=True)
+    return equal
+
+
+def small_calls() -> dict[str, dict[str, float]]:
+    """Microseconds of a call with 16 elements on one thread, the least of the repeats.
+
+    The operator and the public function where no gradient is needed, and a multiplication beside them:
+    what lies beyond it is the price of the call.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    value, locations, weights = (
+        torch.rand(1, 4, 1, 4),
+        torch.rand(1, 2, 1, 1, 2),
+        torch.rand(1, 2, 1, 1),
     )
+    sixteen = torch.rand(16)
+    functions = {
+        "aten::mul": lambda: torch.ops.aten.mul.Tensor(sixteen, sixteen),
+        "operator": lambda: torch.ops.saccade.deformable_attention.default(
+            value, [2, 2], locations, weights, [1], "linear", "zeros", "normalized"
+        ),
+        "function": lambda: saccade.deformable_attention(
+            value, [(2, 2)], locations, weights, num_points=1
+        ),
+    }
+    found = {}
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            found[mode.__name__] = {
+                name: round(min(timeit.repeat(call, number=3000, repeat=9)) / 3000 * 1e6, 2)
+                for name, call in functions.items()
+            }
+    torch.set_num_threads(threads)
+    return found
 
 
 def _run(code: str) -> str:
