@@ -82,9 +82,12 @@ V spread(V quads) {
 #endif
 }
 
-// Four rows of a point loaded, multiplied, added: the blend of one head, and its dot products. The
-// weights of `cached` are quads repeated to a vector.
-void read_rows(const Cached& cached) {
+// Four rows of a point multiplied with their weights and added up. The weights of `cached` are
+// quads repeated to a vector. kApart: four rows loaded, the blend of one head, and its dot
+// products; else one row four times, the scatter of grad_output where every point shares its cell
+// with many.
+template <bool kApart>
+void add_rows(const Cached& cached) {
   V sums[4][kVectors] = {};
   for (int64_t i = 0; i < kPointsOfHead; ++i) {
     const float* row = cached.row(i);
@@ -94,26 +97,7 @@ void read_rows(const Cached& cached) {
     for (int corner = 0; corner < 4; ++corner)
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v)
-        sums[corner][v] += load(row + corner * kHeadDim + v * kWidth) * w[corner];
-  }
-  for (auto& of_corner : sums)
-    for (const V sum : of_corner) keep(sum);
-}
-
-// grad_output times four weights, summed up in registers: the scatter where every point shares its
-// cell with many.
-void sum_cells(const Cached& cached) {
-  V sums[4][kVectors] = {};
-  for (int64_t i = 0; i < kPointsOfHead; ++i) {
-    const float* grad = cached.row(i);
-    const V quads = load(cached.weights + (i & 31) * kWidth);
-    const V w[4] = {spread<0>(quads), spread<1>(quads), spread<2>(quads), spread<3>(quads)};
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      const V g = load(grad + v * kWidth);
-#pragma GCC unroll 4
-      for (int corner = 0; corner < 4; ++corner) sums[corner][v] += g * w[corner];
-    }
+        sums[corner][v] += load(row + kApart * corner * kHeadDim + v * kWidth) * w[corner];
   }
   for (auto& of_corner : sums)
     for (const V sum : of_corner) keep(sum);
@@ -167,8 +151,8 @@ int main(int argc, char** argv) {
     }
     std::printf("%s %.3f\n", name, least);
   };
-  time("row_loads", [&](int i, int64_t) { read_rows(cached[i]); });
-  time("cell_sums", [&](int i, int64_t) { sum_cells(cached[i]); });
+  time("row_loads", [&](int i, int64_t) { add_rows<true>(cached[i]); });
+  time("cell_sums", [&](int i, int64_t) { add_rows<false>(cached[i]); });
   time("read_points", [&](int, int64_t head) {
     read_strided(locations, 2 * kPoints, head);
     read_strided(weights, kPoints, head);

@@ -132,7 +132,7 @@ void backward_points(const Problem& problem, const Value& value, const void* gra
   const GivenPoints<T> given = {static_cast<const T*>(locations), static_cast<const T*>(weights)};
   const int64_t grads_stride = whole_vectors<T>(problem.head_dim);
   const int64_t most_points = problem.chunk_queries * total_points + kWidth<T>;
-  const bool stream = problem.stream_output &&
+  const bool stream = problem.stream_results &&
                       fills_lines(grad_locations, 2 * total_points * sizeof(T)) &&
                       fills_lines(grad_weights, total_points * sizeof(T));
   scratch.packed.forget();

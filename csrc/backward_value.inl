@@ -196,7 +196,7 @@ void backward_value(const Problem& problem, const void* grad_output, const void*
   const int64_t full_stride = problem.value_heads * head_dim;
   const bool in_place = problem.adds_in_place();
   const GivenPoints<T> given = {static_cast<const T*>(locations), static_cast<const T*>(weights)};
-  const bool stream = problem.stream_output && fills_lines(grad_value, head_dim * sizeof(S));
+  const bool stream = problem.stream_results && fills_lines(grad_value, head_dim * sizeof(S));
   for (int64_t index = begin; index < end; ++index) {
     const Band band(problem, index % problem.num_bands);
     const int64_t value_head = index / problem.num_bands % problem.value_heads;

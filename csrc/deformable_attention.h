@@ -73,7 +73,7 @@ struct Problem {
   bool own_grad_rows = false;  // sum a head's grad_value up in rows of its own, then write them out
   int64_t num_bands = 1;       // parts of each level's height that own a piece of grad_value each
   int64_t scatter_queries = 0;  // whose points are sorted together
-  bool stream_output = false;   // write large results past the caches
+  bool stream_results = false;  // write large results past the caches
   PointTable<float> float_table;
   PointTable<double> double_table;
 
@@ -120,7 +120,6 @@ struct Kernels {
 // The kernels in use. First call: SACCADE_CPU_ISA, else the best of the processor.
 // Throws std::runtime_error when the environment variable names one that cannot run here.
 const Kernels& active_kernels();
-// "auto" goes back to the choice of the first call.
 void set_active_kernels(const std::string& name);
 // Names of the kernels this processor can run, fastest first.
 std::vector<std::string> available_kernels();

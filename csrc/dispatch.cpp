@@ -64,7 +64,7 @@ const Kernels& active_kernels() {
 }
 
 void set_active_kernels(const std::string& name) {
-  active.store(name == "auto" ? &first_choice() : &find(name, "name"), std::memory_order_release);
+  active.store(&find(name, "name"), std::memory_order_release);
 }
 
 std::vector<std::string> available_kernels() {

@@ -117,7 +117,7 @@ void forward(const Problem& problem, const Value& value, const void* locations, 
   typedef Compute<S> T;
   const int64_t head_dim = problem.head_dim;
   const int64_t sums_stride = whole_vectors<T>(head_dim);
-  const bool stream = problem.stream_output && fills_lines(output, head_dim * sizeof(S));
+  const bool stream = problem.stream_results && fills_lines(output, head_dim * sizeof(S));
   const GivenPoints<T> given = {static_cast<const T*>(locations), static_cast<const T*>(weights)};
   scratch.packed.forget();
   scratch.sums.reserve(problem.chunk_queries * sums_stride);

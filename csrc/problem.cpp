@@ -109,7 +109,7 @@ void Problem::prepare(int64_t num_threads) {
   // Results that no cache keeps until they are read are written past them: a plain write would
   // first read what it overwrites.
   constexpr int64_t kStreamedNumbers = 1 << 20;
-  stream_output = batch_size * num_queries * num_heads * head_dim >= kStreamedNumbers;
+  stream_results = batch_size * num_queries * num_heads * head_dim >= kStreamedNumbers;
 
   if (storage == Storage::float64) {
     fill(double_table, *this);

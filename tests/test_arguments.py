@@ -239,10 +239,7 @@ def test_sizes_that_may_change_are_looked_at_again():
     row = Row(3, 4)
     for sizes in ((3, 4), (4, 3), (2, 6)):
         row.sizes = sizes
-        try:
-            found = saccade.deformable_attention(value, [row], locations, weights)
-        except (TypeError, ValueError):
-            continue  # rows of this kind are not taken at all
+        found = saccade.deformable_attention(value, [row], locations, weights)
         expected = saccade.deformable_attention(value, [sizes], locations, weights)
         assert torch.equal(found, expected)
     for wrong in ([(3, 4, 1)], [(3.0, 4)], [(True, 12)], [3, 4], "34"):

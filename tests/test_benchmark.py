@@ -109,7 +109,7 @@ def test_what_a_peer_cannot_do_is_shown_with_the_reason():
     assert PEERS["torch-ms-deform-attn"].refusal(one, backward=True) is None
     assert "backward" in PEERS["onnxruntime"].refusal(one, backward=True)
 
-    class Absent(Peer):
+    class Absent(GridSample):
         name = "absent"
         modules = ("no_such_module",)
 
@@ -357,3 +357,18 @@ def test_json_is_one_figure_a_line(tmp_path):
     text = (tmp_path / "bench.json").read_text()
     assert json.loads(text)["figures"][1]["peer"] == "grid_sample"
     assert sum('"milliseconds"' in line for line in text.splitlines()) == 2
+
+
+def test_floors_are_sums_of_what_was_measured():
+    floors = pytest.importorskip("benchmarks.floors", reason="benchmarks/ is not in a wheel")
+    if shutil.which("g++") is None:
+        pytest.skip("benchmarks/floors.cpp is built with g++")
+    parts = floors.measure(threads=1, repeats=1)
+    named = {*itertools.chain(*floors.COMPUTE.values(), *floors.TRAFFIC.values())}
+    assert parts.keys() == named | {"fresh_memory"}
+    assert all(milliseconds > 0 for milliseconds in parts.values())
+    found = floors.floors(dict.fromkeys(parts, 1.0))
+    assert found["forward"] == 3  # three parts of traffic beside one of arithmetic
+    assert found["forward, one after the other"] == 4
+    assert found["forward + backward"] == 3 + 5
+    assert found["forward + backward, one after the other"] == 4 + 7

@@ -10,27 +10,20 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from saccade.arguments import Coordinates, Interpolation, Padding, SpatialShapes
+    from saccade.arguments import SpatialShapes
 
 
 def key_of(
-    value: Tensor,
+    tensors: tuple[Tensor, ...],
     spatial_shapes: SpatialShapes,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
     num_points: int | Sequence[int] | None,
-    interpolation: Interpolation,
-    padding: Padding,
-    coordinates: Coordinates,
+    options: tuple[str, ...],
 ) -> Hashable:
     """Everything that `arguments` checks, or None: this call is to be checked whatever was before."""
     if (
-        type(value) is not Tensor
-        or type(sampling_locations) is not Tensor
-        or type(attention_weights) is not Tensor
+        not {*map(type, tensors)} <= _TENSOR
         or type(spatial_shapes) not in (list, tuple, Tensor)
-        or not (isinstance(interpolation, str) and isinstance(padding, str))
-        or not isinstance(coordinates, str)
+        or not all(isinstance(option, str) for option in options)
         # A traced size is more than its number.
         or torch.compiler.is_compiling()
         or torch._C._is_tracing()
@@ -38,23 +31,10 @@ def key_of(
         return None
     try:
         key = (
-            value.shape,
-            value.dtype,
-            value.layout,
-            value.device,
-            sampling_locations.shape,
-            sampling_locations.dtype,
-            sampling_locations.layout,
-            sampling_locations.device,
-            attention_weights.shape,
-            attention_weights.dtype,
-            attention_weights.layout,
-            attention_weights.device,
+            *[(tensor.shape, tensor.dtype, tensor.layout, tensor.device) for tensor in tensors],
             _plain_shapes(spatial_shapes),
             _plain_points(num_points),
-            interpolation,
-            padding,
-            coordinates,
+            options,
         )
         hash(key)
     except (RuntimeError, TypeError):
@@ -66,7 +46,7 @@ def key_of(
 
 # Only these are remembered: of anything else (1.0 and True are equal to 1; an object may change), the
 # checks look again.
-_INT, _ROWS = {int}, {tuple, list, torch.Size}
+_INT, _ROWS, _TENSOR = {int}, {tuple, list, torch.Size}, {Tensor}
 
 
 def _plain_shapes(spatial_shapes: SpatialShapes) -> tuple[tuple[int, ...], ...]:

@@ -81,20 +81,12 @@ def understand(
         TypeError: an argument is not of the kind the signature names.
         ValueError: a shape, dtype, device or option does not fit; the message names the argument.
     """
-    arguments = (
-        value,
-        spatial_shapes,
-        sampling_locations,
-        attention_weights,
-        num_points,
-        interpolation,
-        padding,
-        coordinates,
-    )
-    key = key_of(*arguments)
+    tensors = (value, sampling_locations, attention_weights)
+    options = (interpolation, padding, coordinates)
+    key = key_of(tensors, spatial_shapes, num_points, options)
     sizes = _remembered.get(key) if key else None
     if sizes is None:
-        sizes = _check(*arguments)
+        sizes = _check(*tensors, spatial_shapes, num_points, *options)
         if key:
             if len(_remembered) >= MOST_REMEMBERED:
                 _remembered.clear()
@@ -118,9 +110,9 @@ def understand(
 
 def _check(
     value: Tensor,
-    spatial_shapes: SpatialShapes,
     sampling_locations: Tensor,
     attention_weights: Tensor,
+    spatial_shapes: SpatialShapes,
     num_points: int | Sequence[int] | None,
     interpolation: Interpolation,
     padding: Padding,

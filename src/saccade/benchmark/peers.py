@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from io import BytesIO
@@ -28,7 +29,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 ONNX_OPSET = 20
 
 
-class Peer:
+class Peer(ABC):
     """One implementation of the operator."""
 
     name = ""
@@ -37,9 +38,9 @@ class Peer:
     """What has to be installed."""
     install = "pip install 'saccade[bench]'"
     native_16_bit = False
-    # Its first call prepares (compiles) and says nothing about the others.
-    first_call_prepares = False
     """Whether it takes 16-bit values with float32 locations; else it is given float32."""
+    first_call_prepares = False
+    """Whether its first call compiles, and says nothing about the others."""
 
     def missing(self) -> str | None:
         """Why it cannot run here at all, or None."""
@@ -50,9 +51,9 @@ class Peer:
         """Why it cannot do this workload, or None."""
         return None
 
+    @abstractmethod
     def prepare(self, workload: Workload, inputs: Inputs) -> Attend:
         """The function that is timed; what a user does once is done here."""
-        raise NotImplementedError
 
     def kernel(self) -> str:
         """What computes, for the record."""

@@ -66,19 +66,16 @@ def alternate(
     """
     within = within or {}
     taken: dict[str, list[float]] = {name: [] for name in functions}
-    calls, least = {}, {}
-    slow_ones = set()
+    calls, least, slow = {}, {}, {}
     for name, function in functions.items():
         with within.get(name, nullcontext)():
             first = first_seconds[name] if first_seconds else _clock(function)
-            slow = first > SLOW_SECONDS
-            once = first if slow else _clock(function)
-        if slow:
-            slow_ones.add(name)
-            if least_rounds:
-                taken[name].append(first)
+            slow[name] = first > SLOW_SECONDS
+            once = first if slow[name] else _clock(function)
+        if slow[name] and least_rounds:
+            taken[name].append(first)
         calls[name] = max(1, round(turn_seconds / max(1e-9, once)))
-        least[name] = min(least_rounds, SLOW_ROUNDS) if slow else least_rounds
+        least[name] = min(least_rounds, SLOW_ROUNDS) if slow[name] else least_rounds
     order = random.Random(0)
     end = time.perf_counter() + seconds
     while True:
@@ -94,7 +91,7 @@ def alternate(
         order.shuffle(turns)
         for name in turns:
             with within.get(name, nullcontext)():
-                if turn_seconds and name not in slow_ones:
+                if turn_seconds and not slow[name]:
                     functions[name]()
                 taken[name].append(_clock(functions[name], calls[name]))
     return {

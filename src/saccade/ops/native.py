@@ -45,7 +45,7 @@ def available_isas() -> list[str]:
 
 
 def set_isa(name: str) -> None:
-    """Runs the CPU kernels of the whole process with another instruction set ("auto": the best).
+    """Runs the CPU kernels of the whole process with another instruction set.
 
     Raises:
         RuntimeError: the processor or the library does not have it.
