@@ -7,14 +7,13 @@ template <bool kInPairs, class S, class T>
 void load_grad(const Problem& problem, const S* grad_output, const Unit& unit, Buffer<T>& grads) {
   const int64_t head_dim = problem.head_dim;
   const int64_t stride = whole_vectors<T>(head_dim);
-  grads.reserve(unit.num_queries * stride);
+  grads.reserve(unit.num_looks() * stride);
   const int64_t last = problem.batch_size * problem.num_queries * problem.num_heads - 1;
-  for (int64_t query = 0; query < unit.num_queries; ++query) {
-    const int64_t row = unit.row(problem, query);
+  const auto load_look = [&](int64_t look, int64_t row, int64_t) SACCADE_INLINE_LAMBDA {
     const S* from = grad_output + row * head_dim;
     const int64_t ahead = std::min(row + kQueriesAhead * problem.num_heads, last);
     prefetch(grad_output + ahead * head_dim, head_dim);
-    T* to = &grads[query * stride];
+    T* to = &grads[look * stride];
     const auto run = [&](auto block, int64_t slot, int64_t channel) SACCADE_INLINE_LAMBDA {
       typedef decltype(block) B;
 #pragma GCC unroll 2
@@ -26,7 +25,8 @@ void load_grad(const Problem& problem, const S* grad_output, const Unit& unit, B
       }
     };
     for_blocks<T, kInPairs ? 2 : 1>(head_dim, run);
-  }
+  };
+  unit.for_each_look(problem, load_look);
 }
 
 // The dot products of grad with the four corners of a point.
@@ -53,43 +53,41 @@ SACCADE_INLINE void dots_of_point(const LevelRows<const S>& level, const S* uppe
   store_sums<T>(dots, dot[0], dot[1], dot[2], dot[3]);
 }
 
+// The dot products of all points of a unit, in place of their weights.
 template <class S, class T>
-void dots_of_chunk(const Problem& problem, const Points<T>& points, int64_t num_queries,
-                   const HeadRows<S>& rows, const T* grads, int64_t grads_stride, T* dots) {
+void dots_of_chunk(const Problem& problem, Points<T>& points, const Unit& unit,
+                   const HeadRows<S>& rows, const T* grads, int64_t grads_stride) {
   const int64_t total_points = problem.total_points, head_dim = problem.head_dim;
   for (const Level& level : problem.levels) {
-    const LevelRows<const S> level_rows = rows_to_read(problem, level, rows);
     const int64_t num_points = level.num_points;
-    const int64_t fetched_ahead = queries_fetched_ahead(level, num_queries);
-    const int32_t* point_rows = &points.rows[level.first_point];
-    T* to = dots + 4 * level.first_point;
-    for (int64_t query = 0; query < num_queries; ++query) {
-      if (query < fetched_ahead) {
-        prefetch_rows(level_rows, point_rows + kRowQueriesAhead * total_points, num_points,
-                      head_dim);
-      }
-      for (int64_t k = 0; k < num_points; ++k) {
-        dots_of_point(level_rows, level_rows.first + point_rows[k] * level_rows.stride,
-                      grads + query * grads_stride, head_dim, to + 4 * k);
-      }
-      point_rows += total_points;
-      to += 4 * total_points;
-    }
+    T* dots = &points.weights[4 * level.first_point];
+    const T* grad = grads;
+    for_each_look(problem, level, rows, unit, points, true,
+                  [&](const LevelRows<const S>& level_rows, const S* first,
+                      const int32_t* point_rows) SACCADE_INLINE_LAMBDA {
+                    for (int64_t k = 0; k < num_points; ++k) {
+                      dots_of_point(level_rows, first + point_rows[k] * level_rows.stride, grad,
+                                    head_dim, dots + 4 * k);
+                    }
+                    grad += grads_stride;
+                    dots += 4 * total_points;
+                  });
   }
 }
 
 // From dot products to the gradients of locations and weights; false if a number is NaN.
 template <class T>
-bool chain(const Problem& problem, const PointCopies<T>& given, int64_t num_queries,
+bool chain(const Problem& problem, const PointCopies<T>& given, int64_t num_looks,
            const T* all_dots, T* grad_locations, T* grad_weights) {
   typedef Vector<T> V;
   constexpr int W = kWidth<T>;
   const PointTable<T>& table = point_table<T>(problem);
   V zero_or_nan = {};
-  int64_t in_period = 0;
-  for (int64_t at = 0; at < num_queries * problem.total_points; at += W) {
-    const Located<T> point = locate_points<T>(problem, table, &given.locations[2 * at], in_period);
-    in_period = next_in_period<T>(problem, in_period);
+  InPeriod<T> in_period(problem);
+  for (int64_t at = 0; at < num_looks * problem.total_points; at += W) {
+    const Located<T> point =
+        locate_points<T>(problem, table, &given.locations[2 * at], in_period.at);
+    in_period.next();
     const V attention = load(&given.attention_weights[at]);
     const T* dots = all_dots + 4 * at;
     const V first = load(dots), second = load(dots + W);
@@ -114,11 +112,60 @@ bool chain(const Problem& problem, const PointCopies<T>& given, int64_t num_quer
   return !any(zero_or_nan != zero_or_nan);
 }
 
+// Where the gradients of locations and weights go, [B, Q, M, P, 2] and [B, Q, M, P].
+template <class T>
+struct GradPoints {
+  T* locations;
+  T* attention_weights;
+  bool stream;
+
+  GradPoints(const Problem& problem, void* grad_locations, void* grad_weights)
+      : locations(static_cast<T*>(grad_locations)),
+        attention_weights(static_cast<T*>(grad_weights)),
+        stream(problem.stream_results &&
+               fills_lines(locations, 2 * problem.total_points * sizeof(T)) &&
+               fills_lines(attention_weights, problem.total_points * sizeof(T))) {}
+};
+
+// Writes the gradients of a unit's points, whose dot products are in place of their weights.
+template <class S, class T>
+void write_grad_points(const Problem& problem, const GivenPoints<T>& given, const Unit& unit,
+                       const Points<T>& points, const HeadRows<S>& rows, const S* grad_output,
+                       const GradPoints<T>& to, PointCopies<T>& grads) {
+  const int64_t total_points = problem.total_points;
+  const int64_t room = unit.num_looks() * total_points + kWidth<T>;
+  grads.locations.reserve(2 * room);
+  grads.attention_weights.reserve(room);
+  if (!chain(problem, points.kept, unit.num_looks(), &points.weights[0], &grads.locations[0],
+             &grads.attention_weights[0])) {
+    unit.for_each_look(problem, [&](int64_t look, int64_t row, int64_t head) {
+      exact_backward_points(problem, given, row, rows.in_place + head * rows.head_stride,
+                            rows.stride, grad_output + row * problem.head_dim,
+                            &grads.locations[2 * look * total_points],
+                            &grads.attention_weights[look * total_points]);
+    });
+  }
+  const int64_t of_query = unit.num_heads * total_points;
+  for (int64_t query = 0; query < unit.num_queries; ++query) {
+    const int64_t first = unit.row(problem, query) * total_points;
+    const T* location = &grads.locations[2 * query * of_query];
+    const T* weight = &grads.attention_weights[query * of_query];
+    if (to.stream) {
+      stream_numbers(to.locations + 2 * first, location, 2 * of_query);
+      stream_numbers(to.attention_weights + first, weight, of_query);
+    } else {
+      copy_numbers(to.locations + 2 * first, location, 2 * of_query);
+      copy_numbers(to.attention_weights + first, weight, of_query);
+    }
+  }
+}
+
 template <class S>
 struct BackwardPointsScratch {
   PackedRows<S> packed;
   Points<Compute<S>> points;
-  Buffer<Compute<S>> grads, dots, grad_locations, grad_weights;
+  Buffer<Compute<S>> grads;
+  PointCopies<Compute<S>> grad_points;
 };
 
 template <class S>
@@ -127,51 +174,21 @@ void backward_points(const Problem& problem, const Value& value, const void* gra
                      void* grad_weights, int64_t begin, int64_t end,
                      BackwardPointsScratch<S>& scratch) {
   typedef Compute<S> T;
-  const int64_t total_points = problem.total_points;
   const S* grad = static_cast<const S*>(grad_output);
   const GivenPoints<T> given = {static_cast<const T*>(locations), static_cast<const T*>(weights)};
-  const int64_t grads_stride = whole_vectors<T>(problem.head_dim);
-  const int64_t most_points = problem.chunk_queries * total_points + kWidth<T>;
-  const bool stream = problem.stream_results &&
-                      fills_lines(grad_locations, 2 * total_points * sizeof(T)) &&
-                      fills_lines(grad_weights, total_points * sizeof(T));
+  const GradPoints<T> to(problem, grad_locations, grad_weights);
   scratch.packed.forget();
-  scratch.dots.reserve(4 * most_points);
-  scratch.grad_locations.reserve(2 * most_points);
-  scratch.grad_weights.reserve(most_points);
   for (int64_t index = begin; index < end; ++index) {
     const Unit unit = unit_of(problem, index);
     const HeadRows<S> rows = scratch.packed.rows(problem, value, unit);
     Points<T>& points = scratch.points;
-    points.template locate<true>(problem, given, unit);
+    points.template locate<false>(problem, given, unit);
     load_grad<true>(problem, grad, unit, scratch.grads);
-    const int64_t count = unit.num_queries * total_points;
-    std::fill_n(&scratch.dots[4 * count], 4 * kWidth<T>, T(0));  // read by the last vector
-    dots_of_chunk(problem, points, unit.num_queries, rows, &scratch.grads[0], grads_stride,
-                  &scratch.dots[0]);
-    if (!chain(problem, points.kept, unit.num_queries, &scratch.dots[0], &scratch.grad_locations[0],
-               &scratch.grad_weights[0])) {
-      for (int64_t query = 0; query < unit.num_queries; ++query) {
-        exact_backward_points(problem, given, unit, query, rows.in_place, rows.stride,
-                              grad + unit.row(problem, query) * problem.head_dim,
-                              &scratch.grad_locations[2 * query * total_points],
-                              &scratch.grad_weights[query * total_points]);
-      }
-    }
-    for (int64_t query = 0; query < unit.num_queries; ++query) {
-      const int64_t to = unit.row(problem, query) * total_points;
-      const T* location = &scratch.grad_locations[2 * query * total_points];
-      const T* weight = &scratch.grad_weights[query * total_points];
-      if (stream) {
-        stream_numbers(static_cast<T*>(grad_locations) + 2 * to, location, 2 * total_points);
-        stream_numbers(static_cast<T*>(grad_weights) + to, weight, total_points);
-      } else {
-        copy_numbers(static_cast<T*>(grad_locations) + 2 * to, location, 2 * total_points);
-        copy_numbers(static_cast<T*>(grad_weights) + to, weight, total_points);
-      }
-    }
+    dots_of_chunk(problem, points, unit, rows, &scratch.grads[0],
+                  whole_vectors<T>(problem.head_dim));
+    write_grad_points(problem, given, unit, points, rows, grad, to, scratch.grad_points);
   }
-  if (stream) {
+  if (to.stream) {
     end_streams();
   }
   scratch.packed.forget();

@@ -160,13 +160,13 @@ void scatter_unit(const Problem& problem, const S* grad_output,
   const int64_t head_dim = problem.head_dim;
   const int64_t grads_stride = whole_vectors<T>(head_dim);
   Points<T>& points = scratch.points;
-  points.template locate<false>(problem, given, unit);
+  points.template locate<true>(problem, given, unit);
   load_grad<false>(problem, grad_output, unit, scratch.grads);
   if (!points.weights_are_finite ||
       !all_finite(&scratch.grads[0], unit.num_queries * grads_stride)) {
     for (int64_t query = 0; query < unit.num_queries; ++query) {
-      exact_backward_value(problem, given, unit, query,
-                           grad_output + unit.row(problem, query) * head_dim, band, rows,
+      const int64_t row = unit.row(problem, query);
+      exact_backward_value(problem, given, row, grad_output + row * head_dim, band, rows,
                            row_stride);
     }
     return;
@@ -216,7 +216,7 @@ void backward_value(const Problem& problem, const void* grad_output, const void*
     const int64_t end_head = problem.value_heads > 1 ? value_head + 1 : problem.num_heads;
     for (int64_t head = first_head; head < end_head; ++head) {
       for (int64_t query = 0; query < problem.num_queries; query += problem.scatter_queries) {
-        const Unit unit = {batch, head, query,
+        const Unit unit = {batch, head, 1, query,
                            std::min(problem.scatter_queries, problem.num_queries - query)};
         scatter_unit(problem, static_cast<const S*>(grad_output), given, unit, band, rows,
                      row_stride, scratch);

@@ -37,7 +37,8 @@ struct Level {
   // they are gathered from, and where among the rows copied.
   bool packed = false;
   int64_t first_packed_row = 0;
-  bool sorted = false;  // whether the backward sorts the points of this level by cell
+  bool fetched_ahead = false;  // whether rows in place are
+  bool sorted = false;         // whether the backward sorts the points of this level by cell
 };
 
 // Constants of one axis for each point, repeated with period total_points so that a vector of
@@ -68,6 +69,7 @@ struct Problem {
   Storage storage = Storage::float32;
 
   // Derived by prepare().
+  int64_t heads_together = 1;  // heads of a query that a unit of forward_units() takes: one or all
   int64_t chunk_queries = 0, num_chunks = 0;
   int64_t num_packed_rows = 0;  // of all levels, for one head
   bool own_grad_rows = false;  // sum a head's grad_value up in rows of its own, then write them out
@@ -85,11 +87,11 @@ struct Problem {
   bool adds_in_place() const {
     return !own_grad_rows && (storage == Storage::float32 || storage == Storage::float64);
   }
-  int64_t forward_units() const { return batch_size * num_heads * num_chunks; }
+  int64_t forward_units() const { return batch_size * (num_heads / heads_together) * num_chunks; }
   int64_t backward_points_units() const { return forward_units(); }
   int64_t backward_value_units() const { return batch_size * value_heads * num_bands; }
   // Gathered numbers of one forward unit: what parallelism is decided by.
-  int64_t unit_cost() const { return chunk_queries * total_points * 4 * head_dim; }
+  int64_t unit_cost() const { return chunk_queries * heads_together * total_points * 4 * head_dim; }
 };
 
 // The value map in memory; strides in elements, channels contiguous.

@@ -38,11 +38,11 @@ void corners_of(const Problem& problem, const Level& level, const T* location, i
   }
 }
 
-// Calls visit(point, attention weight, corners) for each point of one query of the unit.
+// Calls visit(point, attention weight, corners) for each point of the look at `row` of the tensors
+// [B, Q, M, ...].
 template <class T, class Visit>
-void for_each_point(const Problem& problem, const GivenPoints<T>& given, const Unit& unit,
-                    int64_t query, Visit visit) {
-  const int64_t first = unit.row(problem, query) * problem.total_points;
+void for_each_point(const Problem& problem, const GivenPoints<T>& given, int64_t row, Visit visit) {
+  const int64_t first = row * problem.total_points;
   Corners<T> corners;
   for (const Level& level : problem.levels) {
     for (int64_t k = 0; k < level.num_points; ++k) {
@@ -59,61 +59,59 @@ Compute<S> number(const S* from) {
 }
 
 template <class S, class T>
-void exact_forward(const Problem& problem, const GivenPoints<T>& given, const Unit& unit,
-                   int64_t query, const S* rows, int64_t row_stride, S* output) {
+void exact_forward(const Problem& problem, const GivenPoints<T>& given, int64_t row, const S* rows,
+                   int64_t row_stride, S* output) {
   for (int64_t channel = 0; channel < problem.head_dim; ++channel) {
     T sum = 0;
-    for_each_point(problem, given, unit, query,
-                   [&](int64_t, T attention, const Corners<T>& corners) {
-                     T sampled = 0;
-                     for (int i = 0; i < corners.count; ++i) {
-                       const Corner<T>& corner = corners.list[i];
-                       sampled += corner.weight * number(rows + corner.row * row_stride + channel);
-                     }
-                     sum += attention * sampled;
-                   });
+    for_each_point(problem, given, row, [&](int64_t, T attention, const Corners<T>& corners) {
+      T sampled = 0;
+      for (int i = 0; i < corners.count; ++i) {
+        const Corner<T>& corner = corners.list[i];
+        sampled += corner.weight * number(rows + corner.row * row_stride + channel);
+      }
+      sum += attention * sampled;
+    });
     store_partial<S, T>(output + channel, splat<T>(sum), 1);
   }
 }
 
-// grad_locations and grad_weights are those of the query.
+// grad_output, grad_locations and grad_weights are those of the look.
 template <class S, class T>
-void exact_backward_points(const Problem& problem, const GivenPoints<T>& given, const Unit& unit,
-                           int64_t query, const S* rows, int64_t row_stride, const S* grad_output,
+void exact_backward_points(const Problem& problem, const GivenPoints<T>& given, int64_t row,
+                           const S* rows, int64_t row_stride, const S* grad_output,
                            T* grad_locations, T* grad_weights) {
-  for_each_point(
-      problem, given, unit, query, [&](int64_t at, T attention, const Corners<T>& corners) {
-        T grad_x = 0, grad_y = 0, grad_weight = 0;
-        for (int i = 0; i < corners.count; ++i) {
-          const Corner<T>& corner = corners.list[i];
-          T dot = 0;
-          for (int64_t channel = 0; channel < problem.head_dim; ++channel) {
-            dot += number(grad_output + channel) * number(rows + corner.row * row_stride + channel);
-          }
-          grad_weight += corner.weight * dot;
-          grad_x += corner.x_slope * (attention * dot);
-          grad_y += corner.y_slope * (attention * dot);
-        }
-        grad_locations[2 * at] = grad_x;
-        grad_locations[2 * at + 1] = grad_y;
-        grad_weights[at] = grad_weight;
-      });
+  for_each_point(problem, given, row, [&](int64_t at, T attention, const Corners<T>& corners) {
+    T grad_x = 0, grad_y = 0, grad_weight = 0;
+    for (int i = 0; i < corners.count; ++i) {
+      const Corner<T>& corner = corners.list[i];
+      T dot = 0;
+      for (int64_t channel = 0; channel < problem.head_dim; ++channel) {
+        dot += number(grad_output + channel) * number(rows + corner.row * row_stride + channel);
+      }
+      grad_weight += corner.weight * dot;
+      grad_x += corner.x_slope * (attention * dot);
+      grad_y += corner.y_slope * (attention * dot);
+    }
+    grad_locations[2 * at] = grad_x;
+    grad_locations[2 * at + 1] = grad_y;
+    grad_weights[at] = grad_weight;
+  });
 }
 
 // Adds to the rows of the band only (see band.inl).
 template <class S, class T>
-void exact_backward_value(const Problem& problem, const GivenPoints<T>& given, const Unit& unit,
-                          int64_t query, const S* grad_output, const Band& band, T* grad_rows,
+void exact_backward_value(const Problem& problem, const GivenPoints<T>& given, int64_t row,
+                          const S* grad_output, const Band& band, T* grad_rows,
                           int64_t row_stride) {
-  for_each_point(problem, given, unit, query, [&](int64_t, T attention, const Corners<T>& corners) {
+  for_each_point(problem, given, row, [&](int64_t, T attention, const Corners<T>& corners) {
     for (int i = 0; i < corners.count; ++i) {
       const Corner<T>& corner = corners.list[i];
       if (!band.owns(corner.row)) {
         continue;
       }
-      T* row = grad_rows + corner.row * row_stride;
+      T* grad_row = grad_rows + corner.row * row_stride;
       for (int64_t channel = 0; channel < problem.head_dim; ++channel) {
-        row[channel] += corner.weight * attention * number(grad_output + channel);
+        grad_row[channel] += corner.weight * attention * number(grad_output + channel);
       }
     }
   });

@@ -37,17 +37,12 @@ SACCADE_INLINE void blend(const LevelRows<const S>& level, const S* first, const
 // Rows that are read in place lie strewn over the value map: fetched this many queries ahead.
 constexpr int64_t kRowQueriesAhead = 2;
 
-// For how many queries of a chunk the rows are fetched ahead.
-inline int64_t queries_fetched_ahead(const Level& level, int64_t num_queries) {
-  return level.packed ? 0 : std::max<int64_t>(num_queries - kRowQueriesAhead, 0);
-}
-
 // Fetches the rows that `count` points read.
 template <class S>
-SACCADE_INLINE void prefetch_rows(const LevelRows<const S>& level, const int32_t* rows,
-                                  int64_t count, int64_t head_dim) {
+SACCADE_INLINE void prefetch_rows(const LevelRows<const S>& level, const S* first,
+                                  const int32_t* rows, int64_t count, int64_t head_dim) {
   for (const int32_t* end = rows + count; rows != end; ++rows) {
-    const S* upper = level.first + *rows * level.stride;
+    const S* upper = first + *rows * level.stride;
     prefetch(upper, head_dim);
     prefetch(upper + level.right, head_dim);
     prefetch(upper + level.down, head_dim);
@@ -55,32 +50,56 @@ SACCADE_INLINE void prefetch_rows(const LevelRows<const S>& level, const int32_t
   }
 }
 
+// Calls run(rows, first, point_rows) for the looks of a unit on one level: `first` is the level's
+// first row for the look's head, `point_rows` begins with the look's rows. With `fetch`, rows in
+// place are fetched ahead.
+template <class S, class T, class Run>
+SACCADE_INLINE void for_each_look(const Problem& problem, const Level& level,
+                                  const HeadRows<S>& rows, const Unit& unit,
+                                  const Points<T>& points, bool fetch, Run run) {
+  const LevelRows<const S> level_rows = rows_to_read(problem, level, rows);
+  const int64_t total_points = problem.total_points, head_dim = problem.head_dim;
+  const int64_t num_points = level.num_points, num_queries = unit.num_queries;
+  const int64_t fetched_ahead = fetch && level.fetched_ahead ? num_queries - kRowQueriesAhead : 0;
+  const int32_t* point_rows = &points.rows[level.first_point];
+  const auto loop = [&](auto num_heads) SACCADE_INLINE_LAMBDA {
+    const int64_t ahead = kRowQueriesAhead * num_heads * total_points;
+    for (int64_t query = 0; query < num_queries; ++query) {
+      const S* first = level_rows.first;
+      for (int64_t head = 0; head < num_heads; ++head) {
+        if (query < fetched_ahead) {
+          prefetch_rows(level_rows, first, point_rows + ahead, num_points, head_dim);
+        }
+        run(level_rows, first, point_rows);
+        first += rows.head_stride;
+        point_rows += total_points;
+      }
+    }
+  };
+  // Known to be one, the loop over heads costs nothing.
+  unit.num_heads == 1 ? loop(std::integral_constant<int64_t, 1>{}) : loop(unit.num_heads);
+}
+
 // Level after level over the whole chunk, so that the rows of one level stay in the caches.
 template <class S, class T>
-void blend_chunk(const Problem& problem, const Points<T>& points, int64_t num_queries,
+void blend_chunk(const Problem& problem, const Points<T>& points, const Unit& unit,
                  const HeadRows<S>& rows, T* all_sums, int64_t sums_stride) {
-  const int64_t total_points = problem.total_points;
+  const int64_t total_points = problem.total_points, head_dim = problem.head_dim;
   for (const Level& level : problem.levels) {
-    const LevelRows<const S> level_rows = rows_to_read(problem, level, rows);
     const int64_t num_points = level.num_points;
-    const int64_t fetched_ahead = queries_fetched_ahead(level, num_queries);
     const auto run = [&](auto block, int64_t slot, int64_t channel) SACCADE_INLINE_LAMBDA {
-      const int32_t* point_rows = &points.rows[level.first_point];
       const T* weights = &points.weights[4 * level.first_point];
       T* sums = all_sums + slot;
-      for (int64_t query = 0; query < num_queries; ++query) {
-        if (query < fetched_ahead && slot == 0) {
-          prefetch_rows(level_rows, point_rows + kRowQueriesAhead * total_points, num_points,
-                        problem.head_dim);
-        }
-        blend<S, T, decltype(block)>(level_rows, level_rows.first + channel, point_rows, weights,
-                                     num_points, sums, problem.head_dim);
-        point_rows += total_points;
-        weights += 4 * total_points;
-        sums += sums_stride;
-      }
+      for_each_look(problem, level, rows, unit, points, slot == 0,
+                    [&](const LevelRows<const S>& level_rows, const S* first,
+                        const int32_t* point_rows) SACCADE_INLINE_LAMBDA {
+                      blend<S, T, decltype(block)>(level_rows, first + channel, point_rows, weights,
+                                                   num_points, sums, head_dim);
+                      weights += 4 * total_points;
+                      sums += sums_stride;
+                    });
     };
-    for_blocks<T, 4>(problem.head_dim, run);
+    for_blocks<T, 4>(head_dim, run);
   }
 }
 
@@ -120,24 +139,26 @@ void forward(const Problem& problem, const Value& value, const void* locations, 
   const bool stream = problem.stream_results && fills_lines(output, head_dim * sizeof(S));
   const GivenPoints<T> given = {static_cast<const T*>(locations), static_cast<const T*>(weights)};
   scratch.packed.forget();
-  scratch.sums.reserve(problem.chunk_queries * sums_stride);
+  scratch.sums.reserve(problem.chunk_queries * problem.heads_together * sums_stride);
   for (int64_t index = begin; index < end; ++index) {
     const Unit unit = unit_of(problem, index);
     const HeadRows<S> rows = scratch.packed.rows(problem, value, unit);
-    scratch.points.template locate<false>(problem, given, unit);
+    scratch.points.template locate<true>(problem, given, unit);
     T* sums = &scratch.sums[0];
-    std::fill_n(sums, unit.num_queries * sums_stride, T(0));
-    blend_chunk(problem, scratch.points, unit.num_queries, rows, sums, sums_stride);
-    const bool not_a_number = has_nan(sums, unit.num_queries * sums_stride);
-    for (int64_t query = 0; query < unit.num_queries; ++query) {
-      const T* row = sums + query * sums_stride;
-      S* to = static_cast<S*>(output) + unit.row(problem, query) * head_dim;
-      if (not_a_number && has_nan(row, sums_stride)) {
-        exact_forward(problem, given, unit, query, rows.in_place, rows.stride, to);
+    std::fill_n(sums, unit.num_looks() * sums_stride, T(0));
+    blend_chunk(problem, scratch.points, unit, rows, sums, sums_stride);
+    const bool not_a_number = has_nan(sums, unit.num_looks() * sums_stride);
+    const auto write = [&](int64_t look, int64_t row, int64_t head) SACCADE_INLINE_LAMBDA {
+      const T* from = sums + look * sums_stride;
+      S* to = static_cast<S*>(output) + row * head_dim;
+      if (not_a_number && has_nan(from, sums_stride)) {
+        exact_forward(problem, given, row, rows.in_place + head * rows.head_stride, rows.stride,
+                      to);
       } else {
-        write_sums(to, row, head_dim, stream);
+        write_sums(to, from, head_dim, stream);
       }
-    }
+    };
+    unit.for_each_look(problem, write);
   }
   if (stream) {
     end_streams();

@@ -92,56 +92,64 @@ struct PointCopies {
   Buffer<T> locations, attention_weights;
 };
 
-// Where in its query the vector of points after that at `in_period` begins.
+// Where in its look a vector of points begins, vector after vector.
 template <class T>
-SACCADE_INLINE int64_t next_in_period(const Problem& problem, int64_t in_period) {
-  in_period += kWidth<T>;
-  return in_period < problem.total_points ? in_period : in_period % problem.total_points;
-}
+struct InPeriod {
+  int64_t length, step, at = 0;
 
-// Calls run(locations, attention weights, in_period, at) for each vector of the unit's points,
-// query after query; `at` counts them. They are read in place where a query has whole vectors of
-// points, else copied together. The last vector may reach past the last point and then reads zeros
-// there.
+  explicit InPeriod(const Problem& problem)
+      : length(problem.total_points), step(kWidth<T> % problem.total_points) {}
+  SACCADE_INLINE void next() {
+    at += step;
+    at -= at >= length ? length : 0;
+  }
+};
+
+// Calls run(locations, attention weights, in_period, at) for each vector of the unit's points, look
+// after look; `at` counts them. They are read in place where the looks of a query are whole vectors
+// of points, else copied together. The last vector may reach past the last point and then reads
+// zeros there.
 template <class T, class Run>
 SACCADE_INLINE void for_each_vector(const Problem& problem, const GivenPoints<T>& given,
                                     const Unit& unit, PointCopies<T>& copies, Run run) {
   constexpr int64_t W = kWidth<T>;
-  const int64_t total_points = problem.total_points;
-  const int64_t step = problem.num_heads * total_points;
+  const int64_t of_query = unit.num_heads * problem.total_points;
+  const int64_t step = problem.num_heads * problem.total_points;
   const int64_t all = problem.batch_size * problem.num_queries * step;
-  const int64_t queries_ahead = std::max<int64_t>(kPointsAhead / total_points, 1);
-  int64_t from = unit.row(problem, 0) * total_points;
+  const int64_t queries_ahead = std::max<int64_t>(kPointsAhead / of_query, 1);
+  int64_t from = unit.row(problem, 0) * problem.total_points;
   const auto fetch_ahead = [&]() SACCADE_INLINE_LAMBDA {
-    const int64_t ahead = std::min(from + queries_ahead * step, all - total_points);
-    prefetch(given.locations + 2 * ahead, 2 * total_points);
-    prefetch(given.attention_weights + ahead, total_points);
+    const int64_t ahead = std::min(from + queries_ahead * step, all - of_query);
+    prefetch(given.locations + 2 * ahead, 2 * of_query);
+    prefetch(given.attention_weights + ahead, of_query);
   };
+  InPeriod<T> in_period(problem);
   int64_t at = 0;
-  if (total_points % W == 0) {
+  if (of_query % W == 0) {
     for (int64_t query = 0; query < unit.num_queries; ++query, from += step) {
       fetch_ahead();
-      for (int64_t point = 0; point < total_points; point += W, at += W) {
-        run(given.locations + 2 * (from + point), given.attention_weights + from + point, point,
-            at);
+      for (int64_t point = 0; point < of_query; point += W, at += W) {
+        run(given.locations + 2 * (from + point), given.attention_weights + from + point,
+            in_period.at, at);
+        in_period.next();
       }
     }
     return;
   }
   constexpr int64_t kTogether = 8 * W;
   constexpr int64_t kRoom = std::max<int64_t>(2 * W, 64 / sizeof(T));
-  copies.locations.reserve(2 * (kTogether + total_points) + kRoom);
-  copies.attention_weights.reserve(kTogether + total_points + kRoom);
+  copies.locations.reserve(2 * (kTogether + of_query) + kRoom);
+  copies.attention_weights.reserve(kTogether + of_query + kRoom);
   T* const locations = copies.locations.data();
   T* const weights = copies.attention_weights.data();
-  int64_t filled = 0, in_period = 0;
+  int64_t filled = 0;
   for (int64_t query = 0; query < unit.num_queries; ++query, from += step) {
     fetch_ahead();
-    copy_numbers_roughly(locations + 2 * filled, given.locations + 2 * from, 2 * total_points,
+    copy_numbers_roughly(locations + 2 * filled, given.locations + 2 * from, 2 * of_query,
                          given.locations + 2 * all);
-    copy_numbers_roughly(weights + filled, given.attention_weights + from, total_points,
+    copy_numbers_roughly(weights + filled, given.attention_weights + from, of_query,
                          given.attention_weights + all);
-    filled += total_points;
+    filled += of_query;
     const bool last = query + 1 == unit.num_queries;
     if (filled < kTogether && !last) {
       continue;
@@ -152,8 +160,8 @@ SACCADE_INLINE void for_each_vector(const Problem& problem, const GivenPoints<T>
     }
     int64_t done = 0;
     for (; done + (last ? 1 : W) <= filled; done += W, at += W) {
-      run(locations + 2 * done, weights + done, in_period, at);
-      in_period = next_in_period<T>(problem, in_period);
+      run(locations + 2 * done, weights + done, in_period.at, at);
+      in_period.next();
     }
     if (!last) {
       filled -= done;
@@ -166,22 +174,23 @@ SACCADE_INLINE void for_each_vector(const Problem& problem, const GivenPoints<T>
 // What stage two reads of the points of a unit.
 template <class T>
 struct Points {
-  Buffer<int32_t> rows;  // [queries, P]: of the first corner, counted within its level
-  // [queries, P, 4]: of the corners (y, x), (y, x + 1), (y + 1, x), (y + 1, x + 1), attention
+  Buffer<int32_t> rows;  // [looks, P]: of the first corner, counted within its level
+  // [looks, P, 4]: of the corners (y, x), (y, x + 1), (y + 1, x), (y + 1, x + 1), attention
   // weight included.
   Buffer<T> weights;
   bool weights_are_finite;
-  PointCopies<T> kept;  // [queries, P, 2] and [queries, P], as given
+  PointCopies<T> kept;  // [looks, P, 2] and [looks, P], as given
 
-  // With kKeep, `kept` is filled, for who needs the locations once more.
-  template <bool kKeep>
+  // The rows, and the weights or else, for who needs the points once more, `kept`. There is room
+  // for the weights either way.
+  template <bool kWeights>
   void locate(const Problem& problem, const GivenPoints<T>& given, const Unit& unit) {
     typedef Vector<T> V;
     const PointTable<T>& table = point_table<T>(problem);
-    const int64_t count = unit.num_queries * problem.total_points;
+    const int64_t count = unit.num_looks() * problem.total_points;
     rows.reserve(count + kWidth<T>);
     weights.reserve(4 * (count + kWidth<T>));
-    if (kKeep) {
+    if (!kWeights) {
       kept.locations.reserve(2 * (count + kWidth<T>));
       kept.attention_weights.reserve(count + kWidth<T>);
     }
@@ -192,16 +201,23 @@ struct Points {
       store_rows<T>(&rows[at], point.x.base, point.y.base, &table.width[in_period]);
       const V attention = load(attention_weights);
       zero_or_nan += attention - attention;
-      if (kKeep) {
+      if (!kWeights) {
         store(&kept.locations[2 * at], load(locations));
         store(&kept.locations[2 * at + kWidth<T>], load(locations + kWidth<T>));
         store(&kept.attention_weights[at], attention);
+        return;
       }
       const V upper = point.y.weights[0] * attention, lower = point.y.weights[1] * attention;
       store_quads<T>(&weights[4 * at], point.x.weights[0] * upper, point.x.weights[1] * upper,
                      point.x.weights[0] * lower, point.x.weights[1] * lower);
     };
     for_each_vector(problem, given, unit, copies_, run);
+    if (!kWeights) {
+      // The last vector of who goes on with these reads past the last point.
+      std::fill_n(&kept.locations[2 * count], 2 * kWidth<T>, T(0));
+      std::fill_n(&kept.attention_weights[count], kWidth<T>, T(0));
+      std::fill_n(&weights[4 * count], 4 * kWidth<T>, T(0));
+    }
     weights_are_finite = !any(zero_or_nan != zero_or_nan);
   }
 
@@ -224,7 +240,7 @@ struct LevelRows {
         down(level.height > 1 ? level.width * row_stride : 0) {}
 };
 
-// A level's rows to read: the copies if it is packed.
+// A level's rows to read of a unit's first head: the copies if it is packed.
 template <class S>
 LevelRows<const S> rows_to_read(const Problem& problem, const Level& level,
                                 const HeadRows<S>& rows) {

@@ -67,10 +67,16 @@ int64_t divide_up(int64_t number, int64_t by) { return (number + by - 1) / by; }
 }  // namespace
 
 void Problem::prepare(int64_t num_threads) {
+  // Heads one after the other, for their rows to stay in the caches. But a few points are less than
+  // a cache line and a vector: those of all heads together are fetched once, and read in place.
+  constexpr int64_t kFewPoints = 8, kFewChannels = 32;
+  const bool together = total_points <= kFewPoints && head_dim <= kFewChannels;
+  heads_together = together ? num_heads : 1;
+
   // A chunk's points and sums stay in the first- and second-level caches.
   constexpr int64_t kChunkNumbers = 1 << 15;
-  chunk_queries = kChunkNumbers / (head_dim + 8 * total_points);
-  chunk_queries = std::min<int64_t>(std::max<int64_t>(chunk_queries, 16), 256);
+  const int64_t looks = kChunkNumbers / (head_dim + 8 * total_points);
+  chunk_queries = std::min<int64_t>(std::max<int64_t>(looks, 16), 256) / heads_together;
   chunk_queries = std::max<int64_t>(std::min(chunk_queries, num_queries), 1);
   num_chunks = divide_up(num_queries, chunk_queries);
 
@@ -78,12 +84,16 @@ void Problem::prepare(int64_t num_threads) {
   // Copied together they have them to themselves; that pays once the gathers outnumber the rows
   // clearly (from 1 to 2 a decoder gains a fifth, from 2 to 4 a little).
   constexpr int64_t kGathersPerRow = 4;
+  // Rows in place of levels that the second-level cache holds need no fetching.
+  constexpr int64_t kFetchedNumbers = 1 << 19;
   num_packed_rows = 0;
   for (Level& level : levels) {
     const int64_t rows = level.height * level.width;
-    level.packed = value_heads > 1 && num_queries * level.num_points * 4 >= kGathersPerRow * rows;
+    level.packed =
+        value_heads > 1 && !together && num_queries * level.num_points * 4 >= kGathersPerRow * rows;
     level.first_packed_row = num_packed_rows;
     num_packed_rows += level.packed ? rows : 0;
+    level.fetched_ahead = !level.packed && rows * value_heads * head_dim >= kFetchedNumbers;
   }
   own_grad_rows =
       value_heads > 1 && num_queries * total_points * 4 >= kGathersPerRow * num_positions;

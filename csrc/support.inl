@@ -121,24 +121,39 @@ inline const PointTable<double>& point_table(const Problem& problem) {
   return problem.double_table;
 }
 
-// Consecutive queries of a head of a batch item.
+// Consecutive queries of a batch item and some neighbouring heads of each. What one head of one
+// query does is a look; the looks of a unit go query after query.
 struct Unit {
-  int64_t batch, head, first_query, num_queries;
+  int64_t batch, first_head, num_heads, first_query, num_queries;
 
-  int64_t value_head(const Problem& problem) const { return problem.value_heads > 1 ? head : 0; }
+  int64_t num_looks() const { return num_queries * num_heads; }
 
-  // Index into tensors [B, Q, M, ...] of one of the unit's queries.
+  // Index into tensors [B, Q, M, ...] of the first look of a query.
   int64_t row(const Problem& problem, int64_t query) const {
-    return (batch * problem.num_queries + first_query + query) * problem.num_heads + head;
+    return (batch * problem.num_queries + first_query + query) * problem.num_heads + first_head;
+  }
+
+  // Calls run(look, row, head): counted within the unit, index into tensors [B, Q, M, ...], counted
+  // from the first head.
+  template <class Run>
+  SACCADE_INLINE void for_each_look(const Problem& problem, Run run) const {
+    int64_t look = 0;
+    for (int64_t query = 0; query < num_queries; ++query) {
+      const int64_t first = row(problem, query);
+      for (int64_t head = 0; head < num_heads; ++head, ++look) {
+        run(look, first + head, head);
+      }
+    }
   }
 };
 
 // The unit of work of the kernels that go by queries.
 inline Unit unit_of(const Problem& problem, int64_t index) {
+  const int64_t groups = problem.num_heads / problem.heads_together;
   const int64_t first_query = index % problem.num_chunks * problem.chunk_queries;
-  return {index / problem.num_chunks / problem.num_heads,
-          index / problem.num_chunks % problem.num_heads, first_query,
-          std::min(problem.chunk_queries, problem.num_queries - first_query)};
+  return {index / problem.num_chunks / groups,
+          index / problem.num_chunks % groups * problem.heads_together, problem.heads_together,
+          first_query, std::min(problem.chunk_queries, problem.num_queries - first_query)};
 }
 
 // Numbers in whole vectors.
@@ -150,11 +165,12 @@ int64_t whole_vectors(int64_t count) {
 // What a thread keeps of a large buffer between calls.
 constexpr int64_t kKeptBytes = int64_t(16) << 20;
 
-// Where the rows of one head are: in the value, and the packed levels copied together.
+// Where the rows of a unit's first head are: in the value, and the packed levels copied together.
 template <class S>
 struct HeadRows {
   const S* in_place;
-  int64_t stride;  // of the rows in place
+  int64_t stride;       // of the rows in place
+  int64_t head_stride;  // to the next head's
   const S* packed;
 };
 
@@ -163,9 +179,10 @@ class PackedRows {
  public:
   // Consecutive units of a head find the copy of the first.
   HeadRows<S> rows(const Problem& problem, const Value& value, const Unit& unit) {
+    const int64_t head = problem.value_heads > 1 ? unit.first_head : 0;
     const S* in_place = static_cast<const S*>(value.data) + unit.batch * value.batch_stride +
-                        unit.value_head(problem) * value.head_stride;
-    if (unit.batch != batch_ || unit.value_head(problem) != head_) {
+                        head * value.head_stride;
+    if (unit.batch != batch_ || head != head_) {
       packed_.reserve(problem.num_packed_rows * problem.head_dim);
       for (const Level& level : problem.levels) {
         if (level.packed) {
@@ -174,9 +191,10 @@ class PackedRows {
         }
       }
       batch_ = unit.batch;
-      head_ = unit.value_head(problem);
+      head_ = head;
     }
-    return {in_place, value.row_stride, packed_.data()};
+    return {in_place, value.row_stride, problem.value_heads > 1 ? value.head_stride : 0,
+            packed_.data()};
   }
 
   // To be called at the beginning and end of every call: the copy belongs to one value only.

@@ -30,8 +30,10 @@ CASES = {
     "many-points": Case(num_points=40, num_queries=5),
     "all-outside": Case(spread=40.0),
     "shared-head": Case(shared_head=True, num_heads=4, head_dim=33),
-    "packed": Case(num_queries=403, head_dim=20),
-    "packed-chunks": Case(num_queries=700, head_dim=32, num_heads=2, shapes=[(9, 5)]),
+    "packed": Case(num_queries=403, head_dim=20, num_points=5),
+    "packed-chunks": Case(num_queries=700, head_dim=32, num_heads=2, shapes=[(9, 5)], num_points=9),
+    "few-points": Case(num_queries=403, head_dim=16, num_heads=4, num_points=2),
+    "few-points-shared": Case(shared_head=True, num_queries=150, num_heads=5, num_points=[1, 2]),
 }
 OPTIONS = list(
     itertools.product(
@@ -65,7 +67,9 @@ def test_sizes(native_backend, case, dtype):
 
 
 @pytest.mark.parametrize(("interpolation", "padding", "coordinates"), OPTIONS)
-@pytest.mark.parametrize("name", ["standard", "single-cells", "packed", "shared-head"])
+@pytest.mark.parametrize(
+    "name", ["standard", "single-cells", "packed", "few-points", "shared-head"]
+)
 def test_options(native_backend, name, interpolation, padding, coordinates):
     case = CASES[name].with_(interpolation=interpolation, padding=padding, coordinates=coordinates)
     inputs = case.draw()
@@ -95,7 +99,7 @@ def test_exactly_on_edges_and_centres(native_backend, interpolation, padding):
 
 
 @pytest.mark.parametrize(
-    "name", ["standard", "head-dim-32", "odd-head-dim", "packed", "shared-head"]
+    "name", ["standard", "head-dim-32", "odd-head-dim", "packed", "few-points", "shared-head"]
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_16_bit_values(native_backend, name, dtype):
@@ -157,11 +161,13 @@ def test_non_finite_numbers_as_in_the_reference(native_backend):
         torch.testing.assert_close(got, want, equal_nan=True, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("case", [CASES["packed"], CASES["shared-head"], CASES["standard"]])
+@pytest.mark.parametrize(
+    "case", [CASES[name] for name in ("packed", "few-points", "shared-head", "standard")]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("finite", [True, False])
 def test_bitwise_equal_for_every_number_of_threads(native_backend, case, dtype, finite):
-    case = case.with_(dtype=dtype, num_queries=777, head_dim=64)
+    case = case.with_(dtype=dtype, num_queries=777, head_dim=32)
     inputs = case.draw()
     grad_output = torch.randn(case.call(*inputs).shape).to(dtype)
     if not finite:

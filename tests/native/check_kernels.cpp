@@ -156,7 +156,11 @@ Call<S> draw() {
     problem.total_points += points;
   }
   problem.prepare(integer(1, 8));
-  problem.stream_results = integer(0, 1);  // whatever the size
+  // Whatever the size.
+  problem.stream_results = integer(0, 1);
+  for (saccade::Level& level : problem.levels) {
+    level.fetched_ahead = integer(0, 1);
+  }
   call.row_padding = integer(0, 2) ? 0 : integer(1, 5);
   const int64_t rows = problem.batch_size * problem.num_positions;
   call.value.resize(rows > 0 ? rows * call.row_stride() - call.row_padding : 0);
