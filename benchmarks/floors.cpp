@@ -15,6 +15,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <random>
 #include <string>
 #include <thread>
 #include <vector>
@@ -80,6 +81,58 @@ V spread(V quads) {
 #else
   return V(__builtin_shufflevector(quads, quads, Lane, Lane, Lane, Lane));
 #endif
+}
+
+// The rows of a head as a model reads them: around each query's own cell, with a Gaussian of 4
+// pixels, 256 queries at a time, level after level. Upper and lower left corners, in numbers.
+struct Neighbourhoods {
+  float* rows = numbers((kQueries + 1) * kHeadDim);
+  std::vector<int32_t> upper, lower;
+
+  Neighbourhoods() {
+    struct Level {
+      int32_t height, width, first;
+    };
+    const Level levels[] = {{100, 167, 0}, {50, 84, 16700}, {25, 42, 20900}, {13, 21, 21950}};
+    std::mt19937 generator(0);
+    std::normal_distribution<float> pixels(0, 4);
+    std::vector<float> x, y;
+    for (const Level& level : levels)
+      for (int32_t cell = 0; cell < level.height * level.width; ++cell) {
+        x.push_back((cell % level.width + 0.5f) / level.width);
+        y.push_back((cell / level.width + 0.5f) / level.height);
+      }
+    const auto clamp = [](float pixel, int32_t size) {
+      return std::min(std::max(static_cast<int32_t>(pixel), 0), size - 2);
+    };
+    for (int64_t first = 0; first < kQueries; first += 256)
+      for (const Level& level : levels)
+        for (int64_t q = first; q < std::min(first + 256, kQueries); ++q)
+          for (int64_t k = 0; k < kPoints / 4; ++k) {
+            const int32_t column = clamp(x[q] * level.width + pixels(generator), level.width);
+            const int32_t line = clamp(y[q] * level.height + pixels(generator), level.height);
+            const int32_t row = level.first + line * level.width + column;
+            upper.push_back(row * static_cast<int32_t>(kHeadDim));
+            lower.push_back((row + level.width) * static_cast<int32_t>(kHeadDim));
+          }
+  }
+};
+
+// The rows of all points, multiplied and added up.
+void add_neighbourhoods(const Neighbourhoods& from, const Cached& cached) {
+  V sums[4][kVectors] = {};
+  for (int64_t i = 0; i < kPointsOfHead; ++i) {
+    const float* rows[2] = {from.rows + from.upper[i], from.rows + from.lower[i]};
+    const V quads = load(cached.weights + (i & 31) * kWidth);
+    const V w[4] = {spread<0>(quads), spread<1>(quads), spread<2>(quads), spread<3>(quads)};
+#pragma GCC unroll 4
+    for (int corner = 0; corner < 4; ++corner)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v)
+        sums[corner][v] += load(rows[corner / 2] + corner % 2 * kHeadDim + v * kWidth) * w[corner];
+  }
+  for (auto& of_corner : sums)
+    for (const V sum : of_corner) keep(sum);
 }
 
 // Four rows of a point multiplied with their weights and added up. The weights of `cached` are
@@ -152,6 +205,8 @@ int main(int argc, char** argv) {
     std::printf("%s %.3f\n", name, least);
   };
   time("row_loads", [&](int i, int64_t) { add_rows<true>(cached[i]); });
+  const Neighbourhoods neighbourhoods;
+  time("neighbourhoods", [&](int i, int64_t) { add_neighbourhoods(neighbourhoods, cached[i]); });
   time("cell_sums", [&](int i, int64_t) { add_rows<false>(cached[i]); });
   time("read_points", [&](int, int64_t head) {
     read_strided(locations, 2 * kPoints, head);

@@ -364,7 +364,8 @@ def test_floors_are_sums_of_what_was_measured():
     if shutil.which("g++") is None:
         pytest.skip("benchmarks/floors.cpp is built with g++")
     parts = floors.measure(threads=1, repeats=1)
-    named = {*itertools.chain(*floors.COMPUTE.values(), *floors.TRAFFIC.values())}
+    kinds = (floors.COMPUTE, floors.BY_QUERIES, floors.TRAFFIC)
+    named = {name for kind in kinds for names in kind.values() for name in names}
     assert parts.keys() == named | {"fresh_memory"}
     assert all(milliseconds > 0 for milliseconds in parts.values())
     found = floors.floors(dict.fromkeys(parts, 1.0))
@@ -372,3 +373,4 @@ def test_floors_are_sums_of_what_was_measured():
     assert found["forward, one after the other"] == 4
     assert found["forward + backward"] == 3 + 5
     assert found["forward + backward, one after the other"] == 4 + 7
+    assert found["forward + backward, one after the other, by queries"] == 4 + 7

@@ -108,7 +108,10 @@ def test_random_shapes_are_seeded_and_strange():
 
 def test_work_is_counted_in_value_rows():
     workload = Workload("", "", [(10, 10), (5, 5)], 7, 2, 3, num_points=[1, 4], batch_size=2)
-    assert sweep.work(workload) == 2 * 7 * 2 * 5 * 4 * 64  # rows of 12 bytes take a line
+    # Of 16 rows of 12 bytes, which fill 3 lines, two reach from one into the next.
+    assert sweep.lines_of_a_row(12) == 18 / 16
+    assert [sweep.lines_of_a_row(size) for size in (4, 32, 64, 128, 96)] == [1, 1, 1, 2, 2]
+    assert sweep.work(workload) == 2 * 7 * 2 * 5 * 4 * 64 * 18 / 16
     assert sweep.work_of_both(workload) == 3 * sweep.work(workload) + 2 * 125 * 2 * 3 * 4
     assert sweep.work_of_both(workload._replace(shared_head=True)) == (
         3 * sweep.work(workload) + 2 * 125 * 3 * 4

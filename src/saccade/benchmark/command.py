@@ -266,7 +266,7 @@ def bench_sweep(
 ) -> None:
     """Where the kernel is slow for its work: the registry and random shapes, and how time grows.
 
-    The work is the cache lines of value rows that the forward reads; a bandwidth is the work over the time,
+    The work is the cache lines that the value rows read lie in; a bandwidth is the work over the time,
     with warm caches. The worst shapes are named, and how far they are below the median. Then time
     against queries, against levels and points, and on one thread and many.
 
@@ -279,6 +279,7 @@ def bench_sweep(
     with on_threads(threads):
         out.print(report.machine_line(), soft_wrap=True)
         out.print(f"threads: {torch.get_num_threads()}; {sweep.METHOD}\n", style="dim")
+        sweep.keep_memory()
         chosen = [*WORKLOADS.values(), *sweep.random_workloads(shapes, seed)]
         steps = sweep.scaling_steps()
         figures, curves = [], []
