@@ -167,6 +167,7 @@ def _versions(machine: dict[str, str]) -> str:
 TABLES: dict[str, tuple[str, Callable[[Path], list[str]]]] = {
     "readme": ("cpu.json", lambda path: readme(read(path))),
     "cpu": ("cpu.json", lambda path: every(read(path))),
+    "family": ("family.json", lambda path: every(read(path))),
     "models": ("models.json", lambda path: models(json.loads(path.read_text()))),
     "floors": (
         "floors.json",

@@ -58,11 +58,11 @@ template <class S, class T>
 void dots_of_chunk(const Problem& problem, Points<T>& points, const Unit& unit,
                    const HeadRows<S>& rows, const T* grads, int64_t grads_stride) {
   const int64_t total_points = problem.total_points, head_dim = problem.head_dim;
-  for (const Level& level : problem.levels) {
+  for_each_slice(problem, [&](const Level& level, int64_t slice) SACCADE_INLINE_LAMBDA {
     const int64_t num_points = level.num_points;
-    T* dots = &points.weights[4 * level.first_point];
+    T* dots = points.weights(level, slice);
     const T* grad = grads;
-    for_each_look(problem, level, rows, unit, points, true,
+    for_each_look(problem, level, rows, unit, points.rows(level, slice), true,
                   [&](const LevelRows<const S>& level_rows, const S* first,
                       const int32_t* point_rows) SACCADE_INLINE_LAMBDA {
                     for (int64_t k = 0; k < num_points; ++k) {
@@ -72,47 +72,79 @@ void dots_of_chunk(const Problem& problem, Points<T>& points, const Unit& unit,
                     grad += grads_stride;
                     dots += 4 * total_points;
                   });
-  }
+  });
 }
 
-// From dot products to the gradients of locations and weights; false if a number is NaN.
+// The dot products of a vector of points by corner, read from [points, 4].
 template <class T>
-bool chain(const Problem& problem, const PointCopies<T>& given, int64_t num_looks,
-           const T* all_dots, T* grad_locations, T* grad_weights) {
+struct Dots {
+  Vector<T> corners[4];
+
+  SACCADE_INLINE explicit Dots(const T* from) {
+    typedef Vector<T> V;
+    constexpr int W = kWidth<T>;
+    const V first = load(from), second = load(from + W);
+    const V third = load(from + 2 * W), fourth = load(from + 3 * W);
+    const V even_low = evens<T>(first, second), even_high = evens<T>(third, fourth);
+    const V odd_low = odds<T>(first, second), odd_high = odds<T>(third, fourth);
+    corners[0] = evens<T>(even_low, even_high);
+    corners[1] = evens<T>(odd_low, odd_high);
+    corners[2] = odds<T>(even_low, even_high);
+    corners[3] = odds<T>(odd_low, odd_high);
+  }
+
+  // Weighted by what each axis gives its two cells, and summed.
+  SACCADE_INLINE Vector<T> sum(const Vector<T>* x) const {
+    return x[0] * corners[0] + x[1] * corners[1];
+  }
+  SACCADE_INLINE Vector<T> sum(const Vector<T>* x, const Vector<T>* y) const {
+    return y[0] * sum(x) + y[1] * (x[0] * corners[2] + x[1] * corners[3]);
+  }
+};
+
+// From dot products to the gradients of locations and weights; false if a number is NaN.
+template <int N, class T>
+bool chain(const Problem& problem, const Points<T>& points, int64_t num_looks, T* grad_locations,
+           T* grad_weights) {
   typedef Vector<T> V;
   constexpr int W = kWidth<T>;
   const PointTable<T>& table = point_table<T>(problem);
+  const PointCopies<T>& given = points.kept;
+  const T* const dots = points.weights(0);
   V zero_or_nan = {};
   InPeriod<T> in_period(problem);
   for (int64_t at = 0; at < num_looks * problem.total_points; at += W) {
-    const Located<T> point =
-        locate_points<T>(problem, table, &given.locations[2 * at], in_period.at);
+    const Located<T, N> point(problem, table, &given.locations[N * at], in_period.at);
     in_period.next();
     const V attention = load(&given.attention_weights[at]);
-    const T* dots = all_dots + 4 * at;
-    const V first = load(dots), second = load(dots + W);
-    const V third = load(dots + 2 * W), fourth = load(dots + 3 * W);
-    const V even_low = evens<T>(first, second), even_high = evens<T>(third, fourth);
-    const V odd_low = odds<T>(first, second), odd_high = odds<T>(third, fourth);
-    const V corners[4] = {evens<T>(even_low, even_high), evens<T>(odd_low, odd_high),
-                          odds<T>(even_low, even_high), odds<T>(odd_low, odd_high)};
-    const auto row = [&](const V* by_x, int i) {
-      return by_x[0] * corners[2 * i] + by_x[1] * corners[2 * i + 1];
+    const Dots<T> first(dots + 4 * at);
+    // Of the weights of all axes, but of the slopes of axis `by`.
+    const auto sum_by = [&](int by) SACCADE_INLINE_LAMBDA {
+      const auto of = [&](int n) { return by == n ? point.axes[n].slopes : point.axes[n].weights; };
+      if constexpr (N == 1) {
+        return first.sum(of(0));
+      } else if constexpr (N == 2) {
+        return first.sum(of(0), of(1));
+      } else {
+        const Dots<T> second(points.weights(1) + 4 * at);
+        return of(2)[0] * first.sum(of(0), of(1)) + of(2)[1] * second.sum(of(0), of(1));
+      }
     };
-    const V* wx = point.x.weights;
-    const V* wy = point.y.weights;
-    const V grad_weight = wy[0] * row(wx, 0) + wy[1] * row(wx, 1);
-    const V grad_x = attention * (wy[0] * row(point.x.slopes, 0) + wy[1] * row(point.x.slopes, 1));
-    const V grad_y = attention * (point.y.slopes[0] * row(wx, 0) + point.y.slopes[1] * row(wx, 1));
+    const V grad_weight = sum_by(-1);
+    V sum = grad_weight, grad_location[N];
+#pragma GCC unroll 3
+    for (int n = 0; n < N; ++n) {
+      grad_location[n] = attention * sum_by(n);
+      sum += grad_location[n];
+    }
     store(grad_weights + at, grad_weight);
-    store_pairs<T>(grad_locations + 2 * at, grad_x, grad_y);
-    const V sum = grad_weight + grad_x + grad_y;
+    store_by_axis<T, N>(grad_locations + N * at, grad_location);
     zero_or_nan += sum == sum ? V{} : sum;
   }
   return !any(zero_or_nan != zero_or_nan);
 }
 
-// Where the gradients of locations and weights go, [B, Q, M, P, 2] and [B, Q, M, P].
+// Where the gradients of locations and weights go, [B, Q, M, P, N] and [B, Q, M, P].
 template <class T>
 struct GradPoints {
   T* locations;
@@ -123,7 +155,7 @@ struct GradPoints {
       : locations(static_cast<T*>(grad_locations)),
         attention_weights(static_cast<T*>(grad_weights)),
         stream(problem.stream_results &&
-               fills_lines(locations, 2 * problem.total_points * sizeof(T)) &&
+               fills_lines(locations, problem.spatial_dims * problem.total_points * sizeof(T)) &&
                fills_lines(attention_weights, problem.total_points * sizeof(T))) {}
 };
 
@@ -132,29 +164,33 @@ template <class S, class T>
 void write_grad_points(const Problem& problem, const GivenPoints<T>& given, const Unit& unit,
                        const Points<T>& points, const HeadRows<S>& rows, const S* grad_output,
                        const GradPoints<T>& to, PointCopies<T>& grads) {
-  const int64_t total_points = problem.total_points;
+  const int64_t total_points = problem.total_points, spatial_dims = problem.spatial_dims;
   const int64_t room = unit.num_looks() * total_points + kWidth<T>;
-  grads.locations.reserve(2 * room);
+  grads.locations.reserve(spatial_dims * room);
   grads.attention_weights.reserve(room);
-  if (!chain(problem, points.kept, unit.num_looks(), &points.weights[0], &grads.locations[0],
-             &grads.attention_weights[0])) {
+  bool finite = false;
+  with_axes(problem, [&](auto axes) {
+    finite = chain<decltype(axes)::value>(problem, points, unit.num_looks(), &grads.locations[0],
+                                          &grads.attention_weights[0]);
+  });
+  if (!finite) {
     unit.for_each_look(problem, [&](int64_t look, int64_t row, int64_t head) {
       exact_backward_points(problem, given, row, rows.in_place + head * rows.head_stride,
                             rows.stride, grad_output + row * problem.head_dim,
-                            &grads.locations[2 * look * total_points],
+                            &grads.locations[spatial_dims * look * total_points],
                             &grads.attention_weights[look * total_points]);
     });
   }
   const int64_t of_query = unit.num_heads * total_points;
   for (int64_t query = 0; query < unit.num_queries; ++query) {
     const int64_t first = unit.row(problem, query) * total_points;
-    const T* location = &grads.locations[2 * query * of_query];
+    const T* location = &grads.locations[spatial_dims * query * of_query];
     const T* weight = &grads.attention_weights[query * of_query];
     if (to.stream) {
-      stream_numbers(to.locations + 2 * first, location, 2 * of_query);
+      stream_numbers(to.locations + spatial_dims * first, location, spatial_dims * of_query);
       stream_numbers(to.attention_weights + first, weight, of_query);
     } else {
-      copy_numbers(to.locations + 2 * first, location, 2 * of_query);
+      copy_numbers(to.locations + spatial_dims * first, location, spatial_dims * of_query);
       copy_numbers(to.attention_weights + first, weight, of_query);
     }
   }

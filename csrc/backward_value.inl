@@ -1,17 +1,17 @@
 // The gradient of the value: the scatter of weighted grad_output into the rows that were read.
 
-// A point to add to a cell's four rows; all counted within the chunk and level.
+// A point to add to a cell's four rows; all counted within the chunk, slice and level.
 struct ScatterPoint {
   int32_t cell, point, query;
 };
 
-// The points of one level of a chunk whose cells touch the band.
+// The points of one slice of a level of a chunk whose cells touch the band.
 template <class T>
 class ScatterOrder {
  public:
   // By cell if the level is sorted (queries of one cell in their order), else by query.
-  void build(const Problem& problem, const Level& level, const Points<T>& points,
-             int64_t num_queries, const Band::Rows& owned) {
+  void build(const Problem& problem, const Level& level, const int32_t* rows, int64_t num_queries,
+             const Band::Rows& owned) {
     entries_.reserve(num_queries * level.num_points);
     size_ = 0;
     // The row of cells above the band adds to the first row of pixels that the band owns.
@@ -20,7 +20,6 @@ class ScatterOrder {
       return;
     }
     const int64_t step = problem.total_points;
-    const int32_t* const rows = &points.rows[level.first_point];
     const auto for_each = [&](auto run) SACCADE_INLINE_LAMBDA {
       for (int64_t query = 0; query < num_queries; ++query) {
         for (int64_t k = 0; k < level.num_points; ++k) {
@@ -32,8 +31,7 @@ class ScatterOrder {
       }
     };
     const auto entry = [&](int32_t cell, int64_t at, int64_t query) {
-      return ScatterPoint{cell, static_cast<int32_t>(level.first_point + at),
-                          static_cast<int32_t>(query)};
+      return ScatterPoint{cell, static_cast<int32_t>(at), static_cast<int32_t>(query)};
     };
     if (!level.sorted) {
       for_each([&](int32_t cell, int64_t at, int64_t query)
@@ -125,7 +123,8 @@ SACCADE_INLINE void scatter(const LevelRows<T>& level, const Level& size, const 
     } while (size.sorted && point != end && point->cell == cell);
     // A cell at the band's edge has a row of pixels that another band owns; one of a map one cell
     // high has no lower row.
-    const bool owns_upper = cell >= owned.first, owns_lower = cell + size.width < owned.end;
+    const bool owns_upper = cell >= owned.first;
+    const bool owns_lower = level.down > 0 && cell + size.width < owned.end;
     T* upper = level.first + cell * level.stride;
     add_column<T, NV, Partial>(upper, level.down, owns_upper, owns_lower, upper_left, lower_left,
                                channels);
@@ -172,19 +171,19 @@ void scatter_unit(const Problem& problem, const S* grad_output,
     return;
   }
   constexpr int kMost = kManyRegisters ? 4 : 2;
-  for (const Level& level : problem.levels) {
+  for_each_slice(problem, [&](const Level& level, int64_t slice) SACCADE_INLINE_LAMBDA {
     const Band::Rows owned = band.rows(level);
-    scratch.order.build(problem, level, points, unit.num_queries, owned);
+    scratch.order.build(problem, level, points.rows(level, slice), unit.num_queries, owned);
     const auto run = [&](auto block, int64_t slot, int64_t channel) SACCADE_INLINE_LAMBDA {
       typedef decltype(block) B;
       const LevelRows<T> level_rows(level, rows + level.first_row * row_stride + channel,
                                     row_stride);
       scatter<T, B::NV, B::Partial>(level_rows, level, owned, scratch.order.begin(),
-                                    scratch.order.end(), &points.weights[0],
+                                    scratch.order.end(), points.weights(level, slice),
                                     &scratch.grads[0] + slot, grads_stride, head_dim);
     };
     for_blocks<T, kMost>(head_dim, run);
-  }
+  });
 }
 
 template <class S>

@@ -14,8 +14,8 @@ class Band {
 
   Rows rows(const Level& level) const {
     const int64_t count = problem_.num_bands;
-    return {level.height * index_ / count * level.width,
-            level.height * (index_ + 1) / count * level.width};
+    return {level.num_lines() * index_ / count * level.width,
+            level.num_lines() * (index_ + 1) / count * level.width};
   }
 
   // Whether the band owns a row, counted over all levels.

@@ -28,9 +28,9 @@ struct BFloat16 {
 };
 
 struct Level {
-  int64_t height, width;
-  int64_t first_row;    // of this level among the rows (positions) of the value
-  int64_t first_point;  // of this level among the points of a query and head
+  int64_t depth, height, width;  // 1 for axes that the map does not have
+  int64_t first_row;             // of this level among the rows (positions) of the value
+  int64_t first_point;           // of this level among the points of a query and head
   int64_t num_points;
 
   // Derived by Problem::prepare(): whether a head's rows of this level are copied together before
@@ -39,6 +39,10 @@ struct Level {
   int64_t first_packed_row = 0;
   bool fetched_ahead = false;  // whether rows in place are
   bool sorted = false;         // whether the backward sorts the points of this level by cell
+
+  // Rows of pixels, one after the other also from slice to slice of a volume.
+  int64_t num_lines() const { return depth * height; }
+  int64_t num_rows() const { return num_lines() * width; }
 };
 
 // Constants of one axis for each point, repeated with period total_points so that a vector of
@@ -53,13 +57,16 @@ struct AxisTable {
 
 template <class T>
 struct PointTable {
-  AxisTable<T> x, y;
+  AxisTable<T> axes[3];  // x, y, z
   std::vector<int32_t> width;
+  // Of volumes; from a row to the same one of the next slice.
+  std::vector<int32_t> height, next_slice;
 };
 
-// Sizes and options of a call. Shapes: value [B, S, M or 1, D], locations [B, Q, M, P, 2],
+// Sizes and options of a call. Shapes: value [B, S, M or 1, D], locations [B, Q, M, P, N],
 // weights [B, Q, M, P], output [B, Q, M * D].
 struct Problem {
+  int64_t spatial_dims = 2;  // N: 1, 2 or 3
   int64_t batch_size = 0, num_positions = 0, num_queries = 0, num_heads = 0, value_heads = 0;
   int64_t head_dim = 0, total_points = 0;
   std::vector<Level> levels;
@@ -73,7 +80,7 @@ struct Problem {
   int64_t chunk_queries = 0, num_chunks = 0;
   int64_t num_packed_rows = 0;  // of all levels, for one head
   bool own_grad_rows = false;  // sum a head's grad_value up in rows of its own, then write them out
-  int64_t num_bands = 1;       // parts of each level's height that own a piece of grad_value each
+  int64_t num_bands = 1;       // parts of each level's lines that own a piece of grad_value each
   int64_t scatter_queries = 0;  // whose points are sorted together
   bool stream_results = false;  // write large results past the caches
   PointTable<float> float_table;
@@ -91,7 +98,13 @@ struct Problem {
   int64_t backward_points_units() const { return forward_units(); }
   int64_t backward_value_units() const { return batch_size * value_heads * num_bands; }
   // Gathered numbers of one forward unit: what parallelism is decided by.
-  int64_t unit_cost() const { return chunk_queries * heads_together * total_points * 4 * head_dim; }
+  int64_t unit_cost() const {
+    return chunk_queries * heads_together * total_points * num_corners() * head_dim;
+  }
+  // Cells that a point reads.
+  int64_t num_corners() const { return int64_t(1) << spatial_dims; }
+  // Stage two knows points of up to four corners in one slice: in a volume a point is two of them.
+  int64_t num_slices() const { return spatial_dims == 3 ? 2 : 1; }
 };
 
 // The value map in memory; strides in elements, channels contiguous.

@@ -5,35 +5,43 @@
 template <class T>
 struct Corner {
   int64_t row;
-  T weight, x_slope, y_slope;
+  T weight;
+  T slopes[3];  // by x, y, z
 };
 
-// The corners that the definition reads for one point; at most four.
+// The corners that the definition reads for one point.
 template <class T>
 struct Corners {
-  Corner<T> list[4];
+  Corner<T> list[8];
   int count = 0;
 };
 
-template <class T>
+template <class T, int N>
 void corners_of(const Problem& problem, const Level& level, const T* location, int64_t point,
                 Corners<T>& corners) {
   // Locates a whole vector for one point: this path is rare and its numbers must be the same.
-  T padded[2 * kWidth<T>] = {location[0], location[1]};
-  const Located<T> points = locate_points<T>(problem, point_table<T>(problem), padded, point);
-  const int64_t x = static_cast<int64_t>(points.x.base[0]);
-  const int64_t y = static_cast<int64_t>(points.y.base[0]);
+  T padded[N * kWidth<T>] = {};
+  std::copy_n(location, N, padded);
+  const Located<T, N> points(problem, point_table<T>(problem), padded, point);
+  const int64_t sizes[] = {level.width, level.height, level.depth};
   corners.count = 0;
-  for (int i = 0; i < 2; ++i) {
-    for (int j = 0; j < 2; ++j) {
-      if (points.y.is_corner[i][0] != 0 && points.x.is_corner[j][0] != 0) {
-        corners.list[corners.count++] = {
-            level.first_row + (y + i) * level.width + x + j,
-            points.y.weights[i][0] * points.x.weights[j][0],
-            points.x.slopes[j][0] * points.y.weights[i][0],
-            points.y.slopes[i][0] * points.x.weights[j][0],
-        };
+  for (int combination = 0; combination < 1 << N; ++combination) {
+    Corner<T> corner = {0, T(1), {}};
+    std::fill_n(corner.slopes, N, T(1));
+    bool read = true;
+    for (int n = N; n-- > 0;) {
+      const Axis<T>& axis = points.axes[n];
+      const int i = combination >> n & 1;
+      read = read && axis.is_corner[i][0] != 0;
+      corner.row = corner.row * sizes[n] + static_cast<int64_t>(axis.base[0]) + i;
+      corner.weight *= axis.weights[i][0];
+      for (int by = 0; by < N; ++by) {
+        corner.slopes[by] *= by == n ? axis.slopes[i][0] : axis.weights[i][0];
       }
+    }
+    if (read) {
+      corner.row += level.first_row;
+      corners.list[corners.count++] = corner;
     }
   }
 }
@@ -43,14 +51,17 @@ void corners_of(const Problem& problem, const Level& level, const T* location, i
 template <class T, class Visit>
 void for_each_point(const Problem& problem, const GivenPoints<T>& given, int64_t row, Visit visit) {
   const int64_t first = row * problem.total_points;
-  Corners<T> corners;
-  for (const Level& level : problem.levels) {
-    for (int64_t k = 0; k < level.num_points; ++k) {
-      const int64_t point = level.first_point + k;
-      corners_of(problem, level, given.locations + 2 * (first + point), point, corners);
-      visit(point, given.attention_weights[first + point], corners);
+  with_axes(problem, [&](auto axes) {
+    constexpr int N = decltype(axes)::value;
+    Corners<T> corners;
+    for (const Level& level : problem.levels) {
+      for (int64_t k = 0; k < level.num_points; ++k) {
+        const int64_t point = level.first_point + k;
+        corners_of<T, N>(problem, level, given.locations + N * (first + point), point, corners);
+        visit(point, given.attention_weights[first + point], corners);
+      }
     }
-  }
+  });
 }
 
 template <class S>
@@ -80,8 +91,9 @@ template <class S, class T>
 void exact_backward_points(const Problem& problem, const GivenPoints<T>& given, int64_t row,
                            const S* rows, int64_t row_stride, const S* grad_output,
                            T* grad_locations, T* grad_weights) {
+  const int64_t spatial_dims = problem.spatial_dims;
   for_each_point(problem, given, row, [&](int64_t at, T attention, const Corners<T>& corners) {
-    T grad_x = 0, grad_y = 0, grad_weight = 0;
+    T grad_location[3] = {}, grad_weight = 0;
     for (int i = 0; i < corners.count; ++i) {
       const Corner<T>& corner = corners.list[i];
       T dot = 0;
@@ -89,11 +101,11 @@ void exact_backward_points(const Problem& problem, const GivenPoints<T>& given, 
         dot += number(grad_output + channel) * number(rows + corner.row * row_stride + channel);
       }
       grad_weight += corner.weight * dot;
-      grad_x += corner.x_slope * (attention * dot);
-      grad_y += corner.y_slope * (attention * dot);
+      for (int64_t n = 0; n < spatial_dims; ++n) {
+        grad_location[n] += corner.slopes[n] * (attention * dot);
+      }
     }
-    grad_locations[2 * at] = grad_x;
-    grad_locations[2 * at + 1] = grad_y;
+    std::copy_n(grad_location, spatial_dims, grad_locations + spatial_dims * at);
     grad_weights[at] = grad_weight;
   });
 }

@@ -51,17 +51,16 @@ SACCADE_INLINE void prefetch_rows(const LevelRows<const S>& level, const S* firs
 }
 
 // Calls run(rows, first, point_rows) for the looks of a unit on one level: `first` is the level's
-// first row for the look's head, `point_rows` begins with the look's rows. With `fetch`, rows in
-// place are fetched ahead.
-template <class S, class T, class Run>
+// first row for the look's head; `point_rows` goes on from look to look.
+// With `fetch`, rows in place are fetched ahead.
+template <class S, class Run>
 SACCADE_INLINE void for_each_look(const Problem& problem, const Level& level,
                                   const HeadRows<S>& rows, const Unit& unit,
-                                  const Points<T>& points, bool fetch, Run run) {
+                                  const int32_t* point_rows, bool fetch, Run run) {
   const LevelRows<const S> level_rows = rows_to_read(problem, level, rows);
   const int64_t total_points = problem.total_points, head_dim = problem.head_dim;
   const int64_t num_points = level.num_points, num_queries = unit.num_queries;
   const int64_t fetched_ahead = fetch && level.fetched_ahead ? num_queries - kRowQueriesAhead : 0;
-  const int32_t* point_rows = &points.rows[level.first_point];
   const auto loop = [&](auto num_heads) SACCADE_INLINE_LAMBDA {
     const int64_t ahead = kRowQueriesAhead * num_heads * total_points;
     for (int64_t query = 0; query < num_queries; ++query) {
@@ -85,12 +84,12 @@ template <class S, class T>
 void blend_chunk(const Problem& problem, const Points<T>& points, const Unit& unit,
                  const HeadRows<S>& rows, T* all_sums, int64_t sums_stride) {
   const int64_t total_points = problem.total_points, head_dim = problem.head_dim;
-  for (const Level& level : problem.levels) {
+  for_each_slice(problem, [&](const Level& level, int64_t slice) SACCADE_INLINE_LAMBDA {
     const int64_t num_points = level.num_points;
     const auto run = [&](auto block, int64_t slot, int64_t channel) SACCADE_INLINE_LAMBDA {
-      const T* weights = &points.weights[4 * level.first_point];
+      const T* weights = points.weights(level, slice);
       T* sums = all_sums + slot;
-      for_each_look(problem, level, rows, unit, points, slot == 0,
+      for_each_look(problem, level, rows, unit, points.rows(level, slice), slot == 0,
                     [&](const LevelRows<const S>& level_rows, const S* first,
                         const int32_t* point_rows) SACCADE_INLINE_LAMBDA {
                       blend<S, T, decltype(block)>(level_rows, first + channel, point_rows, weights,
@@ -100,7 +99,7 @@ void blend_chunk(const Problem& problem, const Points<T>& points, const Unit& un
                     });
     };
     for_blocks<T, 4>(head_dim, run);
-  }
+  });
 }
 
 // From the slots of sums (see for_blocks) to a row of the output; `stream`: past the caches, for

@@ -50,37 +50,38 @@ SACCADE_INLINE Axis<T> locate(Vector<T> location, const AxisTable<T>& table, int
   return axis;
 }
 
-template <class T>
+// A vector of points, the first of which is point `in_period` of its look. A point whose location
+// is not finite has weight, slope and corners 0.
+template <class T, int N>
 struct Located {
-  Axis<T> x, y;
+  Axis<T> axes[N];  // x, y, z
+
+  SACCADE_INLINE Located(const Problem& problem, const PointTable<T>& table, const T* locations,
+                         int64_t in_period) {
+    typedef Vector<T> V;
+    const V zero = {}, one = splat<T>(1);
+    V location[N];
+    load_by_axis<T, N>(locations, location);
+    V finite = one;
+#pragma GCC unroll 3
+    for (int n = 0; n < N; ++n) {
+      axes[n] =
+          locate<T>(location[n], table.axes[n], in_period, problem.interpolation, problem.padding);
+      finite = location[n] - location[n] == zero ? finite : zero;
+    }
+    const auto drop = [&](V& number) { number = finite != zero ? number : zero; };
+#pragma GCC unroll 3
+    for (int i = 0; i < 2; ++i) {
+      drop(axes[0].weights[i]);
+      drop(axes[0].is_corner[i]);
+      for (int n = 0; n < N; ++n) {
+        drop(axes[n].slopes[i]);
+      }
+    }
+  }
 };
 
-// A vector of points, the first of which is point `in_period` of its query: `locations` holds x and
-// y in turns. A point whose location is not finite has weight, slope and corners 0.
-template <class T>
-SACCADE_INLINE Located<T> locate_points(const Problem& problem, const PointTable<T>& table,
-                                        const T* locations, int64_t in_period) {
-  typedef Vector<T> V;
-  constexpr int W = kWidth<T>;
-  const V zero = {};
-  const V first = load(locations), second = load(locations + W);
-  const V x = evens<T>(first, second), y = odds<T>(first, second);
-  Located<T> located = {
-      locate<T>(x, table.x, in_period, problem.interpolation, problem.padding),
-      locate<T>(y, table.y, in_period, problem.interpolation, problem.padding),
-  };
-  const V finite = x - x == zero && y - y == zero ? splat<T>(1) : zero;
-  const auto drop = [&](V& number) { number = finite != zero ? number : zero; };
-  for (int i = 0; i < 2; ++i) {
-    drop(located.x.weights[i]);
-    drop(located.x.slopes[i]);
-    drop(located.x.is_corner[i]);
-    drop(located.y.slopes[i]);
-  }
-  return located;
-}
-
-// The locations and attention weights of a call, [B, Q, M, P, 2] and [B, Q, M, P].
+// The locations and attention weights of a call, [B, Q, M, P, N] and [B, Q, M, P].
 template <class T>
 struct GivenPoints {
   const T* locations;
@@ -91,6 +92,19 @@ template <class T>
 struct PointCopies {
   Buffer<T> locations, attention_weights;
 };
+
+// Calls run with the number of axes as a constant.
+template <class Run>
+SACCADE_INLINE void with_axes(const Problem& problem, Run run) {
+  switch (problem.spatial_dims) {
+    case 1:
+      return run(std::integral_constant<int, 1>{});
+    case 2:
+      return run(std::integral_constant<int, 2>{});
+    default:
+      return run(std::integral_constant<int, 3>{});
+  }
+}
 
 // Where in its look a vector of points begins, vector after vector.
 template <class T>
@@ -109,7 +123,7 @@ struct InPeriod {
 // after look; `at` counts them. They are read in place where the looks of a query are whole vectors
 // of points, else copied together. The last vector may reach past the last point and then reads
 // zeros there.
-template <class T, class Run>
+template <class T, int N, class Run>
 SACCADE_INLINE void for_each_vector(const Problem& problem, const GivenPoints<T>& given,
                                     const Unit& unit, PointCopies<T>& copies, Run run) {
   constexpr int64_t W = kWidth<T>;
@@ -120,7 +134,7 @@ SACCADE_INLINE void for_each_vector(const Problem& problem, const GivenPoints<T>
   int64_t from = unit.row(problem, 0) * problem.total_points;
   const auto fetch_ahead = [&]() SACCADE_INLINE_LAMBDA {
     const int64_t ahead = std::min(from + queries_ahead * step, all - of_query);
-    prefetch(given.locations + 2 * ahead, 2 * of_query);
+    prefetch(given.locations + N * ahead, N * of_query);
     prefetch(given.attention_weights + ahead, of_query);
   };
   InPeriod<T> in_period(problem);
@@ -129,7 +143,7 @@ SACCADE_INLINE void for_each_vector(const Problem& problem, const GivenPoints<T>
     for (int64_t query = 0; query < unit.num_queries; ++query, from += step) {
       fetch_ahead();
       for (int64_t point = 0; point < of_query; point += W, at += W) {
-        run(given.locations + 2 * (from + point), given.attention_weights + from + point,
+        run(given.locations + N * (from + point), given.attention_weights + from + point,
             in_period.at, at);
         in_period.next();
       }
@@ -137,16 +151,16 @@ SACCADE_INLINE void for_each_vector(const Problem& problem, const GivenPoints<T>
     return;
   }
   constexpr int64_t kTogether = 8 * W;
-  constexpr int64_t kRoom = std::max<int64_t>(2 * W, 64 / sizeof(T));
-  copies.locations.reserve(2 * (kTogether + of_query) + kRoom);
+  constexpr int64_t kRoom = std::max<int64_t>(N * W, 64 / sizeof(T));
+  copies.locations.reserve(N * (kTogether + of_query) + kRoom);
   copies.attention_weights.reserve(kTogether + of_query + kRoom);
   T* const locations = copies.locations.data();
   T* const weights = copies.attention_weights.data();
   int64_t filled = 0;
   for (int64_t query = 0; query < unit.num_queries; ++query, from += step) {
     fetch_ahead();
-    copy_numbers_roughly(locations + 2 * filled, given.locations + 2 * from, 2 * of_query,
-                         given.locations + 2 * all);
+    copy_numbers_roughly(locations + N * filled, given.locations + N * from, N * of_query,
+                         given.locations + N * all);
     copy_numbers_roughly(weights + filled, given.attention_weights + from, of_query,
                          given.attention_weights + all);
     filled += of_query;
@@ -155,17 +169,17 @@ SACCADE_INLINE void for_each_vector(const Problem& problem, const GivenPoints<T>
       continue;
     }
     if (last) {
-      std::fill_n(locations + 2 * filled, 2 * W, T(0));
+      std::fill_n(locations + N * filled, N * W, T(0));
       std::fill_n(weights + filled, W, T(0));
     }
     int64_t done = 0;
     for (; done + (last ? 1 : W) <= filled; done += W, at += W) {
-      run(locations + 2 * done, weights + done, in_period.at, at);
+      run(locations + N * done, weights + done, in_period.at, at);
       in_period.next();
     }
     if (!last) {
       filled -= done;
-      std::memcpy(locations, locations + 2 * done, 2 * W * sizeof(T));
+      std::memcpy(locations, locations + N * done, N * W * sizeof(T));
       std::memcpy(weights, weights + done, W * sizeof(T));
     }
   }
@@ -174,56 +188,109 @@ SACCADE_INLINE void for_each_vector(const Problem& problem, const GivenPoints<T>
 // What stage two reads of the points of a unit.
 template <class T>
 struct Points {
-  Buffer<int32_t> rows;  // [looks, P]: of the first corner, counted within its level
-  // [looks, P, 4]: of the corners (y, x), (y, x + 1), (y + 1, x), (y + 1, x + 1), attention
-  // weight included.
-  Buffer<T> weights;
   bool weights_are_finite;
-  PointCopies<T> kept;  // [looks, P, 2] and [looks, P], as given
+  PointCopies<T> kept;  // [looks, P, N] and [looks, P], as given
+
+  // [looks, P] of a slice, from a level's first point on: the rows of the first corners, counted
+  // within the level.
+  const int32_t* rows(const Level& level, int64_t slice) const {
+    return &rows_[slice * slice_stride_ + level.first_point];
+  }
+  // [looks, P, 4], alike: of the corners (y, x), (y, x + 1), (y + 1, x), (y + 1, x + 1), attention
+  // weight included. On a line the lower two are 0.
+  T* weights(const Level& level, int64_t slice) { return weights(slice) + 4 * level.first_point; }
+  const T* weights(const Level& level, int64_t slice) const {
+    return weights(slice) + 4 * level.first_point;
+  }
+  T* weights(int64_t slice) { return &weights_[4 * slice * slice_stride_]; }
+  const T* weights(int64_t slice) const { return &weights_[4 * slice * slice_stride_]; }
 
   // The rows, and the weights or else, for who needs the points once more, `kept`. There is room
   // for the weights either way.
   template <bool kWeights>
   void locate(const Problem& problem, const GivenPoints<T>& given, const Unit& unit) {
+    with_axes(problem,
+              [&](auto axes) { locate_in<decltype(axes)::value, kWeights>(problem, given, unit); });
+  }
+
+ private:
+  template <int N, bool kWeights>
+  void locate_in(const Problem& problem, const GivenPoints<T>& given, const Unit& unit) {
     typedef Vector<T> V;
     const PointTable<T>& table = point_table<T>(problem);
     const int64_t count = unit.num_looks() * problem.total_points;
-    rows.reserve(count + kWidth<T>);
-    weights.reserve(4 * (count + kWidth<T>));
+    const int64_t stride = count + kWidth<T>;
+    slice_stride_ = stride;
+    rows_.reserve(problem.num_slices() * stride);
+    weights_.reserve(4 * problem.num_slices() * stride);
     if (!kWeights) {
-      kept.locations.reserve(2 * (count + kWidth<T>));
-      kept.attention_weights.reserve(count + kWidth<T>);
+      kept.locations.reserve(N * stride);
+      kept.attention_weights.reserve(stride);
     }
     V zero_or_nan = {};
     const auto run = [&](const T* locations, const T* attention_weights, int64_t in_period,
                          int64_t at) SACCADE_INLINE_LAMBDA {
-      const Located<T> point = locate_points<T>(problem, table, locations, in_period);
-      store_rows<T>(&rows[at], point.x.base, point.y.base, &table.width[in_period]);
+      const Located<T, N> point(problem, table, locations, in_period);
+      RowNumbers<T> rows = as_rows<T>(point.axes[N - 1].base);
+      if constexpr (N == 3) {
+        rows = rows * load_rows<T>(&table.height[in_period]) + as_rows<T>(point.axes[1].base);
+      }
+      if constexpr (N >= 2) {
+        rows = rows * load_rows<T>(&table.width[in_period]) + as_rows<T>(point.axes[0].base);
+      }
+      store_rows<T>(&rows_[at], rows);
+      if constexpr (N == 3) {
+        store_rows<T>(&rows_[stride + at], rows + load_rows<T>(&table.next_slice[in_period]));
+      }
       const V attention = load(attention_weights);
       zero_or_nan += attention - attention;
       if (!kWeights) {
-        store(&kept.locations[2 * at], load(locations));
-        store(&kept.locations[2 * at + kWidth<T>], load(locations + kWidth<T>));
+        for (int n = 0; n < N; ++n) {
+          store(&kept.locations[N * at + n * kWidth<T>], load(locations + n * kWidth<T>));
+        }
         store(&kept.attention_weights[at], attention);
         return;
       }
-      const V upper = point.y.weights[0] * attention, lower = point.y.weights[1] * attention;
-      store_quads<T>(&weights[4 * at], point.x.weights[0] * upper, point.x.weights[1] * upper,
-                     point.x.weights[0] * lower, point.x.weights[1] * lower);
+      const V* wx = point.axes[0].weights;
+      if constexpr (N == 1) {
+        store_quads<T>(&weights_[4 * at], wx[0] * attention, wx[1] * attention, V{}, V{});
+      } else {
+        const V* wy = point.axes[1].weights;
+        for (int slice = 0; slice < (N == 3 ? 2 : 1); ++slice) {
+          const V share = N == 3 ? attention * point.axes[N - 1].weights[slice] : attention;
+          const V upper = wy[0] * share, lower = wy[1] * share;
+          store_quads<T>(&weights_[4 * (slice * stride + at)], wx[0] * upper, wx[1] * upper,
+                         wx[0] * lower, wx[1] * lower);
+        }
+      }
     };
-    for_each_vector(problem, given, unit, copies_, run);
+    for_each_vector<T, N>(problem, given, unit, copies_, run);
     if (!kWeights) {
       // The last vector of who goes on with these reads past the last point.
-      std::fill_n(&kept.locations[2 * count], 2 * kWidth<T>, T(0));
+      std::fill_n(&kept.locations[N * count], N * kWidth<T>, T(0));
       std::fill_n(&kept.attention_weights[count], kWidth<T>, T(0));
-      std::fill_n(&weights[4 * count], 4 * kWidth<T>, T(0));
+      for (int64_t slice = 0; slice < problem.num_slices(); ++slice) {
+        std::fill_n(weights(slice) + 4 * count, 4 * kWidth<T>, T(0));
+      }
     }
     weights_are_finite = !any(zero_or_nan != zero_or_nan);
   }
 
- private:
+  int64_t slice_stride_ = 0;
+  Buffer<int32_t> rows_;
+  Buffer<T> weights_;
   PointCopies<T> copies_;
 };
+
+// Calls run(level, slice) for what stage two does one after the other.
+template <class Run>
+SACCADE_INLINE void for_each_slice(const Problem& problem, Run run) {
+  for (const Level& level : problem.levels) {
+    for (int64_t slice = 0; slice < problem.num_slices(); ++slice) {
+      run(level, slice);
+    }
+  }
+}
 
 // The rows of a level for one head, and the steps from a point's first corner to the others.
 template <class S>

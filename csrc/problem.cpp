@@ -44,19 +44,34 @@ void append(AxisTable<T>& table, int64_t size, Coordinates coordinates) {
 
 template <class T>
 void fill(PointTable<T>& table, const Problem& problem) {
-  for (AxisTable<T>* axis : {&table.x, &table.y}) {
+  const int64_t room = 2 * problem.total_points + kWidestVector;
+  for (int64_t n = 0; n < problem.spatial_dims; ++n) {
+    AxisTable<T>& axis = table.axes[n];
     for (std::vector<T>* column :
-         {&axis->scale, &axis->shift, &axis->last, &axis->base_limit, &axis->pair}) {
-      column->reserve(2 * problem.total_points + kWidestVector);
+         {&axis.scale, &axis.shift, &axis.last, &axis.base_limit, &axis.pair}) {
+      column->reserve(room);
     }
+  }
+  table.width.reserve(room);
+  const bool volumes = problem.spatial_dims == 3;
+  if (volumes) {
+    table.height.reserve(room);
+    table.next_slice.reserve(room);
   }
   int64_t filled = 0;
   while (filled < problem.total_points + kWidestVector) {
     for (const Level& level : problem.levels) {
       for (int64_t point = 0; point < level.num_points; ++point, ++filled) {
-        append(table.x, level.width, problem.coordinates);
-        append(table.y, level.height, problem.coordinates);
+        const int64_t sizes[] = {level.width, level.height, level.depth};
+        for (int64_t axis = 0; axis < problem.spatial_dims; ++axis) {
+          append(table.axes[axis], sizes[axis], problem.coordinates);
+        }
         table.width.push_back(static_cast<int32_t>(level.width));
+        if (volumes) {
+          const int64_t slice = level.depth > 1 ? level.height * level.width : 0;
+          table.height.push_back(static_cast<int32_t>(level.height));
+          table.next_slice.push_back(static_cast<int32_t>(slice));
+        }
       }
     }
   }
@@ -88,21 +103,21 @@ void Problem::prepare(int64_t num_threads) {
   constexpr int64_t kFetchedNumbers = 1 << 19;
   num_packed_rows = 0;
   for (Level& level : levels) {
-    const int64_t rows = level.height * level.width;
-    level.packed =
-        value_heads > 1 && !together && num_queries * level.num_points * 4 >= kGathersPerRow * rows;
+    const int64_t rows = level.num_rows();
+    level.packed = value_heads > 1 && !together &&
+                   num_queries * level.num_points * num_corners() >= kGathersPerRow * rows;
     level.first_packed_row = num_packed_rows;
     num_packed_rows += level.packed ? rows : 0;
     level.fetched_ahead = !level.packed && rows * value_heads * head_dim >= kFetchedNumbers;
   }
-  own_grad_rows =
-      value_heads > 1 && num_queries * total_points * 4 >= kGathersPerRow * num_positions;
+  own_grad_rows = value_heads > 1 &&
+                  num_queries * total_points * num_corners() >= kGathersPerRow * num_positions;
 
-  // Ownership of grad_value goes by batch and head, then by bands of the height of every level.
+  // Ownership of grad_value goes by batch and head, then by bands of the lines of every level.
   const int64_t owners = std::max<int64_t>(batch_size * value_heads, 1);
   int64_t most_bands = 1;
   for (const Level& level : levels) {
-    most_bands = std::max(most_bands, level.height);
+    most_bands = std::max(most_bands, level.num_lines());
   }
   num_bands = std::min(divide_up(num_threads, owners), most_bands);
 
@@ -113,7 +128,7 @@ void Problem::prepare(int64_t num_threads) {
   scatter_queries = kScatterNumbers / (head_dim + 6 * total_points);
   scatter_queries = std::max<int64_t>(std::min(scatter_queries, num_queries), 1);
   for (Level& level : levels) {
-    level.sorted = scatter_queries * level.num_points >= level.height * level.width / 2;
+    level.sorted = scatter_queries * level.num_points >= level.num_rows() / 2;
   }
 
   // Results that no cache keeps until they are read are written past them: a plain write would

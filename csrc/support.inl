@@ -186,8 +186,8 @@ class PackedRows {
       packed_.reserve(problem.num_packed_rows * problem.head_dim);
       for (const Level& level : problem.levels) {
         if (level.packed) {
-          pack(in_place + level.first_row * value.row_stride, value.row_stride,
-               level.height * level.width, level.first_packed_row, problem.head_dim);
+          pack(in_place + level.first_row * value.row_stride, value.row_stride, level.num_rows(),
+               level.first_packed_row, problem.head_dim);
         }
       }
       batch_ = unit.batch;

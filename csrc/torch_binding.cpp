@@ -137,24 +137,39 @@ Problem understand(const Tensor& value, const Tensor& sampling_locations,
                            {"normalized_corners", Coordinates::normalized_corners},
                            {"pixel", Coordinates::pixel}});
 
+  STD_TORCH_CHECK(sampling_locations.dim() == 5 && sampling_locations.size(2) >= 1 &&
+                      sampling_locations.size(4) >= 1 && sampling_locations.size(4) <= 3,
+                  "sampling_locations: expected [batch, queries, heads, points, 1, 2 or 3], got ",
+                  text_of(sampling_locations.sizes()));
+  problem.spatial_dims = sampling_locations.size(4);
+  const int64_t axes = problem.spatial_dims;
   const std::vector<int64_t>& shapes = options.spatial_shapes;
   const std::vector<int64_t>& num_points = options.num_points;
-  STD_TORCH_CHECK(!num_points.empty() && shapes.size() == 2 * num_points.size(),
-                  "spatial_shapes: expected height and width for each of the ", num_points.size(),
-                  " levels of num_points, got ", shapes.size(), " numbers");
-  // The row of a cell within its level is kept in 32 bits; everything larger is counted in 64.
+  STD_TORCH_CHECK(!num_points.empty() && static_cast<int64_t>(shapes.size()) ==
+                                             axes * static_cast<int64_t>(num_points.size()),
+                  "spatial_shapes: expected ", axes, " for each of the ", num_points.size(),
+                  " levels of num_points, as many as a location has coordinates, got ",
+                  shapes.size(), " numbers");
+  // Rows within a level and points within a chunk are kept in 32 bits; everything larger is counted
+  // in 64.
   constexpr int64_t kMost = (int64_t(1) << 31) - 1;
   for (size_t i = 0; i < num_points.size(); ++i) {
-    const int64_t height = shapes[2 * i], width = shapes[2 * i + 1];
-    STD_TORCH_CHECK(height >= 1 && width >= 1 && height <= kMost / width,
-                    "spatial_shapes: expected sizes of at least 1 and at most ", kMost,
-                    " positions for each level, got (", height, ", ", width, ")");
+    int64_t sizes[3] = {1, 1, 1};  // depth, height, width
+    const IntHeaderOnlyArrayRef given(&shapes[axes * i], axes);
+    std::copy(given.begin(), given.end(), sizes + 3 - axes);
+    int64_t positions = 1;
+    for (const int64_t size : sizes) {
+      STD_TORCH_CHECK(size >= 1 && positions <= kMost / size,
+                      "spatial_shapes: expected sizes of at least 1 and at most ", kMost,
+                      " positions for each level, got ", text_of(given));
+      positions *= size;
+    }
     STD_TORCH_CHECK(num_points[i] >= 1 && num_points[i] <= kMost,
                     "num_points: expected at least 1 for each level, got ", num_points[i]);
     problem.levels.push_back(
-        {height, width, problem.num_positions, problem.total_points, num_points[i]});
+        {sizes[0], sizes[1], sizes[2], problem.num_positions, problem.total_points, num_points[i]});
     problem.total_points += num_points[i];
-    problem.num_positions += height * width;
+    problem.num_positions += positions;
   }
   STD_TORCH_CHECK(problem.total_points <= kMost, "num_points: expected at most ", kMost,
                   " points in all, got ", problem.total_points);
@@ -162,9 +177,6 @@ Problem understand(const Tensor& value, const Tensor& sampling_locations,
   STD_TORCH_CHECK(value.dim() == 4 && value.size(1) == problem.num_positions && value.size(3) >= 1,
                   "value: expected [batch, ", problem.num_positions,
                   ", heads or 1, head_dim] for these spatial_shapes, got ", text_of(value.sizes()));
-  STD_TORCH_CHECK(sampling_locations.dim() == 5 && sampling_locations.size(2) >= 1,
-                  "sampling_locations: expected [batch, queries, heads, points, 2], got ",
-                  text_of(sampling_locations.sizes()));
   problem.batch_size = value.size(0);
   problem.value_heads = value.size(2);
   problem.head_dim = value.size(3);
@@ -175,7 +187,7 @@ Problem understand(const Tensor& value, const Tensor& sampling_locations,
                   text_of(value.sizes()));
   check_shape(
       "sampling_locations", sampling_locations,
-      {problem.batch_size, problem.num_queries, problem.num_heads, problem.total_points, 2});
+      {problem.batch_size, problem.num_queries, problem.num_heads, problem.total_points, axes});
   check_shape("attention_weights", attention_weights,
               {problem.batch_size, problem.num_queries, problem.num_heads, problem.total_points});
   problem.prepare(torch::stable::get_num_threads());

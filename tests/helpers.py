@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.float64: 4e-15}
 class Case:
     """A random call of the operator: sizes and options, tensors drawn on demand."""
 
-    shapes: list[tuple[int, int]] = field(default_factory=lambda: [(6, 7), (3, 4)])
+    shapes: list[tuple[int, ...]] = field(default_factory=lambda: [(6, 7), (3, 4)])
     num_points: int | list[int] = 3
     batch_size: int = 2
     num_queries: int = 11
@@ -37,6 +38,10 @@ class Case:
 
     def with_(self, **changes: Any) -> Case:
         return replace(self, **changes)
+
+    @property
+    def spatial_dims(self) -> int:
+        return len(self.shapes[0])
 
     @property
     def points(self) -> list[int]:
@@ -57,7 +62,7 @@ class Case:
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor]:
         """value, flat sampling_locations, attention_weights."""
-        positions = sum(height * width for height, width in self.shapes)
+        positions = sum(math.prod(shape) for shape in self.shapes)
         default = torch.float64 if self.dtype == torch.float64 else torch.float32
         location_dtype = self.location_dtype or default
         value = torch.randn(
@@ -68,11 +73,12 @@ class Case:
             dtype=torch.float64,
         )
         shape = (self.batch_size, self.num_queries, self.num_heads, sum(self.points))
-        locations = torch.rand(*shape, 2, dtype=torch.float64) * (1 + 2 * self.spread) - self.spread
+        unit = torch.rand(*shape, self.spatial_dims, dtype=torch.float64)
+        locations = unit * (1 + 2 * self.spread) - self.spread
         if self.coordinates == "pixel":
             sizes = [
-                (width, height)
-                for (height, width), count in zip(self.shapes, self.points, strict=True)
+                shape[::-1]
+                for shape, count in zip(self.shapes, self.points, strict=True)
                 for _ in range(count)
             ]
             locations = locations * torch.tensor(sizes, dtype=torch.float64) - 0.5
@@ -93,55 +99,61 @@ def loops(case: Case, value: Tensor, locations: Tensor, weights: Tensor) -> Tens
             for m in range(num_heads):
                 for d in range(head_dim):
                     total, first_row, first_point = 0.0, 0, 0
-                    for (height, width), count in zip(case.shapes, case.points, strict=True):
+                    for shape, count in zip(case.shapes, case.points, strict=True):
+
+                        def cell(
+                            index: tuple[int, ...],
+                            b: int = b,
+                            head: int = m if value.shape[2] > 1 else 0,
+                            d: int = d,
+                            first_row: int = first_row,
+                            shape: tuple[int, ...] = shape,
+                        ) -> float:
+                            row = 0
+                            for number, size in zip(index, shape, strict=True):
+                                if not 0 <= number < size:
+                                    return 0.0
+                                row = row * size + number
+                            return float(value[b, first_row + row, head, d])
+
                         for k in range(first_point, first_point + count):
-                            x, y = (float(number) for number in locations[b, q, m, k])
-                            level = [
-                                [
-                                    float(
-                                        value[
-                                            b,
-                                            first_row + row * width + column,
-                                            m if value.shape[2] > 1 else 0,
-                                            d,
-                                        ]
-                                    )
-                                    for column in range(width)
-                                ]
-                                for row in range(height)
-                            ]
-                            total += float(weights[b, q, m, k]) * read(case, level, x, y)
-                        first_row += height * width
+                            location = [float(number) for number in locations[b, q, m, k]]
+                            total += float(weights[b, q, m, k]) * read(case, cell, shape, location)
+                        first_row += math.prod(shape)
                         first_point += count
                     output[b, q, m * head_dim + d] = total
     return output
 
 
-def read(case: Case, level: list[list[float]], x: float, y: float) -> float:
-    """What a point at (x, y) finds on one level and channel."""
-    height, width = len(level), len(level[0])
-    if not (math.isfinite(x) and math.isfinite(y)):
+def read(
+    case: Case,
+    cell: Callable[[tuple[int, ...]], float],
+    shape: tuple[int, ...],
+    location: list[float],
+) -> float:
+    """What a point finds on one level and channel; a cell's index is in the order of the shape."""
+    if not all(map(math.isfinite, location)):
         return 0.0
-    if case.coordinates == "normalized":
-        x, y = x * width - 0.5, y * height - 0.5
-    elif case.coordinates == "normalized_corners":
-        x, y = x * (width - 1), y * (height - 1)
-    if case.padding == "border":
-        x, y = min(max(x, 0.0), width - 1.0), min(max(y, 0.0), height - 1.0)
-
-    def cell(column: int, row: int) -> float:
-        return level[row][column] if 0 <= column < width and 0 <= row < height else 0.0
-
+    pixels = []
+    for number, size in zip(location, reversed(shape), strict=True):
+        if case.coordinates == "normalized":
+            number = number * size - 0.5
+        elif case.coordinates == "normalized_corners":
+            number = number * (size - 1)
+        if case.padding == "border":
+            number = min(max(number, 0.0), size - 1.0)
+        pixels.append(number)
     if case.interpolation == "nearest":
-        return cell(round(x), round(y))
-    left, top = math.floor(x), math.floor(y)
-    right_share, bottom_share = x - left, y - top
-    return (
-        (1 - right_share) * (1 - bottom_share) * cell(left, top)
-        + right_share * (1 - bottom_share) * cell(left + 1, top)
-        + (1 - right_share) * bottom_share * cell(left, top + 1)
-        + right_share * bottom_share * cell(left + 1, top + 1)
-    )
+        return cell(tuple(round(pixel) for pixel in reversed(pixels)))
+    total = 0.0
+    for corner in itertools.product((0, 1), repeat=len(pixels)):
+        share, index = 1.0, []
+        for pixel, above in zip(pixels, corner, strict=True):
+            fraction = pixel - math.floor(pixel)
+            share *= fraction if above else 1 - fraction
+            index.append(math.floor(pixel) + above)
+        total += share * cell(tuple(reversed(index)))
+    return total
 
 
 def run(case: Case, inputs: Sequence[Tensor], grad_output: Tensor | None) -> list[Tensor]:
@@ -200,22 +212,31 @@ def grid_sample_path(case: Case, value: Tensor, locations: Tensor, weights: Tens
     value = value.expand(-1, -1, num_heads, -1)
     output = torch.zeros(batch_size * num_heads, head_dim, num_queries, dtype=value.dtype)
     first_row = first_point = 0
-    for (height, width), count in zip(case.shapes, case.points, strict=True):
-        level = value[:, first_row : first_row + height * width].permute(0, 2, 3, 1)
+    for shape, count in zip(case.shapes, case.points, strict=True):
+        level = value[:, first_row : first_row + math.prod(shape)].permute(0, 2, 3, 1)
         points = slice(first_point, first_point + count)
+        unit = locations[:, :, :, points]
         if case.coordinates == "pixel":
-            unit = (locations[:, :, :, points] + 0.5) / torch.tensor([width, height])
-        else:
-            unit = locations[:, :, :, points]
+            unit = (unit + 0.5) / torch.tensor(shape[::-1])
+        grid = (2 * unit - 1).transpose(1, 2).flatten(0, 1)
+        # grid_sample knows images, whose points lie [queries, points], and volumes: [..., 1].
+        first_row += math.prod(shape)
+        if len(shape) == 1:
+            shape, grid = (
+                (1, *shape),
+                torch.stack((grid[..., 0], torch.zeros_like(grid[..., 0])), -1),
+            )
+        if len(shape) == 3:
+            grid = grid[:, :, :, None]
         sampled = torch.nn.functional.grid_sample(
-            level.reshape(batch_size * num_heads, head_dim, height, width).float(),
-            (2 * unit - 1).transpose(1, 2).flatten(0, 1),
+            level.reshape(batch_size * num_heads, head_dim, *shape).float(),
+            grid,
             mode={"linear": "bilinear", "nearest": "nearest"}[case.interpolation],
             padding_mode=case.padding,
             align_corners=case.coordinates == "normalized_corners",
         ).to(value.dtype)
         share = weights[:, :, :, points].transpose(1, 2).flatten(0, 1).to(value.dtype)
+        sampled = sampled.reshape(*sampled.shape[:3], count)
         output = output + (sampled * share[:, None]).sum(-1)
-        first_row += height * width
         first_point += count
     return output.view(batch_size, num_heads * head_dim, num_queries).transpose(1, 2)

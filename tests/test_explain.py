@@ -146,6 +146,13 @@ def test_an_index_out_of_range_is_named(index, message) -> None:
         explain_module(module, inputs, **index)
 
 
+def test_lines_and_volumes_are_refused() -> None:
+    module = saccade.nn.DeformableAttention(32, spatial_dims=1)
+    inputs = {"query": torch.zeros(1, 5, 32), "feature_map": torch.zeros(1, 9, 32)}
+    with pytest.raises(ValueError, match="module: expected spatial_dims 2, got 1"):
+        explain_module(module, inputs)
+
+
 class _Foreign:
     def __reduce__(self):
         return (print, ("foreign code ran",))

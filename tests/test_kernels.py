@@ -32,6 +32,15 @@ CASES = {
     "shared-head": Case(shared_head=True, num_heads=4, head_dim=33),
     "packed": Case(num_queries=403, head_dim=20, num_points=5),
     "packed-chunks": Case(num_queries=700, head_dim=32, num_heads=2, shapes=[(9, 5)], num_points=9),
+    "lines": Case(shapes=[(13,), (1,), (6,)], num_points=[3, 1, 5], head_dim=17),
+    "lines-few-points": Case(
+        shapes=[(40,)], num_queries=403, head_dim=32, num_heads=8, num_points=4
+    ),
+    "lines-packed": Case(shapes=[(40,), (9,)], num_queries=403, head_dim=20, num_points=8),
+    "volumes": Case(shapes=[(4, 5, 6), (2, 1, 3)], num_points=[4, 3], head_dim=19),
+    "volumes-few-points": Case(shapes=[(3, 4, 5)], num_queries=150, head_dim=16, num_points=2),
+    "volumes-packed": Case(shapes=[(3, 4, 5), (5, 2, 1)], num_queries=403, num_points=[3, 7]),
+    "thin-volumes": Case(shapes=[(1, 1, 7), (6, 1, 1), (1, 5, 1), (1, 1, 1), (3, 1, 2)]),
     "few-points": Case(num_queries=403, head_dim=16, num_heads=4, num_points=2),
     "few-points-shared": Case(shared_head=True, num_queries=150, num_heads=5, num_points=[1, 2]),
 }
@@ -68,7 +77,11 @@ def test_sizes(native_backend, case, dtype):
 
 @pytest.mark.parametrize(("interpolation", "padding", "coordinates"), OPTIONS)
 @pytest.mark.parametrize(
-    "name", ["standard", "single-cells", "packed", "few-points", "shared-head"]
+    "name",
+    [
+        *("standard", "single-cells", "packed", "few-points", "shared-head"),
+        *("lines", "lines-few-points", "volumes", "volumes-packed", "thin-volumes"),
+    ],
 )
 def test_options(native_backend, name, interpolation, padding, coordinates):
     case = CASES[name].with_(interpolation=interpolation, padding=padding, coordinates=coordinates)
@@ -99,7 +112,11 @@ def test_exactly_on_edges_and_centres(native_backend, interpolation, padding):
 
 
 @pytest.mark.parametrize(
-    "name", ["standard", "head-dim-32", "odd-head-dim", "packed", "few-points", "shared-head"]
+    "name",
+    [
+        *("standard", "head-dim-32", "odd-head-dim", "packed", "few-points", "shared-head"),
+        *("lines", "volumes", "volumes-packed"),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_16_bit_values(native_backend, name, dtype):
@@ -142,8 +159,13 @@ def test_16_bit_results_round_half_to_even(native_backend, dtype):
     assert torch.equal(found.flatten(), exact.to(dtype))
 
 
-def test_non_finite_numbers_as_in_the_reference(native_backend):
-    case = Case(num_queries=200, num_heads=2, num_points=2)
+@pytest.mark.parametrize(
+    "shapes",
+    [[(6, 7), (3, 4)], [(40,), (1,)], [(3, 4, 5), (2, 2, 1)], [(1, 1, 7), (4, 1, 3)]],
+    ids=["images", "lines", "volumes", "thin-volumes"],
+)
+def test_non_finite_numbers_as_in_the_reference(native_backend, shapes):
+    case = Case(shapes=shapes, num_queries=200, num_heads=2, num_points=2)
     value, locations, weights = case.draw()
     value[torch.rand_like(value) < 0.02] = torch.inf
     weights[torch.rand_like(weights) < 0.02] = torch.nan
@@ -162,12 +184,16 @@ def test_non_finite_numbers_as_in_the_reference(native_backend):
 
 
 @pytest.mark.parametrize(
-    "case", [CASES[name] for name in ("packed", "few-points", "shared-head", "standard")]
+    "name",
+    [
+        *("packed", "few-points", "shared-head", "standard"),
+        *("thin-volumes", "volumes-packed", "lines"),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("finite", [True, False])
-def test_bitwise_equal_for_every_number_of_threads(native_backend, case, dtype, finite):
-    case = case.with_(dtype=dtype, num_queries=777, head_dim=32)
+def test_bitwise_equal_for_every_number_of_threads(native_backend, name, dtype, finite):
+    case = CASES[name].with_(dtype=dtype, num_queries=777, head_dim=32)
     inputs = case.draw()
     grad_output = torch.randn(case.call(*inputs).shape).to(dtype)
     if not finite:
@@ -231,9 +257,10 @@ def test_only_the_gradients_that_are_needed(native_backend):
 @st.composite
 def cases(draw):
     levels = draw(st.integers(1, 4))
-    size = st.integers(1, 9)
+    spatial_dims = draw(st.integers(1, 3))
+    shape = st.tuples(*[st.integers(1, (30, 9, 5)[spatial_dims - 1])] * spatial_dims)
     return Case(
-        shapes=[(draw(size), draw(size)) for _ in range(levels)],
+        shapes=draw(st.lists(shape, min_size=levels, max_size=levels)),
         num_points=draw(st.lists(st.integers(1, 5), min_size=levels, max_size=levels)),
         batch_size=draw(st.integers(0, 3)),
         num_queries=draw(st.integers(0, 150)),

@@ -9,6 +9,7 @@ import torch
 
 import saccade
 from saccade.nn import DeformableAttention, MultiScaleDeformableAttention
+from saccade.sampling import directions
 
 SHAPES = [(6, 7), (3, 4)]
 
@@ -203,6 +204,72 @@ def test_padding_mask_of_the_single_map_module():
     )
 
 
+@pytest.mark.parametrize("shapes", [[(9,), (5,)], [(3, 4, 5), (2, 2, 3)]], ids=["lines", "volumes"])
+@pytest.mark.parametrize("boxes", [False, True])
+def test_lines_and_volumes(shapes, boxes):
+    dims = len(shapes[0])
+    module = multi_scale(spatial_dims=dims)
+    torch.nn.init.normal_(module.sampling_offsets.weight, std=0.1)
+    positions = sum(math.prod(shape) for shape in shapes)
+    query, value = torch.randn(2, 11, 32), torch.randn(2, positions, 32)
+    reference_points = torch.rand(2, 11, 1, dims * (2 if boxes else 1))
+    output, sampling = module(query, reference_points, value, shapes, return_sampling=True)
+    offsets = module.sampling_offsets(query).view(2, 11, module.num_heads, -1, dims)
+    per_level = offsets.split(module.num_points, 3)
+    centre = reference_points[:, :, None, :, :dims]
+    expected = [
+        centre + offset * (0.5 / count) * reference_points[:, :, None, :, dims:]
+        if boxes
+        else centre + offset / torch.tensor(shape[::-1])
+        for offset, count, shape in zip(per_level, module.num_points, shapes, strict=True)
+    ]
+    torch.testing.assert_close(sampling.sampling_locations, torch.cat(expected, 3))
+    attended = saccade.deformable_attention(
+        module.value_proj(value).unflatten(-1, (module.num_heads, -1)),
+        shapes,
+        sampling.sampling_locations,
+        sampling.attention_weights,
+        num_points=module.num_points,
+    )
+    assert torch.equal(output, module.output_proj(attended))
+
+
+@pytest.mark.parametrize("value_projection", [False, True])
+@pytest.mark.parametrize("shape", [(9,), (3, 4, 5)], ids=["line", "volume"])
+def test_a_single_line_or_volume(shape, value_projection):
+    module = DeformableAttention(
+        32, num_heads=4, spatial_dims=len(shape), value_projection=value_projection
+    )
+    query, feature_map = torch.randn(2, 5, 32), torch.randn(2, *shape, 32)
+    mask = torch.zeros(2, *shape, dtype=torch.bool)
+    mask[..., 2:] = True
+    changed = feature_map.clone()
+    changed[..., 2:, :] = 1e3
+    found = module(query, feature_map, value_padding_mask=mask)
+    assert found.shape == (2, 5, 32)
+    assert torch.equal(found, module(query, changed, value_padding_mask=mask))
+    found.sum().backward()
+    assert all(parameter.grad is not None for parameter in module.parameters())
+
+
+def test_first_directions():
+    assert directions(3, 1).flatten().tolist() == [1, -1, 1]
+    torch.testing.assert_close(
+        directions(4, 2), torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1]]), atol=1e-6, rtol=0
+    )
+    for count in (1, 2, 8, 36):
+        sphere = directions(count, 3)
+        assert sphere.abs().amax(-1).eq(1).all()
+        lines = torch.nn.functional.normalize(sphere, dim=-1)
+        if count > 1:
+            # Evenly: no two closer than a good part of what as many can have at best.
+            cosine = (lines @ lines.T).fill_diagonal_(-1).max()
+            assert cosine.clamp(-1, 1).acos() > 0.6 * math.sqrt(4 * math.pi / count)
+    offsets = multi_scale(spatial_dims=3).sampling_offsets.bias.view(-1, 6, 3)
+    torch.testing.assert_close(offsets[:, 2], 3 * offsets[:, 0])
+    assert offsets[:, 0].abs().amax(-1).eq(1).all()
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -210,7 +277,11 @@ def test_padding_mask_of_the_single_map_module():
         (lambda: multi_scale(num_points=[1, 2, 3]), "num_points: expected 2 numbers"),
         (lambda: multi_scale(num_points=0), "num_points: expected at least 1"),
         (lambda: multi_scale(padding="wrap"), "padding: expected one of"),
-        (lambda: DeformableAttention(32, spatial_dims=3), "spatial_dims: expected 2, got 3"),
+        (
+            lambda: DeformableAttention(32, spatial_dims=4),
+            "spatial_dims: expected 1, 2 or 3, got 4",
+        ),
+        (lambda: multi_scale(spatial_dims=0), "spatial_dims: expected at least 1, got 0"),
         (lambda: DeformableAttention(30), "num_heads: expected a divisor of embed_dim 30"),
         (
             lambda: multi_scale()(**{**multi_scale_inputs(), "query": torch.zeros(2, 11, 31)}),
@@ -218,7 +289,11 @@ def test_padding_mask_of_the_single_map_module():
         ),
         (
             lambda: multi_scale()(**{**multi_scale_inputs(), "spatial_shapes": [(6, 9)]}),
-            r"spatial_shapes: expected 2 levels \(num_levels\), got \[\(6, 9\)\]",
+            r"spatial_shapes: expected 2 levels \(num_levels\) of 2 sizes .*, got \[\(6, 9\)\]",
+        ),
+        (
+            lambda: multi_scale()(**{**multi_scale_inputs(), "spatial_shapes": [(42,), (12,)]}),
+            r"spatial_shapes: expected 2 levels \(num_levels\) of 2 sizes .*, got \[\(42,\), \(12,\)\]",
         ),
         (
             lambda: multi_scale()(**multi_scale_inputs(coordinates=3)),
@@ -233,6 +308,18 @@ def test_padding_mask_of_the_single_map_module():
         (
             lambda: DeformableAttention(32)(torch.zeros(1, 5, 32), torch.zeros(1, 42, 32)),
             r"feature_map: expected \[batch, height, width, 32\], got \[1, 42, 32\]",
+        ),
+        (
+            lambda: DeformableAttention(32, spatial_dims=1)(
+                torch.zeros(1, 5, 32), torch.zeros(1, 6, 7, 32)
+            ),
+            r"feature_map: expected \[batch, width, 32\], got \[1, 6, 7, 32\]",
+        ),
+        (
+            lambda: DeformableAttention(32, spatial_dims=3)(
+                torch.zeros(1, 5, 32), torch.zeros(1, 2, 6, 7, 32), torch.zeros(1, 5, 2)
+            ),
+            r"reference_points: expected \[1, 5, 3\] or \[1, 5, 6\], got \[1, 5, 2\]",
         ),
     ],
 )

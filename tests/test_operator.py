@@ -37,8 +37,10 @@ def operator_arguments(case, *, requires_grad=True):
         Case(shared_head=True, num_points=[1, 2], padding="border"),
         Case(dtype=torch.bfloat16, coordinates="pixel"),
         Case(batch_size=0),
+        Case(shapes=[(9,), (4,)]),
+        Case(shapes=[(2, 3, 4), (1, 2, 2)]),
     ],
-    ids=["plain", "shared-head", "bfloat16", "no-batch"],
+    ids=["plain", "shared-head", "bfloat16", "no-batch", "lines", "volumes"],
 )
 def test_opcheck(case):
     arguments = operator_arguments(case)
@@ -65,10 +67,19 @@ def test_opcheck_of_the_backward(mask):
     )
 
 
-@pytest.mark.parametrize("head_dim", [1, 30, 32, 71])
-def test_gradcheck(backend, head_dim):
+IMAGES, LINES, VOLUMES = [(3, 4), (2, 2)], [(9,), (1,)], [(2, 3, 4), (1, 2, 1)]
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "shapes"),
+    [
+        *((1, IMAGES), (30, IMAGES), (32, IMAGES), (71, IMAGES)),
+        *((1, LINES), (32, LINES), (1, VOLUMES), (32, VOLUMES)),
+    ],
+)
+def test_gradcheck(backend, head_dim, shapes):
     case = Case(
-        shapes=[(3, 4), (2, 2)],
+        shapes=shapes,
         num_points=[1, 2],
         batch_size=1,
         num_queries=2,
@@ -81,9 +92,10 @@ def test_gradcheck(backend, head_dim):
 
 
 @pytest.mark.parametrize("coordinates", ["normalized", "pixel"])
-def test_second_derivatives(native_backend, coordinates):
+@pytest.mark.parametrize("shapes", [IMAGES, LINES, VOLUMES], ids=["images", "lines", "volumes"])
+def test_second_derivatives(native_backend, coordinates, shapes):
     case = Case(
-        shapes=[(3, 4), (1, 2)],
+        shapes=shapes,
         num_points=[2, 1],
         batch_size=1,
         num_queries=2,

@@ -27,8 +27,11 @@ OPTIONS = list(
         {},
         {"shapes": [(1, 1), (1, 5), (4, 1)], "num_points": [1, 2, 3]},
         {"shared_head": True, "num_heads": 2},
+        {"shapes": [(7,), (1,), (4,)]},
+        {"shapes": [(3, 4, 5), (1, 2, 3)], "num_queries": 3},
+        {"shapes": [(1, 1, 4), (3, 1, 1), (1, 5, 1)], "num_queries": 3},
     ],
-    ids=["two-levels", "thin-levels", "shared-head"],
+    ids=["two-levels", "thin-levels", "shared-head", "lines", "volumes", "thin-volumes"],
 )
 def test_reference_equals_scalar_loops(interpolation, padding, coordinates, sizes):
     case = Case(
@@ -47,9 +50,14 @@ def test_reference_equals_scalar_loops(interpolation, padding, coordinates, size
 
 @pytest.mark.parametrize("padding", ["zeros", "border"])
 @pytest.mark.parametrize("coordinates", ["normalized", "normalized_corners", "pixel"])
-def test_reference_derivatives_of_first_and_second_order(padding, coordinates):
+@pytest.mark.parametrize(
+    "shapes",
+    [[(3, 4), (1, 2)], [(5,), (1,)], [(2, 3, 2), (1, 2, 1)]],
+    ids=["images", "lines", "volumes"],
+)
+def test_reference_derivatives_of_first_and_second_order(shapes, padding, coordinates):
     case = Case(
-        shapes=[(3, 4), (1, 2)],
+        shapes=shapes,
         num_points=[2, 1],
         batch_size=1,
         num_queries=2,

@@ -260,16 +260,15 @@ def test_value_padding_mask_true_counts_as_0():
     ).all()
 
 
-def test_a_map_of_its_own_coordinates_is_read_back_bit_for_bit():
-    height, width = 37, 53
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    centres = torch.stack((x, y), -1).reshape(1, -1, 1, 2).double()
-    locations = centres.view(1, -1, 1, 1, 1, 2)
-    weights = torch.ones(1, height * width, 1, 1, 1, dtype=torch.float64)
-    found = saccade.deformable_attention(
-        centres, [(height, width)], locations, weights, coordinates="pixel"
-    )
-    assert torch.equal(found, centres.view(1, -1, 2))
+@pytest.mark.parametrize("shape", [(1001,), (37, 53), (7, 11, 13)])
+def test_a_map_of_its_own_coordinates_is_read_back_bit_for_bit(shape):
+    axes = torch.meshgrid(*[torch.arange(size).double() for size in shape], indexing="ij")
+    count, dims = axes[0].numel(), len(shape)
+    centres = torch.stack(axes[::-1], -1).reshape(1, count, 1, dims)
+    locations = centres.view(1, count, 1, 1, 1, dims)
+    weights = torch.ones(1, count, 1, 1, 1, dtype=torch.float64)
+    found = saccade.deformable_attention(centres, [shape], locations, weights, coordinates="pixel")
+    assert torch.equal(found, centres.view(1, count, dims))
 
 
 def test_in_place_edit_of_the_output_keeps_gradients_right():
@@ -297,3 +296,10 @@ def test_reference_points_and_boxes():
         [0.5 + 0.25 * 0.2, 0.25 + 3 * 0.25 * 0.4],
     ]
     torch.testing.assert_close(found.view(4, 2), torch.tensor(expected * 2))
+    for offsets, shapes in (
+        (torch.zeros(1, 1, 1, 1, 2), [(8,)]),
+        (torch.zeros(1, 1, 1, 1, 1), [(4, 8)]),
+    ):
+        reference = torch.zeros(1, 1, 1, offsets.shape[-1])
+        with pytest.raises(ValueError, match=r"spatial_shapes: expected . sizes for each level"):
+            sampling_locations(reference, offsets, shapes, [1])

@@ -160,14 +160,22 @@ SACCADE_INLINE Vector<T> minimum(Vector<T> a, Vector<T> b) {
   return a < b ? a : b;  // b where a is NaN
 }
 
-// y * width + x in 32 bits, for whole numbers x and y.
+// Rows of the value: 32 bits for each number of a vector.
 template <class T>
-SACCADE_INLINE void store_rows(int32_t* to, Vector<T> x, Vector<T> y, const int32_t* width) {
-  typedef typename VectorOf<int32_t, kWidth<T>>::type Rows;
-  typedef typename VectorOf<int32_t, kWidth<T>>::unaligned UnalignedRows;
-  const Rows widths = *reinterpret_cast<const UnalignedRows*>(width);
-  *reinterpret_cast<UnalignedRows*>(to) =
-      __builtin_convertvector(y, Rows) * widths + __builtin_convertvector(x, Rows);
+using RowNumbers = typename VectorOf<int32_t, kWidth<T>>::type;
+
+template <class T>
+SACCADE_INLINE RowNumbers<T> load_rows(const int32_t* from) {
+  return *reinterpret_cast<const typename VectorOf<int32_t, kWidth<T>>::unaligned*>(from);
+}
+template <class T>
+SACCADE_INLINE void store_rows(int32_t* to, RowNumbers<T> rows) {
+  *reinterpret_cast<typename VectorOf<int32_t, kWidth<T>>::unaligned*>(to) = rows;
+}
+// Of whole numbers.
+template <class T>
+SACCADE_INLINE RowNumbers<T> as_rows(Vector<T> whole) {
+  return __builtin_convertvector(whole, RowNumbers<T>);
 }
 
 template <class M>
@@ -265,6 +273,58 @@ SACCADE_INLINE void store_pairs(T* to, Vector<T> a, Vector<T> b) {
   constexpr std::make_integer_sequence<int, kWidth<T>> lanes{};
   store(to, low_pairs<T>(a, b, lanes));
   store(to + kWidth<T>, high_pairs<T>(a, b, lanes));
+}
+
+// Every third number of a, b and c, joined, from number `First` on.
+template <class T, int First, int... I>
+SACCADE_INLINE Vector<T> thirds(Vector<T> a, Vector<T> b, Vector<T> c,
+                                std::integer_sequence<int, I...>) {
+  constexpr int W = kWidth<T>;
+  const Vector<T> ab = shuffle<T, (3 * I + First < 2 * W ? 3 * I + First : 0)...>(a, b);
+  return shuffle<T, (3 * I + First < 2 * W ? I : 3 * I + First - W)...>(ab, c);
+}
+
+// Vector `Number` of a[0], b[0], c[0], a[1], ...
+template <class T, int Number, int... I>
+SACCADE_INLINE Vector<T> triples(Vector<T> a, Vector<T> b, Vector<T> c,
+                                 std::integer_sequence<int, I...>) {
+  constexpr int W = kWidth<T>, first = Number * W;
+  const Vector<T> ab = shuffle<T, ((first + I) / 3 + (first + I) % 3 % 2 * W)...>(a, b);
+  return shuffle<T, ((first + I) % 3 < 2 ? I : W + (first + I) / 3)...>(ab, c);
+}
+
+// The coordinates of a vector of points, which lie point after point, by axis; and back.
+template <class T, int N>
+SACCADE_INLINE void load_by_axis(const T* from, Vector<T>* axes) {
+  constexpr int W = kWidth<T>;
+  constexpr std::make_integer_sequence<int, W> lanes{};
+  const Vector<T> first = load(from);
+  if constexpr (N == 1) {
+    axes[0] = first;
+  } else if constexpr (N == 2) {
+    const Vector<T> second = load(from + W);
+    axes[0] = evens<T>(first, second);
+    axes[1] = odds<T>(first, second);
+  } else {
+    const Vector<T> second = load(from + W), third = load(from + 2 * W);
+    axes[0] = thirds<T, 0>(first, second, third, lanes);
+    axes[1] = thirds<T, 1>(first, second, third, lanes);
+    axes[2] = thirds<T, 2>(first, second, third, lanes);
+  }
+}
+template <class T, int N>
+SACCADE_INLINE void store_by_axis(T* to, const Vector<T>* axes) {
+  constexpr int W = kWidth<T>;
+  constexpr std::make_integer_sequence<int, W> lanes{};
+  if constexpr (N == 1) {
+    store(to, axes[0]);
+  } else if constexpr (N == 2) {
+    store_pairs<T>(to, axes[0], axes[1]);
+  } else {
+    store(to, triples<T, 0>(axes[0], axes[1], axes[2], lanes));
+    store(to + W, triples<T, 1>(axes[0], axes[1], axes[2], lanes));
+    store(to + 2 * W, triples<T, 2>(axes[0], axes[1], axes[2], lanes));
+  }
 }
 
 // a[0], b[0], c[0], d[0], a[1], ...

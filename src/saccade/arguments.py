@@ -25,6 +25,9 @@ SpatialShapes: TypeAlias = Sequence[Sequence[int]] | Tensor
 
 VALUE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
+# A map is a line, an image or a volume.
+SPATIAL_DIMS = (1, 2, 3)
+
 # Of one level: the kernels keep a position's number within its level in 32 bits.
 MOST_POSITIONS = 2**31 - 1
 
@@ -187,7 +190,11 @@ def _check(
 
 
 def understand_spatial_shapes(spatial_shapes: SpatialShapes) -> list[tuple[int, ...]]:
-    """One `(height, width)` tuple of positive ints a level, from a sequence or an [L, 2] tensor."""
+    """One tuple of positive ints a level, from a sequence of them or an integer tensor [L, N].
+
+    All have the same length, the number of dimensions N: `(width,)`, `(height, width)` or
+    `(depth, height, width)`.
+    """
     if isinstance(spatial_shapes, Tensor) and spatial_shapes.is_meta:
         raise ValueError("spatial_shapes: expected numbers, got a meta tensor, which has none")
     # A tensor is read back to the host here: on a GPU that is a synchronisation, a sequence is not.
@@ -196,15 +203,17 @@ def understand_spatial_shapes(spatial_shapes: SpatialShapes) -> list[tuple[int, 
         shapes = [tuple(_as_int(size) for size in row) for row in rows]
     except TypeError as error:
         raise TypeError(
-            "spatial_shapes: expected a sequence of (height, width) tuples of int or an integer "
-            f"tensor [levels, 2], got {spatial_shapes!r}"
+            "spatial_shapes: expected a sequence of tuples of int, (width,), (height, width) or "
+            "(depth, height, width), or an integer tensor [levels, 1, 2 or 3], "
+            f"got {spatial_shapes!r}"
         ) from error
     if not shapes:
         raise ValueError("spatial_shapes: expected at least one level, got none")
     for shape in shapes:
-        if len(shape) != 2:
+        if len(shape) not in SPATIAL_DIMS or len(shape) != len(shapes[0]):
             raise ValueError(
-                f"spatial_shapes: expected (height, width) for each level, got {shape} in {shapes}"
+                "spatial_shapes: expected (width,), (height, width) or (depth, height, width), the "
+                f"same for each level, got {shape} in {shapes}"
             )
         if any(size < 1 for size in shape):
             raise ValueError(f"spatial_shapes: expected positive sizes, got {shape} in {shapes}")

@@ -5,6 +5,7 @@ Needs torch alone, and prints plain text.
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import sys
@@ -205,17 +206,28 @@ def compare_with_reference() -> dict[str, float]:
 
     Returns:
         For "output" and the gradient of each input the largest difference, over head sizes that
-        fill vectors and such that do not, divided by the largest number of the reference's result.
+        fill vectors and such that do not, images, lines and volumes, divided by the largest number
+        of the reference's result.
     """
     generator = torch.Generator().manual_seed(0)
     worst: dict[str, float] = {}
-    for head_dim, padding in ((32, "zeros"), (5, "zeros"), (16, "border")):
-        shapes = [(9, 7), (4, 5), (1, 3)]
-        total = sum(height * width for height, width in shapes)
+    images, lines, volumes = (
+        [(9, 7), (4, 5), (1, 3)],
+        [(31,), (16,), (1,)],
+        [(4, 5, 6), (3, 1, 4), (1, 2, 1)],
+    )
+    for shapes, head_dim, padding in (
+        (images, 32, "zeros"),
+        (images, 5, "zeros"),
+        (images, 16, "border"),
+        (lines, 32, "zeros"),
+        (volumes, 32, "zeros"),
+    ):
+        total, dims = sum(math.prod(shape) for shape in shapes), len(shapes[0])
         inputs = {
             "value": torch.randn(2, total, 3, head_dim, generator=generator),
             # some points outside the map
-            "sampling_locations": torch.rand(2, 50, 3, 3, 4, 2, generator=generator) * 1.4 - 0.2,
+            "sampling_locations": torch.rand(2, 50, 3, 3, 4, dims, generator=generator) * 1.4 - 0.2,
             "attention_weights": torch.rand(2, 50, 3, 3, 4, generator=generator),
         }
         grad_output = torch.randn(2, 50, 3 * head_dim, generator=generator)

@@ -26,19 +26,20 @@ def deformable_attention(
 ) -> Tensor:
     """Multi-scale deformable attention: weighted sums of the value map at learned points.
 
-    For every query and head, the value map is read at each sampling location by bilinear
-    interpolation, and what is read is summed with the attention weights.
+    For every query and head, the value map is read at each sampling location by linear (bilinear,
+    trilinear) interpolation, and what is read is summed with the attention weights. The map has N =
+    1, 2 or 3 dimensions: a signal, an image, a volume.
 
     Args:
-        value (Tensor[B, S, M or 1, D]): the value maps of all levels, flattened row by row and
-            joined level after level. float32, float64, float16 or bfloat16. With one head, all M
+        value (Tensor[B, S, M or 1, D]): the value maps of all levels, flattened (the last axis
+            fastest) and joined level after level. float32, float64, float16 or bfloat16. With one head, all M
             heads read the same map, without a copy.
-        spatial_shapes: `(height, width)` in pixels of each of the L levels, as a sequence of tuples
-            of int or an integer tensor [L, 2]; the products sum to S. Prefer Python ints: a tensor
-            on a GPU has to be read back.
-        sampling_locations (Tensor[B, Q, M, L, K, 2] or, flat, Tensor[B, Q, M, P, 2]): where each
-            point reads, `(x, y)`, in the unit that `coordinates` names; any finite or non-finite
-            number is allowed. Its dtype may differ from the value's.
+        spatial_shapes: `(width,)`, `(height, width)` or `(depth, height, width)` in pixels of each
+            of the L levels, as a sequence of tuples of int or an integer tensor [L, N]; the
+            products sum to S. Prefer Python ints: a tensor on a GPU has to be read back.
+        sampling_locations (Tensor[B, Q, M, L, K, N] or, flat, Tensor[B, Q, M, P, N]): where each
+            point reads, `(x)`, `(x, y)` or `(x, y, z)`, in the unit that `coordinates` names; any
+            finite or non-finite number is allowed. Its dtype may differ from the value's.
         attention_weights (Tensor[B, Q, M, L, K] or, flat, Tensor[B, Q, M, P]): the weight of each
             point; not normalised here. Its dtype may differ from the value's.
         num_points: number of points of each level, one int or a list of L ints; needed for (and
@@ -75,6 +76,11 @@ def deformable_attention(
         >>> weights = torch.rand(2, 100, 8, 2, 4)
         >>> saccade.deformable_attention(value, [(8, 8), (4, 4)], locations, weights).shape
         torch.Size([2, 100, 256])
+        >>> signal, locations = torch.arange(5.0).view(1, 5, 1, 1), torch.tensor([0.5, 2.25])
+        >>> saccade.deformable_attention(                         # one dimension, two queries
+        ...     signal, [(5,)], locations.view(1, 2, 1, 1, 1, 1), torch.ones(1, 2, 1, 1, 1),
+        ...     coordinates="pixel").flatten().tolist()
+        [0.5, 2.25]
     """
     call = understand(
         value,

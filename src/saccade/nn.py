@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from saccade.arguments import (
+    SPATIAL_DIMS,
     Interpolation,
     Padding,
     SpatialShapes,
@@ -18,7 +18,7 @@ from saccade.arguments import (
     understand_spatial_shapes,
 )
 from saccade.functional import deformable_attention
-from saccade.sampling import Sampling, sampling_locations
+from saccade.sampling import Sampling, directions, sampling_locations
 
 
 class _SamplingModule(nn.Module):
@@ -31,26 +31,32 @@ class _SamplingModule(nn.Module):
         embed_dim: int,
         num_heads: int,
         num_points: list[int],
+        spatial_dims: int,
         interpolation: Interpolation,
         padding: Padding,
     ) -> None:
         super().__init__()
+        if positive_int("spatial_dims", spatial_dims) not in SPATIAL_DIMS:
+            raise ValueError(f"spatial_dims: expected 1, 2 or 3, got {spatial_dims}")
         check_option("interpolation", interpolation, Interpolation)
         check_option("padding", padding, Padding)
         self.embed_dim = positive_int("embed_dim", embed_dim)
         self.num_heads = positive_int("num_heads", num_heads)
         self.num_points = num_points
+        self.spatial_dims = spatial_dims
         self.interpolation: Interpolation = interpolation
         self.padding: Padding = padding
         total_points = num_heads * sum(num_points)
-        self.sampling_offsets = nn.Linear(embed_dim, total_points * 2)
+        self.sampling_offsets = nn.Linear(embed_dim, total_points * spatial_dims)
         self.attention_weights = nn.Linear(embed_dim, total_points)
 
     def reset_parameters(self) -> None:
-        """The family's initialisation: head m looks along direction m, the points further out."""
-        angle = torch.arange(self.num_heads, dtype=torch.float32) * (2 * math.pi / self.num_heads)
-        direction = torch.stack((angle.cos(), angle.sin()), -1)
-        direction = direction / direction.abs().amax(-1, keepdim=True)
+        """The family's initialisation: head m looks along direction m, the points further out.
+
+        The directions divide the circle, as everywhere; a line into left and right, by turns; the
+        sphere evenly. The longest coordinate of each is 1: the k-th point is k pixels away.
+        """
+        direction = directions(self.num_heads, self.spatial_dims)
         distance = torch.tensor(
             [point + 1.0 for count in self.num_points for point in range(count)]
         )
@@ -80,7 +86,7 @@ class _SamplingModule(nn.Module):
         dtype = _location_dtype(query)
         total_points = sum(self.num_points)
         offsets = self.sampling_offsets(query).to(dtype)
-        offsets = offsets.unflatten(-1, (self.num_heads, total_points, 2))
+        offsets = offsets.unflatten(-1, (self.num_heads, total_points, self.spatial_dims))
         logits = self.attention_weights(query).to(dtype)
         reference_points = reference_points.to(dtype)
         sampling = Sampling(
@@ -114,6 +120,7 @@ class MultiScaleDeformableAttention(_SamplingModule):
         num_heads: heads M; must divide `embed_dim`.
         num_levels: levels L of the value map.
         num_points: points each head reads on each level, one number or a list of L numbers.
+        spatial_dims: dimensions N of the maps, 1, 2 or 3.
         interpolation: as in `saccade.deformable_attention`.
         padding: as in `saccade.deformable_attention`.
 
@@ -134,6 +141,14 @@ class MultiScaleDeformableAttention(_SamplingModule):
         >>> query, reference = torch.randn(1, 10, 64), torch.rand(1, 10, 1, 2)
         >>> attention(query, reference, value, [(8, 8), (4, 4)]).shape
         torch.Size([1, 10, 64])
+
+        One dimension, the signal at two rates:
+
+        >>> attention = saccade.nn.MultiScaleDeformableAttention(
+        ...     64, num_heads=4, num_levels=2, spatial_dims=1)
+        >>> value, reference = torch.randn(1, 128 + 64, 64), torch.rand(1, 10, 1, 1)
+        >>> attention(query, reference, value, [(128,), (64,)]).shape
+        torch.Size([1, 10, 64])
     """
 
     def __init__(
@@ -143,11 +158,12 @@ class MultiScaleDeformableAttention(_SamplingModule):
         num_levels: int = 4,
         num_points: int | Sequence[int] = 4,
         *,
+        spatial_dims: int = 2,
         interpolation: Interpolation = "linear",
         padding: Padding = "zeros",
     ) -> None:
         points = understand_num_points(num_points, positive_int("num_levels", num_levels), 4)
-        super().__init__(embed_dim, num_heads, points, interpolation, padding)
+        super().__init__(embed_dim, num_heads, points, spatial_dims, interpolation, padding)
         _check_heads(embed_dim, num_heads)
         self.num_levels = num_levels
         self.value_proj = nn.Linear(embed_dim, embed_dim)
@@ -168,10 +184,13 @@ class MultiScaleDeformableAttention(_SamplingModule):
 
         Args:
             query (Tensor[B, Q, C]): the queries, position embedding added.
-            reference_points (Tensor[B, Q, 1 or L, 2 or 4]): normalized (x, y) points, or boxes
-                (centre x, centre y, width, height); with 1 in the third axis for all levels.
+            reference_points (Tensor[B, Q, 1 or L, N or 2 N]): normalized (x, y) points, or boxes
+                (centre x, centre y, width, height); (x) or (x, width) in one dimension, (x, y, z)
+                or (x, y, z, width, height, depth) in three. With 1 in the third axis for all
+                levels.
             value (Tensor[B, S, C]): the feature maps of all levels, flattened and joined.
-            spatial_shapes: `(height, width)` of each level; the products sum to S.
+            spatial_shapes: `(height, width)` of each level, `(width,)` in one dimension, `(depth,
+                height, width)` in three; the products sum to S.
             value_padding_mask (Tensor[B, S], bool): True marks padding, which counts as 0.
             return_sampling: also return where the queries looked.
 
@@ -181,17 +200,18 @@ class MultiScaleDeformableAttention(_SamplingModule):
         Raises:
             ValueError: a shape does not fit; the message names the argument.
         """
-        _check_channels("query", query, 3, self.embed_dim)
-        _check_channels("value", value, 3, self.embed_dim)
+        _check_channels("query", query, ("batch", "positions"), self.embed_dim)
+        _check_channels("value", value, ("batch", "positions"), self.embed_dim)
         _check_tensor("reference_points", reference_points)
         if value.shape[0] != query.shape[0]:
             raise ValueError(
                 f"value: expected a batch of {query.shape[0]} as in query, got {list(value.shape)}"
             )
         shapes = understand_spatial_shapes(spatial_shapes)
-        if len(shapes) != self.num_levels:
+        if len(shapes) != self.num_levels or len(shapes[0]) != self.spatial_dims:
             raise ValueError(
-                f"spatial_shapes: expected {self.num_levels} levels (num_levels), got {shapes}"
+                f"spatial_shapes: expected {self.num_levels} levels (num_levels) of "
+                f"{self.spatial_dims} sizes (spatial_dims), got {shapes}"
             )
         projected = self.value_proj(value).unflatten(-1, (self.num_heads, -1))
         return self._attend(
@@ -201,7 +221,8 @@ class MultiScaleDeformableAttention(_SamplingModule):
     def extra_repr(self) -> str:
         return (
             f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, "
-            f"num_levels={self.num_levels}, num_points={self.num_points}"
+            f"num_levels={self.num_levels}, num_points={self.num_points}, "
+            f"spatial_dims={self.spatial_dims}"
         )
 
 
@@ -212,7 +233,7 @@ class DeformableAttention(_SamplingModule):
         embed_dim: channels C of queries and feature map.
         num_heads: heads M.
         num_points: points K that each head reads.
-        spatial_dims: dimensions of the map; 2 so far.
+        spatial_dims: dimensions N of the map, 1, 2 or 3.
         value_projection: True, the Deformable-DETR form: the map is projected and split into heads
             of C / M channels. False, the plain form: every head reads all C channels of the same
             un-projected map, and the output projection takes M * C channels.
@@ -237,6 +258,12 @@ class DeformableAttention(_SamplingModule):
         ...     torch.randn(1, 10, 64), torch.randn(1, 16, 20, 64), return_sampling=True)
         >>> output.shape, sampling.sampling_locations.shape
         (torch.Size([1, 10, 64]), torch.Size([1, 10, 4, 4, 2]))
+
+        A volume:
+
+        >>> attention = saccade.nn.DeformableAttention(64, num_heads=4, spatial_dims=3)
+        >>> attention(torch.randn(1, 10, 64), torch.randn(1, 6, 16, 20, 64)).shape
+        torch.Size([1, 10, 64])
     """
 
     def __init__(
@@ -252,13 +279,12 @@ class DeformableAttention(_SamplingModule):
         padding: Padding = "zeros",
     ) -> None:
         points = [positive_int("num_points", num_points)]
-        super().__init__(embed_dim, num_heads, points, interpolation, padding)
-        if spatial_dims != 2:
-            raise ValueError(f"spatial_dims: expected 2, got {spatial_dims}")
+        super().__init__(embed_dim, num_heads, points, spatial_dims, interpolation, padding)
         if value_projection:
             _check_heads(embed_dim, num_heads)
-        self.spatial_dims = spatial_dims
-        self.reference_points = nn.Linear(embed_dim, 2) if predict_reference_points else None
+        self.reference_points = (
+            nn.Linear(embed_dim, spatial_dims) if predict_reference_points else None
+        )
         self.value_proj = nn.Linear(embed_dim, embed_dim) if value_projection else None
         attended_dim = embed_dim if value_projection else num_heads * embed_dim
         self.output_proj = nn.Linear(attended_dim, embed_dim)
@@ -277,10 +303,12 @@ class DeformableAttention(_SamplingModule):
 
         Args:
             query (Tensor[B, Q, C]): the queries.
-            feature_map (Tensor[B, H, W, C]): the map, channels last.
-            reference_points (Tensor[B, Q, 2 or 4]): normalized (x, y) points or boxes; None: the
-                sigmoid of a linear layer of the query.
-            value_padding_mask (Tensor[B, H, W], bool): True marks padding, which counts as 0.
+            feature_map (Tensor[B, H, W, C]): the map, channels last; [B, W, C] in one dimension,
+                [B, D, H, W, C] in three.
+            reference_points (Tensor[B, Q, N or 2 N]): normalized (x, y) points or boxes, as in
+                `MultiScaleDeformableAttention`; None: the sigmoid of a linear layer of the query.
+            value_padding_mask (Tensor[B, H, W], bool): True marks padding, which counts as 0; as
+                many axes as the map has.
             return_sampling: also return where the queries looked.
 
         Returns:
@@ -289,16 +317,19 @@ class DeformableAttention(_SamplingModule):
         Raises:
             ValueError: a shape does not fit; the message names the argument.
         """
-        _check_channels("query", query, 3, self.embed_dim)
-        _check_channels("feature_map", feature_map, 4, self.embed_dim)
+        _check_channels("query", query, ("batch", "positions"), self.embed_dim)
+        axes = ("depth", "height", "width")[-self.spatial_dims :]
+        _check_channels("feature_map", feature_map, ("batch", *axes), self.embed_dim)
         batch_size, num_queries = query.shape[:2]
-        height, width = feature_map.shape[1:3]
+        shape = tuple(feature_map.shape[1:-1])
         _check_shape(
-            "feature_map", feature_map, (batch_size, max(1, height), max(1, width), self.embed_dim)
+            "feature_map",
+            feature_map,
+            (batch_size, *(max(1, size) for size in shape), self.embed_dim),
         )
         if value_padding_mask is not None:
-            _check_shape("value_padding_mask", value_padding_mask, (batch_size, height, width))
-        shapes: list[tuple[int, ...]] = [(height, width)]
+            _check_shape("value_padding_mask", value_padding_mask, (batch_size, *shape))
+        shapes: list[tuple[int, ...]] = [shape]
         if reference_points is None:
             if self.reference_points is None:
                 raise ValueError(
@@ -309,10 +340,10 @@ class DeformableAttention(_SamplingModule):
         _check_shape(
             "reference_points",
             reference_points,
-            (batch_size, num_queries, 2),
-            (batch_size, num_queries, 4),
+            (batch_size, num_queries, self.spatial_dims),
+            (batch_size, num_queries, 2 * self.spatial_dims),
         )
-        value = feature_map.flatten(1, 2)
+        value = feature_map.flatten(1, -2)
         if self.value_proj is None:
             projected = value[:, :, None, :]  # one head that all of them read
         else:
@@ -329,7 +360,8 @@ class DeformableAttention(_SamplingModule):
     def extra_repr(self) -> str:
         return (
             f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, "
-            f"num_points={self.num_points[0]}, value_projection={self.value_proj is not None}"
+            f"num_points={self.num_points[0]}, spatial_dims={self.spatial_dims}, "
+            f"value_projection={self.value_proj is not None}"
         )
 
 
@@ -355,9 +387,10 @@ def _check_heads(embed_dim: int, num_heads: int) -> None:
         raise ValueError(f"num_heads: expected a divisor of embed_dim {embed_dim}, got {num_heads}")
 
 
-def _check_channels(name: str, tensor: object, axes: int, embed_dim: int) -> None:
+def _check_channels(name: str, tensor: object, axes: Sequence[str], embed_dim: int) -> None:
     _check_tensor(name, tensor)
     assert isinstance(tensor, Tensor)
-    if tensor.dim() != axes or tensor.shape[-1] != embed_dim:
-        leading = "batch, " + ("height, width" if axes == 4 else "positions")
-        raise ValueError(f"{name}: expected [{leading}, {embed_dim}], got {list(tensor.shape)}")
+    if tensor.dim() != len(axes) + 1 or tensor.shape[-1] != embed_dim:
+        raise ValueError(
+            f"{name}: expected [{', '.join(axes)}, {embed_dim}], got {list(tensor.shape)}"
+        )

@@ -142,6 +142,7 @@ Call<S> draw() {
   problem.interpolation = integer(0, 3) ? Interpolation::linear : Interpolation::nearest;
   problem.padding = integer(0, 1) ? Padding::zeros : Padding::border;
   problem.coordinates = static_cast<Coordinates>(integer(0, 2));
+  problem.spatial_dims = integer(0, 2) ? 2 : integer(1, 3);
   problem.batch_size = integer(0, 2);
   problem.num_queries = integer(0, 9) ? integer(0, 20) : integer(100, 300);
   problem.num_heads = integer(1, 3);
@@ -149,10 +150,13 @@ Call<S> draw() {
   problem.head_dim = integer(0, 1) ? integer(1, 40) : 16 * integer(1, 6);
   const int64_t num_levels = integer(1, 4);
   for (int64_t i = 0; i < num_levels; ++i) {
-    const int64_t height = integer(1, 7), width = integer(1, 7);
+    const int64_t depth = problem.spatial_dims > 2 ? integer(1, 4) : 1;
+    const int64_t height = problem.spatial_dims > 1 ? integer(1, 7) : 1;
+    const int64_t width = integer(1, problem.spatial_dims > 1 ? 7 : 30);
     const int64_t points = integer(0, 2) ? integer(1, 5) : 16;  // 16: whole vectors, whole lines
-    problem.levels.push_back({height, width, problem.num_positions, problem.total_points, points});
-    problem.num_positions += height * width;
+    problem.levels.push_back(
+        {depth, height, width, problem.num_positions, problem.total_points, points});
+    problem.num_positions += depth * height * width;
     problem.total_points += points;
   }
   problem.prepare(integer(1, 8));
@@ -173,7 +177,7 @@ Call<S> draw() {
   const double reach = problem.coordinates == Coordinates::pixel ? 8 : 1.4;
   call.weights.resize(points);
   for (T& weight : call.weights) weight = static_cast<T>(real(0, 1));
-  call.locations.resize(2 * points);
+  call.locations.resize(problem.spatial_dims * points);
   const T extreme[] = {std::numeric_limits<T>::infinity(),
                        -std::numeric_limits<T>::infinity(),
                        std::numeric_limits<T>::quiet_NaN(),
@@ -238,35 +242,42 @@ Results naive(const Call<S>& call) {
           for (int64_t k = 0; k < level.num_points; ++k) {
             const int64_t query = (b * p.num_queries + q) * p.num_heads + m;
             const int64_t point = query * p.total_points + level.first_point + k;
-            if (!std::isfinite(call.locations[2 * point]) ||
-                !std::isfinite(call.locations[2 * point + 1]))
+            const int64_t axes = p.spatial_dims;
+            const auto* location = &call.locations[axes * point];
+            if (!std::all_of(location, location + axes, [](double n) { return std::isfinite(n); }))
               continue;
-            const Position x = position(call.locations[2 * point], level.width, p);
-            const Position y = position(call.locations[2 * point + 1], level.height, p);
+            // An axis that the map does not have is one cell, looked at squarely.
+            const int64_t sizes[3] = {level.width, level.height, level.depth};
+            Position at[3] = {};
+            for (int64_t n = 0; n < axes; ++n) at[n] = position(location[n], sizes[n], p);
             const double attention = call.weights[point];
-            for (int64_t row = 0; row < level.height; ++row)
-              for (int64_t column = 0; column < level.width; ++column) {
-                const double weight = share(x, column) * share(y, row);
-                const double x_slope = slope(x, column) * share(y, row);
-                const double y_slope = slope(y, row) * share(x, column);
-                if (weight == 0 && x_slope == 0 && y_slope == 0) continue;
-                const int64_t position = level.first_row + row * level.width + column;
-                const int64_t from = call.row(b, position, m);
-                const int64_t to = ((b * p.num_positions + position) * p.value_heads +
-                                    (p.value_heads > 1 ? m : 0)) *
-                                   p.head_dim;
-                double dot = 0;
-                for (int64_t d = 0; d < p.head_dim; ++d) {
-                  const double value = Stored<S>::decode(call.value[from + d]);
-                  const double grad = Stored<S>::decode(call.grad_output[query * p.head_dim + d]);
-                  results.output[query * p.head_dim + d] += attention * weight * value;
-                  results.grad_value[to + d] += attention * weight * grad;
-                  dot += grad * value;
-                }
-                results.grad_weights[point] += weight * dot;
-                results.grad_locations[2 * point] += attention * x_slope * dot;
-                results.grad_locations[2 * point + 1] += attention * y_slope * dot;
+            for (int64_t cell = 0; cell < level.num_rows(); ++cell) {
+              const int64_t cells[3] = {cell % level.width, cell / level.width % level.height,
+                                        cell / level.width / level.height};
+              const double x = share(at[0], cells[0]), y = share(at[1], cells[1]),
+                           z = share(at[2], cells[2]);
+              const double weight = x * y * z;
+              const double slopes[3] = {slope(at[0], cells[0]) * y * z,
+                                        slope(at[1], cells[1]) * x * z,
+                                        slope(at[2], cells[2]) * x * y};
+              if (weight == 0 && slopes[0] == 0 && slopes[1] == 0 && slopes[2] == 0) continue;
+              const int64_t position = level.first_row + cell;
+              const int64_t from = call.row(b, position, m);
+              const int64_t to =
+                  ((b * p.num_positions + position) * p.value_heads + (p.value_heads > 1 ? m : 0)) *
+                  p.head_dim;
+              double dot = 0;
+              for (int64_t d = 0; d < p.head_dim; ++d) {
+                const double value = Stored<S>::decode(call.value[from + d]);
+                const double grad = Stored<S>::decode(call.grad_output[query * p.head_dim + d]);
+                results.output[query * p.head_dim + d] += attention * weight * value;
+                results.grad_value[to + d] += attention * weight * grad;
+                dot += grad * value;
               }
+              results.grad_weights[point] += weight * dot;
+              for (int64_t n = 0; n < axes; ++n)
+                results.grad_locations[axes * point + n] += attention * slopes[n] * dot;
+            }
           }
   return results;
 }

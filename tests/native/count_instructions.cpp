@@ -40,7 +40,7 @@ struct Call {
     problem.head_dim = 32;
     for (const auto& shape : shapes) {
       problem.levels.push_back(
-          {shape.first, shape.second, problem.num_positions, problem.total_points, 4});
+          {1, shape.first, shape.second, problem.num_positions, problem.total_points, 4});
       problem.num_positions += shape.first * shape.second;
       problem.total_points += 4;
     }

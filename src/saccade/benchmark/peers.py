@@ -7,6 +7,7 @@ where it knows no 16-bit values. What it cannot do it says; nothing is left out 
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -106,11 +107,16 @@ class GridSample(Peer):
     """The code that detectors run on a CPU today, as transformers has it."""
 
     name = "grid_sample"
-    about = "transformers' own function, eager: Deformable DETR's, for lists of points D-FINE's"
+    about = (
+        "transformers' own function, eager: Deformable DETR's, for lists of points D-FINE's; for "
+        "signals and volumes the same in one and three dimensions"
+    )
     modules: tuple[str, ...] = ("transformers",)
 
     def prepare(self, workload: Workload, inputs: Inputs) -> Attend:
         """The function of the model family that has this kind of points."""
+        if workload.spatial_dims != 2:
+            return _grid_sample_of_lines_or_volumes(workload)
         from transformers.models.d_fine.modeling_d_fine import multi_scale_deformable_attention_v2
         from transformers.models.deformable_detr.modeling_deformable_detr import (
             MultiScaleDeformableAttention,
@@ -144,6 +150,47 @@ class GridSample(Peer):
         return attend
 
 
+def _grid_sample_of_lines_or_volumes(workload: Workload) -> Attend:
+    """As projects write it that have no kernel: a call of grid_sample for each level.
+
+    transformers' function in other dimensions. grid_sample knows images and volumes: a line is an
+    image of height 1 to it.
+    """
+    shapes, points, heads = workload.shapes, workload.points, workload.num_heads
+    is_line = workload.spatial_dims == 1
+
+    def attend(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        batch_size, _, _, head_dim = value.shape
+        value = value.expand(-1, -1, heads, -1)
+        grids = 2 * locations - 1
+        if is_line:
+            grids = torch.cat((grids, torch.zeros_like(grids)), -1)
+        levels = zip(
+            value.split([math.prod(shape) for shape in shapes], 1),
+            shapes,
+            grids.split(points, 3),
+            strict=True,
+        )
+        sampled = [
+            torch.nn.functional.grid_sample(
+                level.flatten(2)
+                .transpose(1, 2)
+                .reshape(batch_size * heads, head_dim, *((1, *shape) if is_line else shape)),
+                # [batch * heads, queries, points, 2] or [batch * heads, queries, points, 1, 3]
+                grid.transpose(1, 2).flatten(0, 1).unflatten(2, (-1,) if is_line else (-1, 1)),
+                mode="bilinear",
+                padding_mode="zeros",
+                align_corners=False,
+            ).flatten(3)
+            for level, shape, grid in levels
+        ]
+        flat_weights = weights.transpose(1, 2).reshape(batch_size * heads, 1, -1, sum(points))
+        attended = (torch.cat(sampled, -1) * flat_weights).sum(-1)
+        return attended.view(batch_size, heads * head_dim, -1).transpose(1, 2).contiguous()
+
+    return attend
+
+
 class CompiledGridSample(GridSample):
     """The same under torch.compile."""
 
@@ -167,7 +214,9 @@ class MSDeformAttn(Peer):
     install = "pip install --no-build-isolation --no-deps torch-ms-deform-attn"
 
     def refusal(self, workload: Workload, *, backward: bool) -> str | None:
-        """Lists of points."""
+        """Lists of points, signals and volumes."""
+        if workload.spatial_dims != 2:
+            return "knows two dimensions only"
         points = set(workload.points)
         return "takes one number of points for all levels" if len(points) > 1 else None
 

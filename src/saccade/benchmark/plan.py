@@ -15,6 +15,8 @@ from saccade.benchmark.workloads import WORKLOADS
 ENCODERS = ("detr-encoder", "dino5-encoder", "mask2former-encoder", "bevformer-tsa")
 # Few queries: the cases whose times depend on what the caches hold.
 DECODERS = ("detr-decoder", "rtdetr-decoder", "rfdetr-nano")
+# The operator on lines and volumes, where few peers can follow: measured apart from the detectors.
+FAMILY = ("tadtr-1d", "medical-3d")
 # Compiling takes half a minute a case and direction, and what comes out is slower than eager: a large
 # case, a small one and lists of points show it.
 COMPILED = ("detr-encoder", "detr-decoder", "dfine-decoder")
@@ -84,13 +86,14 @@ def committed_plan() -> list[Step]:
     many = torch.get_num_threads()
     compiled, runtime = "torch.compile", "onnxruntime"
     steps = []
-    for name in WORKLOADS:
+    detectors = [name for name in WORKLOADS if name not in FAMILY]
+    for name in detectors:
         left = [] if name in COMPILED else [compiled]
         steps += _both(name, everyone, left, threads=many)
     # One thread takes twice as long, and compiled code and ONNX Runtime's say nothing new there.
-    for name in WORKLOADS if many > 1 else ():
+    for name in detectors if many > 1 else ():
         steps += _both(name, everyone, [compiled, runtime], threads=1)
-    for name in WORKLOADS:
+    for name in detectors:
         steps += _both(name, everyone, [compiled, runtime], threads=many, uniform=True)
     for name in ENCODERS:
         steps += _both(name, everyone, [compiled, runtime], threads=many, dtype=torch.bfloat16)

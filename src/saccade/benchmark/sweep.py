@@ -1,14 +1,14 @@
 """A sweep over shapes: where the kernel is slow for the work it does, and how its time grows.
 
-The work is the cache lines that the value rows lie in which the forward reads: B · Q · M · P · 4
-corners, each a row of D · itemsize bytes. A row of 4 bytes takes a line of 64, and an instruction, as a
-row of 64 does; one of 44 bytes lies in 1.6 lines on average. The backward reads them again and adds as
-many to the gradient of the value, which has to be written whole even where few queries look at a large
-map: forward and backward count three times the rows and once the value. Work over time is an effective
-bandwidth, the same measure for every shape. Rows come mostly from caches, so it may exceed the memory's.
-Memory stays with the process: what the system takes to clear pages that were given back to it, on a
-virtual machine up to ten times the kernel's work, is not the kernel's. Nothing is left out, and the
-worst are named.
+The work is the cache lines that the value rows lie in which the forward reads: B · Q · M · P · 4 corners
+(on a line 2, in a volume 8), each a row of D · itemsize bytes. A row of 4 bytes takes a line of 64, and
+an instruction, as a row of 64 does; one of 44 bytes lies in 1.6 lines on average. The backward reads
+them again and adds as many to the gradient of the value, which has to be written whole even where few
+queries look at a large map: forward and backward count three times the rows and once the value. Work
+over time is an effective bandwidth, the same measure for every shape. Rows come mostly from caches, so
+it may exceed the memory's. Memory stays with the process: what the system takes to clear pages that were
+given back to it, on a virtual machine up to ten times the kernel's work, is not the kernel's. Nothing is
+left out, and the worst are named.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ class ScalingFigure(NamedTuple):
 def work(workload: Workload) -> int:
     """The bytes of the cache lines that the float32 value rows lie in which the forward reads."""
     sampled = workload.batch_size * workload.queries * workload.num_heads * sum(workload.points)
-    return round(sampled * 4 * lines_of_a_row(workload.head_dim * 4) * LINE_BYTES)
+    rows = sampled * (1 << workload.spatial_dims)
+    return round(rows * lines_of_a_row(workload.head_dim * 4) * LINE_BYTES)
 
 
 def lines_of_a_row(row_bytes: int) -> float:
@@ -102,7 +103,7 @@ def work_of_both(workload: Workload) -> int:
 def describe(workload: Workload) -> str:
     """The sizes of a shape, short."""
     points = workload.num_points
-    sizes = ", ".join(f"{height}x{width}" for height, width in workload.shapes)
+    sizes = ", ".join("x".join(map(str, shape)) for shape in workload.shapes)
     return (
         f"B{workload.batch_size} Q{workload.queries} M{workload.num_heads} D{workload.head_dim} "
         f"K{points if isinstance(points, int) else list(points)}"

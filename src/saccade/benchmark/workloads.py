@@ -1,7 +1,8 @@
-"""The registry of workloads: the shapes in which detectors use the operator, and realistic inputs."""
+"""The registry of workloads: the shapes in which models use the operator, and realistic inputs."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ class Workload(NamedTuple):
 
     name: str
     source: str
-    shapes: Sequence[tuple[int, int]]
+    shapes: Sequence[tuple[int, ...]]
     num_queries: int | None = None
     num_heads: int = 8
     head_dim: int = 32
@@ -28,7 +29,12 @@ class Workload(NamedTuple):
     @property
     def num_positions(self) -> int:
         """Positions of the value map, all levels together."""
-        return sum(height * width for height, width in self.shapes)
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def spatial_dims(self) -> int:
+        """1 for signals, 2 for images, 3 for volumes."""
+        return len(self.shapes[0])
 
     @property
     def queries(self) -> int:
@@ -67,6 +73,10 @@ WORKLOADS = {
             num_points=8,
             batch_size=6,
         ),
+        Workload("tadtr-1d", "TadTR, temporal", [(128,)]),
+        Workload(
+            "medical-3d", "transoar, large", [(16, 15, 39), (8, 8, 20), (4, 4, 10)], num_heads=36
+        ),
         Workload("plain-single-map", "the plain form", [(64, 64)], head_dim=256, shared_head=True),
     )
 }
@@ -102,13 +112,13 @@ def draw(workload: Workload, *, dtype: torch.dtype, uniform: bool, seed: int = 0
     )
     sizes = torch.tensor(
         [
-            (width, height)
-            for (height, width), count in zip(workload.shapes, workload.points, strict=True)
+            shape[::-1]
+            for shape, count in zip(workload.shapes, workload.points, strict=True)
             for _ in range(count)
         ],
         dtype=torch.float32,
     )
-    shape = (batch_size, queries, heads, len(sizes), 2)
+    shape = (batch_size, queries, heads, len(sizes), workload.spatial_dims)
     if uniform:
         locations = torch.rand(shape, generator=random)
     else:
@@ -120,12 +130,12 @@ def draw(workload: Workload, *, dtype: torch.dtype, uniform: bool, seed: int = 0
 
 
 def _reference_points(workload: Workload, random: torch.Generator) -> Tensor:
-    """[Q, 2], normalized: the centres of the cells where each position is a query."""
+    """[Q, N], normalized: the centres of the cells where each position is a query."""
     if workload.num_queries is not None:
-        return torch.rand(workload.queries, 2, generator=random)
+        return torch.rand(workload.queries, workload.spatial_dims, generator=random)
     centres = []
-    for height, width in workload.shapes:
-        y = (torch.arange(height) + 0.5) / height
-        x = (torch.arange(width) + 0.5) / width
-        centres.append(torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).reshape(-1, 2))
+    for shape in workload.shapes:
+        axes = torch.meshgrid(*((torch.arange(size) + 0.5) / size for size in shape), indexing="ij")
+        # A location is (x, y), a shape is (H, W).
+        centres.append(torch.stack(axes[::-1], -1).flatten(0, -2))
     return torch.cat(centres)

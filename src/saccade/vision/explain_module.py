@@ -117,8 +117,11 @@ def explain_module(
         the module's output.
 
     Raises:
-        ValueError: an index is out of range, or the module refuses the inputs.
+        ValueError: an index is out of range, the module refuses the inputs, or it reads lines or
+            volumes, which are not explained yet.
     """
+    if module.spatial_dims != 2:
+        raise ValueError(f"module: expected spatial_dims 2, got {module.spatial_dims}")
     seen: dict[str, Tensor] = {}
     hooks = [module.output_proj.register_forward_hook(_keep(seen, "attended"))]
     if module.value_proj is not None:
