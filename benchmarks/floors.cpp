@@ -118,39 +118,20 @@ struct Neighbourhoods {
   }
 };
 
-// The rows of all points, multiplied and added up.
-void add_neighbourhoods(const Neighbourhoods& from, const Cached& cached) {
+// Four rows of each point multiplied with its weights and added up: the blend of one head, and its
+// dot products. `row(point, corner)` says where they are; the weights are quads repeated to a
+// vector.
+template <class Row>
+void add_rows(const Cached& cached, Row row) {
   V sums[4][kVectors] = {};
   for (int64_t i = 0; i < kPointsOfHead; ++i) {
-    const float* rows[2] = {from.rows + from.upper[i], from.rows + from.lower[i]};
     const V quads = load(cached.weights + (i & 31) * kWidth);
     const V w[4] = {spread<0>(quads), spread<1>(quads), spread<2>(quads), spread<3>(quads)};
 #pragma GCC unroll 4
     for (int corner = 0; corner < 4; ++corner)
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v)
-        sums[corner][v] += load(rows[corner / 2] + corner % 2 * kHeadDim + v * kWidth) * w[corner];
-  }
-  for (auto& of_corner : sums)
-    for (const V sum : of_corner) keep(sum);
-}
-
-// Four rows of a point multiplied with their weights and added up. The weights of `cached` are
-// quads repeated to a vector. kApart: four rows loaded, the blend of one head, and its dot
-// products; else one row four times, the scatter of grad_output where every point shares its cell
-// with many.
-template <bool kApart>
-void add_rows(const Cached& cached) {
-  V sums[4][kVectors] = {};
-  for (int64_t i = 0; i < kPointsOfHead; ++i) {
-    const float* row = cached.row(i);
-    const V quads = load(cached.weights + (i & 31) * kWidth);
-    const V w[4] = {spread<0>(quads), spread<1>(quads), spread<2>(quads), spread<3>(quads)};
-#pragma GCC unroll 4
-    for (int corner = 0; corner < 4; ++corner)
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v)
-        sums[corner][v] += load(row + kApart * corner * kHeadDim + v * kWidth) * w[corner];
+        sums[corner][v] += load(row(i, corner) + v * kWidth) * w[corner];
   }
   for (auto& of_corner : sums)
     for (const V sum : of_corner) keep(sum);
@@ -204,10 +185,21 @@ int main(int argc, char** argv) {
     }
     std::printf("%s %.3f\n", name, least);
   };
-  time("row_loads", [&](int i, int64_t) { add_rows<true>(cached[i]); });
-  const Neighbourhoods neighbourhoods;
-  time("neighbourhoods", [&](int i, int64_t) { add_neighbourhoods(neighbourhoods, cached[i]); });
-  time("cell_sums", [&](int i, int64_t) { add_rows<false>(cached[i]); });
+  time("row_loads", [&](int i, int64_t) {
+    const Cached& from = cached[i];
+    add_rows(from, [&](int64_t point, int corner) { return from.row(point) + corner * kHeadDim; });
+  });
+  const Neighbourhoods near;
+  time("neighbourhoods", [&](int i, int64_t) {
+    add_rows(cached[i], [&](int64_t point, int corner) {
+      return near.rows + (corner < 2 ? near.upper : near.lower)[point] + corner % 2 * kHeadDim;
+    });
+  });
+  // One row four times: the scatter of grad_output where every point shares its cell with many.
+  time("cell_sums", [&](int i, int64_t) {
+    const Cached& from = cached[i];
+    add_rows(from, [&](int64_t point, int) { return from.row(point); });
+  });
   time("read_points", [&](int, int64_t head) {
     read_strided(locations, 2 * kPoints, head);
     read_strided(weights, kPoints, head);

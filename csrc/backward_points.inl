@@ -62,16 +62,16 @@ void dots_of_chunk(const Problem& problem, Points<T>& points, const Unit& unit,
     const int64_t num_points = level.num_points;
     T* dots = points.weights(level, slice);
     const T* grad = grads;
-    for_each_look(problem, level, rows, unit, points.rows(level, slice), true,
-                  [&](const LevelRows<const S>& level_rows, const S* first,
-                      const int32_t* point_rows) SACCADE_INLINE_LAMBDA {
-                    for (int64_t k = 0; k < num_points; ++k) {
-                      dots_of_point(level_rows, first + point_rows[k] * level_rows.stride, grad,
-                                    head_dim, dots + 4 * k);
-                    }
-                    grad += grads_stride;
-                    dots += 4 * total_points;
-                  });
+    for_each_look_of_level(problem, level, rows, unit, points.rows(level, slice), true,
+                           [&](const LevelRows<const S>& level_rows, const S* first,
+                               const int32_t* point_rows) SACCADE_INLINE_LAMBDA {
+                             for (int64_t k = 0; k < num_points; ++k) {
+                               dots_of_point(level_rows, first + point_rows[k] * level_rows.stride,
+                                             grad, head_dim, dots + 4 * k);
+                             }
+                             grad += grads_stride;
+                             dots += 4 * total_points;
+                           });
   });
 }
 

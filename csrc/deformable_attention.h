@@ -59,8 +59,8 @@ template <class T>
 struct PointTable {
   AxisTable<T> axes[3];  // x, y, z
   std::vector<int32_t> width;
-  // Of volumes; from a row to the same one of the next slice.
-  std::vector<int32_t> height, next_slice;
+  std::vector<int32_t> height;      // of volumes
+  std::vector<int32_t> next_slice;  // of volumes: from a row to the same one of the next slice
 };
 
 // Sizes and options of a call. Shapes: value [B, S, M or 1, D], locations [B, Q, M, P, N],

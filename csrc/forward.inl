@@ -51,12 +51,12 @@ SACCADE_INLINE void prefetch_rows(const LevelRows<const S>& level, const S* firs
 }
 
 // Calls run(rows, first, point_rows) for the looks of a unit on one level: `first` is the level's
-// first row for the look's head; `point_rows` goes on from look to look.
-// With `fetch`, rows in place are fetched ahead.
+// first row for the look's head; `point_rows` goes on from look to look. With `fetch`, rows in
+// place are fetched ahead.
 template <class S, class Run>
-SACCADE_INLINE void for_each_look(const Problem& problem, const Level& level,
-                                  const HeadRows<S>& rows, const Unit& unit,
-                                  const int32_t* point_rows, bool fetch, Run run) {
+SACCADE_INLINE void for_each_look_of_level(const Problem& problem, const Level& level,
+                                           const HeadRows<S>& rows, const Unit& unit,
+                                           const int32_t* point_rows, bool fetch, Run run) {
   const LevelRows<const S> level_rows = rows_to_read(problem, level, rows);
   const int64_t total_points = problem.total_points, head_dim = problem.head_dim;
   const int64_t num_points = level.num_points, num_queries = unit.num_queries;
@@ -89,14 +89,14 @@ void blend_chunk(const Problem& problem, const Points<T>& points, const Unit& un
     const auto run = [&](auto block, int64_t slot, int64_t channel) SACCADE_INLINE_LAMBDA {
       const T* weights = points.weights(level, slice);
       T* sums = all_sums + slot;
-      for_each_look(problem, level, rows, unit, points.rows(level, slice), slot == 0,
-                    [&](const LevelRows<const S>& level_rows, const S* first,
-                        const int32_t* point_rows) SACCADE_INLINE_LAMBDA {
-                      blend<S, T, decltype(block)>(level_rows, first + channel, point_rows, weights,
-                                                   num_points, sums, head_dim);
-                      weights += 4 * total_points;
-                      sums += sums_stride;
-                    });
+      for_each_look_of_level(problem, level, rows, unit, points.rows(level, slice), slot == 0,
+                             [&](const LevelRows<const S>& level_rows, const S* first,
+                                 const int32_t* point_rows) SACCADE_INLINE_LAMBDA {
+                               blend<S, T, decltype(block)>(level_rows, first + channel, point_rows,
+                                                            weights, num_points, sums, head_dim);
+                               weights += 4 * total_points;
+                               sums += sums_stride;
+                             });
     };
     for_blocks<T, 4>(head_dim, run);
   });

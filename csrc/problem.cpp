@@ -82,8 +82,8 @@ int64_t divide_up(int64_t number, int64_t by) { return (number + by - 1) / by; }
 }  // namespace
 
 void Problem::prepare(int64_t num_threads) {
-  // Heads one after the other, for their rows to stay in the caches. But a few points are less than
-  // a cache line and a vector: those of all heads together are fetched once, and read in place.
+  // Heads one after the other, for their rows to stay in the caches. But few points fill neither a
+  // cache line nor a vector: those of all heads together are fetched once, and read in place.
   constexpr int64_t kFewPoints = 8, kFewChannels = 32;
   const bool together = total_points <= kFewPoints && head_dim <= kFewChannels;
   heads_together = together ? num_heads : 1;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -99,43 +99,30 @@ def loops(case: Case, value: Tensor, locations: Tensor, weights: Tensor) -> Tens
             for m in range(num_heads):
                 for d in range(head_dim):
                     total, first_row, first_point = 0.0, 0, 0
+                    head = m if value.shape[2] > 1 else 0
                     for shape, count in zip(case.shapes, case.points, strict=True):
-
-                        def cell(
-                            index: tuple[int, ...],
-                            b: int = b,
-                            head: int = m if value.shape[2] > 1 else 0,
-                            d: int = d,
-                            first_row: int = first_row,
-                            shape: tuple[int, ...] = shape,
-                        ) -> float:
-                            row = 0
-                            for number, size in zip(index, shape, strict=True):
-                                if not 0 <= number < size:
-                                    return 0.0
-                                row = row * size + number
-                            return float(value[b, first_row + row, head, d])
-
+                        positions = math.prod(shape)
+                        level = value[b, first_row : first_row + positions, head, d].view(shape)
                         for k in range(first_point, first_point + count):
                             location = [float(number) for number in locations[b, q, m, k]]
-                            total += float(weights[b, q, m, k]) * read(case, cell, shape, location)
-                        first_row += math.prod(shape)
+                            total += float(weights[b, q, m, k]) * read(case, level, location)
+                        first_row += positions
                         first_point += count
                     output[b, q, m * head_dim + d] = total
     return output
 
 
-def read(
-    case: Case,
-    cell: Callable[[tuple[int, ...]], float],
-    shape: tuple[int, ...],
-    location: list[float],
-) -> float:
-    """What a point finds on one level and channel; a cell's index is in the order of the shape."""
+def read(case: Case, level: Tensor, location: list[float]) -> float:
+    """What a point finds on one level and channel, a tensor of one to three axes."""
+
+    def cell(index: tuple[int, ...]) -> float:
+        inside = all(0 <= i < size for i, size in zip(index, level.shape, strict=True))
+        return float(level[index]) if inside else 0.0
+
     if not all(map(math.isfinite, location)):
         return 0.0
     pixels = []
-    for number, size in zip(location, reversed(shape), strict=True):
+    for number, size in zip(location, reversed(level.shape), strict=True):
         if case.coordinates == "normalized":
             number = number * size - 0.5
         elif case.coordinates == "normalized_corners":

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -130,7 +133,37 @@ def test_summary_names_the_worst():
     assert forward.worst[:2] == ["shape-2: sizes", "shape-0: sizes"]
 
 
-def test_sweep_command(small, tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def kept(monkeypatch):
+    """Stands in for `keep_memory`, which would hold for all tests that follow."""
+    calls = []
+    monkeypatch.setattr(sweep, "keep_memory", lambda: calls.append(True))
+    return calls
+
+
+def test_memory_is_kept():
+    program = """
+import resource, torch
+from saccade.benchmark.sweep import keep_memory
+keep_memory()
+faults = []
+for _ in range(30):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(1 << 24)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(*faults)
+"""
+    if not hasattr(ctypes.CDLL(None), "mallopt"):
+        pytest.skip("memory is kept by glibc's mallopt")
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    faults = [int(number) for number in done.stdout.split()]
+    # The first calls find their places in the heap, which stays theirs.
+    assert 4 * max(faults[-5:]) < faults[0]
+
+
+def test_sweep_command(small, kept, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     file, picture = tmp_path / "sweep.json", tmp_path / "sweep.png"
     monkeypatch.setattr(sweep, "MOST_BYTES", 2 * sweep.LEAST_BYTES)
@@ -146,9 +179,10 @@ def test_sweep_command(small, tmp_path, capsys, monkeypatch):
     assert {row["curve"] for row in found["scaling"]} == {"queries", "levels x points", "threads"}
     assert [row["direction"] for row in found["summary"]] == list(sweep.DIRECTIONS)
     assert not_blank(picture)
+    assert kept
 
 
-def test_sweep_command_ends_with_1_on_wrong_numbers(small, capsys, monkeypatch):
+def test_sweep_command_ends_with_1_on_wrong_numbers(small, kept, capsys, monkeypatch):
     def refuse(self, peer, found):
         raise ArithmeticError("output: saccade and the reference differ")
 

@@ -32,8 +32,8 @@ def deformable_attention(
 
     Args:
         value (Tensor[B, S, M or 1, D]): the value maps of all levels, flattened (the last axis
-            fastest) and joined level after level. float32, float64, float16 or bfloat16. With one head, all M
-            heads read the same map, without a copy.
+            fastest) and joined level after level. float32, float64, float16 or bfloat16. With one
+            head, all M heads read the same map, without a copy.
         spatial_shapes: `(width,)`, `(height, width)` or `(depth, height, width)` in pixels of each
             of the L levels, as a sequence of tuples of int or an integer tensor [L, N]; the
             products sum to S. Prefer Python ints: a tensor on a GPU has to be read back.

@@ -145,14 +145,16 @@ def _prime_from(number: int) -> int:
     return number
 
 
-def keep_memory() -> bool:
-    """Tells the C library to give no memory back to the system; False where it cannot be told.
+def keep_memory() -> None:
+    """Tells the C library, where it is glibc, to give no memory back to the system.
 
     For a process that measures only: it holds for the rest of its life.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    trim_threshold, most_mappings = -1, -4  # of glibc's malloc.h
-    return mallopt is not None and bool(mallopt(trim_threshold, -1) and mallopt(most_mappings, 0))
+    if mallopt is not None:
+        trim_threshold, most_mappings = -1, -4  # of glibc's malloc.h
+        mallopt(trim_threshold, -1)
+        mallopt(most_mappings, 0)
 
 
 def measure(workload: Workload, seconds: float) -> tuple[float, float]:
