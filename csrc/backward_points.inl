@@ -1,14 +1,14 @@
 // The gradients of locations and weights: dot products of grad_output with the rows of the value,
 // then *points* in reverse.
 
-// The grad_output [B, Q, M * D] of a unit in the compute type, in slots (see for_blocks); numbers
+// The grad_output [T, M * D] of a unit in the compute type, in slots (see for_blocks); numbers
 // that the last slot visits a second time are zero there. With kInPairs in the order of blocks.
 template <bool kInPairs, class S, class T>
 void load_grad(const Problem& problem, const S* grad_output, const Unit& unit, Buffer<T>& grads) {
   const int64_t head_dim = problem.head_dim;
   const int64_t stride = whole_vectors<T>(head_dim);
   grads.reserve(unit.num_looks() * stride);
-  const int64_t last = problem.batch_size * problem.num_queries * problem.num_heads - 1;
+  const int64_t last = problem.total_queries() * problem.num_heads - 1;
   const auto load_look = [&](int64_t look, int64_t row, int64_t) SACCADE_INLINE_LAMBDA {
     const S* from = grad_output + row * head_dim;
     const int64_t ahead = std::min(row + kQueriesAhead * problem.num_heads, last);
@@ -112,7 +112,7 @@ bool chain(const Problem& problem, const Points<T>& points, int64_t num_looks, T
   const PointCopies<T>& given = points.kept;
   const T* const dots = points.weights(0);
   V zero_or_nan = {};
-  InPeriod<T> in_period(problem);
+  InPeriod<T> in_period(problem.total_points);
   for (int64_t at = 0; at < num_looks * problem.total_points; at += W) {
     const Located<T, N> point(problem, table, &given.locations[N * at], in_period.at);
     in_period.next();
@@ -144,16 +144,18 @@ bool chain(const Problem& problem, const Points<T>& points, int64_t num_looks, T
   return !any(zero_or_nan != zero_or_nan);
 }
 
-// Where the gradients of locations and weights go, [B, Q, M, P, N] and [B, Q, M, P].
+// Where the gradients of the points go (see PointGradients).
 template <class T>
 struct GradPoints {
+  T* references;
   T* locations;
   T* attention_weights;
   bool stream;
 
-  GradPoints(const Problem& problem, void* grad_locations, void* grad_weights)
-      : locations(static_cast<T*>(grad_locations)),
-        attention_weights(static_cast<T*>(grad_weights)),
+  GradPoints(const Problem& problem, const PointGradients& to)
+      : references(static_cast<T*>(to.reference_points)),
+        locations(static_cast<T*>(to.locations)),
+        attention_weights(static_cast<T*>(to.weights)),
         stream(problem.stream_results &&
                fills_lines(locations, problem.spatial_dims * problem.total_points * sizeof(T)) &&
                fills_lines(attention_weights, problem.total_points * sizeof(T))) {}
@@ -162,7 +164,7 @@ struct GradPoints {
 // Writes the gradients of a unit's points, whose dot products are in place of their weights.
 template <class S, class T>
 void write_grad_points(const Problem& problem, const GivenPoints<T>& given, const Unit& unit,
-                       const Points<T>& points, const HeadRows<S>& rows, const S* grad_output,
+                       Points<T>& points, const HeadRows<S>& rows, const S* grad_output,
                        const GradPoints<T>& to, PointCopies<T>& grads) {
   const int64_t total_points = problem.total_points, spatial_dims = problem.spatial_dims;
   const int64_t room = unit.num_looks() * total_points + kWidth<T>;
@@ -175,10 +177,17 @@ void write_grad_points(const Problem& problem, const GivenPoints<T>& given, cons
   });
   if (!finite) {
     unit.for_each_look(problem, [&](int64_t look, int64_t row, int64_t head) {
-      exact_backward_points(problem, given, row, rows.in_place + head * rows.head_stride,
-                            rows.stride, grad_output + row * problem.head_dim,
+      exact_backward_points(problem, points.look(problem, given, unit, row),
+                            rows.in_place + head * rows.head_stride, rows.stride,
+                            grad_output + row * problem.head_dim,
                             &grads.locations[spatial_dims * look * total_points],
                             &grads.attention_weights[look * total_points]);
+    });
+  }
+  if (problem.is_fused()) {
+    with_axes(problem, [&](auto axes) {
+      points.fused.template reverse<decltype(axes)::value>(problem, given, unit, points.kept, grads,
+                                                           to.references);
     });
   }
   const int64_t of_query = unit.num_heads * total_points;
@@ -206,13 +215,12 @@ struct BackwardPointsScratch {
 
 template <class S>
 void backward_points(const Problem& problem, const Value& value, const void* grad_output,
-                     const void* locations, const void* weights, void* grad_locations,
-                     void* grad_weights, int64_t begin, int64_t end,
-                     BackwardPointsScratch<S>& scratch) {
+                     const PointInputs& inputs, const PointGradients& gradients, int64_t begin,
+                     int64_t end, BackwardPointsScratch<S>& scratch) {
   typedef Compute<S> T;
   const S* grad = static_cast<const S*>(grad_output);
-  const GivenPoints<T> given = {static_cast<const T*>(locations), static_cast<const T*>(weights)};
-  const GradPoints<T> to(problem, grad_locations, grad_weights);
+  const GivenPoints<T> given(inputs);
+  const GradPoints<T> to(problem, gradients);
   scratch.packed.forget();
   for (int64_t index = begin; index < end; ++index) {
     const Unit unit = unit_of(problem, index);

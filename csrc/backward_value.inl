@@ -165,8 +165,8 @@ void scatter_unit(const Problem& problem, const S* grad_output,
       !all_finite(&scratch.grads[0], unit.num_queries * grads_stride)) {
     for (int64_t query = 0; query < unit.num_queries; ++query) {
       const int64_t row = unit.row(problem, query);
-      exact_backward_value(problem, given, row, grad_output + row * head_dim, band, rows,
-                           row_stride);
+      exact_backward_value(problem, points.look(problem, given, unit, row),
+                           grad_output + row * head_dim, band, rows, row_stride);
     }
     return;
   }
@@ -187,14 +187,14 @@ void scatter_unit(const Problem& problem, const S* grad_output,
 }
 
 template <class S>
-void backward_value(const Problem& problem, const void* grad_output, const void* locations,
-                    const void* weights, void* grad_value, int64_t begin, int64_t end,
+void backward_value(const Problem& problem, const void* grad_output, const PointInputs& inputs,
+                    void* grad_value, int64_t begin, int64_t end,
                     BackwardValueScratch<S>& scratch) {
   typedef Compute<S> T;
   const int64_t head_dim = problem.head_dim;
   const int64_t full_stride = problem.value_heads * head_dim;
   const bool in_place = problem.adds_in_place();
-  const GivenPoints<T> given = {static_cast<const T*>(locations), static_cast<const T*>(weights)};
+  const GivenPoints<T> given(inputs);
   const bool stream = problem.stream_results && fills_lines(grad_value, head_dim * sizeof(S));
   for (int64_t index = begin; index < end; ++index) {
     const Band band(problem, index % problem.num_bands);
@@ -214,9 +214,11 @@ void backward_value(const Problem& problem, const void* grad_output, const void*
     const int64_t first_head = problem.value_heads > 1 ? value_head : 0;
     const int64_t end_head = problem.value_heads > 1 ? value_head + 1 : problem.num_heads;
     for (int64_t head = first_head; head < end_head; ++head) {
-      for (int64_t query = 0; query < problem.num_queries; query += problem.scatter_queries) {
+      const int64_t end_query = problem.first_queries[batch + 1];
+      for (int64_t query = problem.first_queries[batch]; query < end_query;
+           query += problem.scatter_queries) {
         const Unit unit = {batch, head, 1, query,
-                           std::min(problem.scatter_queries, problem.num_queries - query)};
+                           std::min(problem.scatter_queries, end_query - query)};
         scatter_unit(problem, static_cast<const S*>(grad_output), given, unit, band, rows,
                      row_stride, scratch);
       }

@@ -12,8 +12,9 @@
 
 namespace saccade {
 
-enum class Interpolation { linear, nearest };
-enum class Padding { zeros, border };
+enum class Interpolation { linear, nearest, discrete };
+// border_height clamps every axis to the height, as the first implementations of the discrete rule.
+enum class Padding { zeros, border, border_height };
 enum class Coordinates { normalized, normalized_corners, pixel };
 
 // How values (and outputs and their gradients) are stored. Positions, weights and sums are float,
@@ -61,15 +62,26 @@ struct PointTable {
   std::vector<int32_t> width;
   std::vector<int32_t> height;      // of volumes
   std::vector<int32_t> next_slice;  // of volumes: from a row to the same one of the next slice
+  // Of fused calls, point after point, each with its axes: what an offset is multiplied by, and
+  // where the coordinate that it starts from is among the numbers of a query's reference points.
+  std::vector<T> offset_step;
+  std::vector<int32_t> reference_at;
 };
 
-// Sizes and options of a call. Shapes: value [B, S, M or 1, D], locations [B, Q, M, P, N],
-// weights [B, Q, M, P], output [B, Q, M * D].
+// Sizes and options of a call. Shapes: value [B, S, M or 1, D]; of all queries together, map after
+// map: locations [T, M, P, N], weights [T, M, P], output [T, M * D].
 struct Problem {
   int64_t spatial_dims = 2;  // N: 1, 2 or 3
-  int64_t batch_size = 0, num_positions = 0, num_queries = 0, num_heads = 0, value_heads = 0;
+  int64_t batch_size = 0, num_positions = 0, num_heads = 0, value_heads = 0;
   int64_t head_dim = 0, total_points = 0;
   std::vector<Level> levels;
+  // [B + 1]: the first query of each map (batch item) among all queries, and their number.
+  std::vector<int64_t> first_queries;
+  // A fused call predicts from reference points [T, R, N] (boxes: 2 N) and offsets where to look:
+  // R, 0 for a call that is given locations, and for each of P points the reference it starts from.
+  int64_t num_references = 0;
+  bool references_are_boxes = false;
+  std::vector<int32_t> reference_index;
   Interpolation interpolation = Interpolation::linear;
   Padding padding = Padding::zeros;
   Coordinates coordinates = Coordinates::normalized;
@@ -77,8 +89,9 @@ struct Problem {
 
   // Derived by prepare().
   int64_t heads_together = 1;  // heads of a query that a unit of forward_units() takes: one or all
-  int64_t chunk_queries = 0, num_chunks = 0;
-  int64_t num_packed_rows = 0;  // of all levels, for one head
+  int64_t chunk_queries = 0;
+  std::vector<int64_t> first_chunks;  // [B + 1], as first_queries
+  int64_t num_packed_rows = 0;        // of all levels, for one head
   bool own_grad_rows = false;  // sum a head's grad_value up in rows of its own, then write them out
   int64_t num_bands = 1;       // parts of each level's lines that own a piece of grad_value each
   int64_t scatter_queries = 0;  // whose points are sorted together
@@ -90,11 +103,19 @@ struct Problem {
   // depend on that number: it only sets how many independent pieces there are.
   void prepare(int64_t num_threads);
 
+  int64_t total_queries() const { return first_queries.back(); }
+  int64_t num_queries(int64_t batch) const {
+    return first_queries[batch + 1] - first_queries[batch];
+  }
+  bool is_fused() const { return num_references > 0; }
+  // Numbers of one reference point.
+  int64_t reference_size() const { return spatial_dims * (references_are_boxes ? 2 : 1); }
+
   // Whether the gradient of the value is summed up where it belongs.
   bool adds_in_place() const {
     return !own_grad_rows && (storage == Storage::float32 || storage == Storage::float64);
   }
-  int64_t forward_units() const { return batch_size * (num_heads / heads_together) * num_chunks; }
+  int64_t forward_units() const { return num_heads / heads_together * first_chunks.back(); }
   int64_t backward_points_units() const { return forward_units(); }
   int64_t backward_value_units() const { return batch_size * value_heads * num_bands; }
   // Gathered numbers of one forward unit: what parallelism is decided by.
@@ -113,23 +134,37 @@ struct Value {
   int64_t batch_stride, row_stride, head_stride;
 };
 
+// The points of a call: locations [T, M, P, N] and attention weights [T, M, P]. Of a fused call the
+// reference points [T, R, N or 2 N], the sampling offsets in place of the locations and the
+// attention logits in place of the weights. Contiguous, in the compute type (float or double).
+struct PointInputs {
+  const void* reference_points;  // null unless fused
+  const void* locations;
+  const void* weights;
+};
+
+// Their gradients, alike; that of the reference points for each head by itself, [T, M, R, N or 2
+// N], and null where nobody wants it.
+struct PointGradients {
+  void* reference_points;
+  void* locations;
+  void* weights;
+};
+
 // Each function works on units [begin, end); different units never write the same memory.
-// locations, weights and their gradients are contiguous in the compute type (float or double).
 struct Kernels {
   const char* name;
 
-  void (*forward)(const Problem&, const Value&, const void* locations, const void* weights,
-                  void* output, int64_t begin, int64_t end);
+  void (*forward)(const Problem&, const Value&, const PointInputs&, void* output, int64_t begin,
+                  int64_t end);
 
-  // Gradients of locations and weights.
-  void (*backward_points)(const Problem&, const Value&, const void* grad_output,
-                          const void* locations, const void* weights, void* grad_locations,
-                          void* grad_weights, int64_t begin, int64_t end);
+  void (*backward_points)(const Problem&, const Value&, const void* grad_output, const PointInputs&,
+                          const PointGradients&, int64_t begin, int64_t end);
 
   // Gradient of the value, contiguous [B, S, value_heads, D] in the storage type; zeroed before if
   // Problem::adds_in_place().
-  void (*backward_value)(const Problem&, const void* grad_output, const void* locations,
-                         const void* weights, void* grad_value, int64_t begin, int64_t end);
+  void (*backward_value)(const Problem&, const void* grad_output, const PointInputs&,
+                         void* grad_value, int64_t begin, int64_t end);
 };
 
 // The kernels in use. First call: SACCADE_CPU_ISA, else the best of the processor.

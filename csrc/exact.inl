@@ -46,19 +46,17 @@ void corners_of(const Problem& problem, const Level& level, const T* location, i
   }
 }
 
-// Calls visit(point, attention weight, corners) for each point of the look at `row` of the tensors
-// [B, Q, M, ...].
+// Calls visit(point, attention weight, corners) for each point of a look.
 template <class T, class Visit>
-void for_each_point(const Problem& problem, const GivenPoints<T>& given, int64_t row, Visit visit) {
-  const int64_t first = row * problem.total_points;
+void for_each_point(const Problem& problem, const LookPoints<T>& look, Visit visit) {
   with_axes(problem, [&](auto axes) {
     constexpr int N = decltype(axes)::value;
     Corners<T> corners;
     for (const Level& level : problem.levels) {
       for (int64_t k = 0; k < level.num_points; ++k) {
         const int64_t point = level.first_point + k;
-        corners_of<T, N>(problem, level, given.locations + N * (first + point), point, corners);
-        visit(point, given.attention_weights[first + point], corners);
+        corners_of<T, N>(problem, level, look.locations + N * point, point, corners);
+        visit(point, look.attention_weights[point], corners);
       }
     }
   });
@@ -70,11 +68,11 @@ Compute<S> number(const S* from) {
 }
 
 template <class S, class T>
-void exact_forward(const Problem& problem, const GivenPoints<T>& given, int64_t row, const S* rows,
+void exact_forward(const Problem& problem, const LookPoints<T>& look, const S* rows,
                    int64_t row_stride, S* output) {
   for (int64_t channel = 0; channel < problem.head_dim; ++channel) {
     T sum = 0;
-    for_each_point(problem, given, row, [&](int64_t, T attention, const Corners<T>& corners) {
+    for_each_point(problem, look, [&](int64_t, T attention, const Corners<T>& corners) {
       T sampled = 0;
       for (int i = 0; i < corners.count; ++i) {
         const Corner<T>& corner = corners.list[i];
@@ -88,11 +86,11 @@ void exact_forward(const Problem& problem, const GivenPoints<T>& given, int64_t 
 
 // grad_output, grad_locations and grad_weights are those of the look.
 template <class S, class T>
-void exact_backward_points(const Problem& problem, const GivenPoints<T>& given, int64_t row,
-                           const S* rows, int64_t row_stride, const S* grad_output,
-                           T* grad_locations, T* grad_weights) {
+void exact_backward_points(const Problem& problem, const LookPoints<T>& look, const S* rows,
+                           int64_t row_stride, const S* grad_output, T* grad_locations,
+                           T* grad_weights) {
   const int64_t spatial_dims = problem.spatial_dims;
-  for_each_point(problem, given, row, [&](int64_t at, T attention, const Corners<T>& corners) {
+  for_each_point(problem, look, [&](int64_t at, T attention, const Corners<T>& corners) {
     T grad_location[3] = {}, grad_weight = 0;
     for (int i = 0; i < corners.count; ++i) {
       const Corner<T>& corner = corners.list[i];
@@ -112,10 +110,9 @@ void exact_backward_points(const Problem& problem, const GivenPoints<T>& given, 
 
 // Adds to the rows of the band only (see band.inl).
 template <class S, class T>
-void exact_backward_value(const Problem& problem, const GivenPoints<T>& given, int64_t row,
-                          const S* grad_output, const Band& band, T* grad_rows,
-                          int64_t row_stride) {
-  for_each_point(problem, given, row, [&](int64_t, T attention, const Corners<T>& corners) {
+void exact_backward_value(const Problem& problem, const LookPoints<T>& look, const S* grad_output,
+                          const Band& band, T* grad_rows, int64_t row_stride) {
+  for_each_point(problem, look, [&](int64_t, T attention, const Corners<T>& corners) {
     for (int i = 0; i < corners.count; ++i) {
       const Corner<T>& corner = corners.list[i];
       if (!band.owns(corner.row)) {

@@ -130,13 +130,13 @@ struct ForwardScratch {
 };
 
 template <class S>
-void forward(const Problem& problem, const Value& value, const void* locations, const void* weights,
-             void* output, int64_t begin, int64_t end, ForwardScratch<S>& scratch) {
+void forward(const Problem& problem, const Value& value, const PointInputs& inputs, void* output,
+             int64_t begin, int64_t end, ForwardScratch<S>& scratch) {
   typedef Compute<S> T;
   const int64_t head_dim = problem.head_dim;
   const int64_t sums_stride = whole_vectors<T>(head_dim);
   const bool stream = problem.stream_results && fills_lines(output, head_dim * sizeof(S));
-  const GivenPoints<T> given = {static_cast<const T*>(locations), static_cast<const T*>(weights)};
+  const GivenPoints<T> given(inputs);
   scratch.packed.forget();
   scratch.sums.reserve(problem.chunk_queries * problem.heads_together * sums_stride);
   for (int64_t index = begin; index < end; ++index) {
@@ -151,8 +151,8 @@ void forward(const Problem& problem, const Value& value, const void* locations, 
       const T* from = sums + look * sums_stride;
       S* to = static_cast<S*>(output) + row * head_dim;
       if (not_a_number && has_nan(from, sums_stride)) {
-        exact_forward(problem, given, row, rows.in_place + head * rows.head_stride, rows.stride,
-                      to);
+        exact_forward(problem, scratch.points.look(problem, given, unit, row),
+                      rows.in_place + head * rows.head_stride, rows.stride, to);
       } else {
         write_sums(to, from, head_dim, stream);
       }

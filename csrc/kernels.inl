@@ -2,6 +2,9 @@
 // clang-format off: the order matters
 #include "simd/vector.inl"
 #include "support.inl"
+#include "given.inl"
+#include "softmax.inl"
+#include "fused.inl"
 #include "points.inl"
 #include "band.inl"
 #include "exact.inl"
@@ -32,31 +35,30 @@ void with_storage(const Problem& problem, Run run) {
   }
 }
 
-inline void any_forward(const Problem& problem, const Value& value, const void* locations,
-                        const void* weights, void* output, int64_t begin, int64_t end) {
+inline void any_forward(const Problem& problem, const Value& value, const PointInputs& points,
+                        void* output, int64_t begin, int64_t end) {
   with_storage(problem, [&](auto storage) {
     typedef decltype(storage) S;
-    forward<S>(problem, value, locations, weights, output, begin, end,
-               of_this_thread<ForwardScratch<S>>());
+    forward<S>(problem, value, points, output, begin, end, of_this_thread<ForwardScratch<S>>());
   });
 }
 
 inline void any_backward_points(const Problem& problem, const Value& value, const void* grad_output,
-                                const void* locations, const void* weights, void* grad_locations,
-                                void* grad_weights, int64_t begin, int64_t end) {
+                                const PointInputs& points, const PointGradients& gradients,
+                                int64_t begin, int64_t end) {
   with_storage(problem, [&](auto storage) {
     typedef decltype(storage) S;
-    backward_points<S>(problem, value, grad_output, locations, weights, grad_locations,
-                       grad_weights, begin, end, of_this_thread<BackwardPointsScratch<S>>());
+    backward_points<S>(problem, value, grad_output, points, gradients, begin, end,
+                       of_this_thread<BackwardPointsScratch<S>>());
   });
 }
 
 inline void any_backward_value(const Problem& problem, const void* grad_output,
-                               const void* locations, const void* weights, void* grad_value,
-                               int64_t begin, int64_t end) {
+                               const PointInputs& points, void* grad_value, int64_t begin,
+                               int64_t end) {
   with_storage(problem, [&](auto storage) {
     typedef decltype(storage) S;
-    backward_value<S>(problem, grad_output, locations, weights, grad_value, begin, end,
+    backward_value<S>(problem, grad_output, points, grad_value, begin, end,
                       of_this_thread<BackwardValueScratch<S>>());
   });
 }

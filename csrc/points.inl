@@ -23,14 +23,15 @@ SACCADE_INLINE Axis<T> locate(Vector<T> location, const AxisTable<T>& table, int
   V slope = load(&table.scale[at]);
   // Rounded twice, never fused: every backend agrees on the position to the last bit.
   V position = location * slope + load(&table.shift[at]);
-  if (padding == Padding::border) {
+  if (padding != Padding::zeros) {
     const V last = load(&table.last[at]);
     slope = position > zero && position < last ? slope : zero;
     position = minimum<T>(maximum<T>(position, zero), last);
   }
-  const bool nearest = interpolation == Interpolation::nearest;
-  if (nearest) {
-    position = (V)round_even(position);
+  const bool one_cell = interpolation != Interpolation::linear;
+  if (one_cell) {
+    const bool nearest = interpolation == Interpolation::nearest;
+    position = nearest ? (V)round_even(position) : (V)floor(position);
     slope = zero;
   }
   Axis<T> axis;
@@ -45,8 +46,8 @@ SACCADE_INLINE Axis<T> locate(Vector<T> location, const AxisTable<T>& table, int
   const V above = distance >= one && distance < two ? one : zero;    // base + 1 is the lower cell
   axis.slopes[0] = slope * (below - inside);
   axis.slopes[1] = slope * (inside - above) * pair;
-  axis.is_corner[0] = nearest ? axis.weights[0] : below + inside;
-  axis.is_corner[1] = nearest ? axis.weights[1] : (inside + above) * pair;
+  axis.is_corner[0] = one_cell ? axis.weights[0] : below + inside;
+  axis.is_corner[1] = one_cell ? axis.weights[1] : (inside + above) * pair;
   return axis;
 }
 
@@ -81,67 +82,23 @@ struct Located {
   }
 };
 
-// The locations and attention weights of a call, [B, Q, M, P, N] and [B, Q, M, P].
-template <class T>
-struct GivenPoints {
-  const T* locations;
-  const T* attention_weights;
-};
-
-template <class T>
-struct PointCopies {
-  Buffer<T> locations, attention_weights;
-};
-
-// Calls run with the number of axes as a constant.
-template <class Run>
-SACCADE_INLINE void with_axes(const Problem& problem, Run run) {
-  switch (problem.spatial_dims) {
-    case 1:
-      return run(std::integral_constant<int, 1>{});
-    case 2:
-      return run(std::integral_constant<int, 2>{});
-    default:
-      return run(std::integral_constant<int, 3>{});
-  }
-}
-
-// Where in its look a vector of points begins, vector after vector.
-template <class T>
-struct InPeriod {
-  int64_t length, step, at = 0;
-
-  explicit InPeriod(const Problem& problem)
-      : length(problem.total_points), step(kWidth<T> % problem.total_points) {}
-  SACCADE_INLINE void next() {
-    at += step;
-    at -= at >= length ? length : 0;
-  }
-};
-
-// Calls run(locations, attention weights, in_period, at) for each vector of the unit's points, look
-// after look; `at` counts them. They are read in place where the looks of a query are whole vectors
-// of points, else copied together. The last vector may reach past the last point and then reads
-// zeros there.
+// Calls run(locations, attention weights, in_period, at) for each vector of the unit's given
+// points, look after look; `at` counts them. They are read in place where the looks of a query are
+// whole vectors of points, else copied together. The last vector may reach past the last point and
+// then reads zeros there.
 template <class T, int N, class Run>
 SACCADE_INLINE void for_each_vector(const Problem& problem, const GivenPoints<T>& given,
                                     const Unit& unit, PointCopies<T>& copies, Run run) {
   constexpr int64_t W = kWidth<T>;
   const int64_t of_query = unit.num_heads * problem.total_points;
   const int64_t step = problem.num_heads * problem.total_points;
-  const int64_t all = problem.batch_size * problem.num_queries * step;
-  const int64_t queries_ahead = std::max<int64_t>(kPointsAhead / of_query, 1);
+  const int64_t all = problem.total_queries() * step;
   int64_t from = unit.row(problem, 0) * problem.total_points;
-  const auto fetch_ahead = [&]() SACCADE_INLINE_LAMBDA {
-    const int64_t ahead = std::min(from + queries_ahead * step, all - of_query);
-    prefetch(given.locations + N * ahead, N * of_query);
-    prefetch(given.attention_weights + ahead, of_query);
-  };
-  InPeriod<T> in_period(problem);
+  InPeriod<T> in_period(problem.total_points);
   int64_t at = 0;
   if (of_query % W == 0) {
     for (int64_t query = 0; query < unit.num_queries; ++query, from += step) {
-      fetch_ahead();
+      given.template fetch_ahead<N>(problem, unit, from);
       for (int64_t point = 0; point < of_query; point += W, at += W) {
         run(given.locations + N * (from + point), given.attention_weights + from + point,
             in_period.at, at);
@@ -158,7 +115,7 @@ SACCADE_INLINE void for_each_vector(const Problem& problem, const GivenPoints<T>
   T* const weights = copies.attention_weights.data();
   int64_t filled = 0;
   for (int64_t query = 0; query < unit.num_queries; ++query, from += step) {
-    fetch_ahead();
+    given.template fetch_ahead<N>(problem, unit, from);
     copy_numbers_roughly(locations + N * filled, given.locations + N * from, N * of_query,
                          given.locations + N * all);
     copy_numbers_roughly(weights + filled, given.attention_weights + from, of_query,
@@ -185,11 +142,20 @@ SACCADE_INLINE void for_each_vector(const Problem& problem, const GivenPoints<T>
   }
 }
 
+// The points of one look, [P, N] and [P].
+template <class T>
+struct LookPoints {
+  const T* locations;
+  const T* attention_weights;
+};
+
 // What stage two reads of the points of a unit.
 template <class T>
 struct Points {
   bool weights_are_finite;
-  PointCopies<T> kept;  // [looks, P, N] and [looks, P], as given
+  // [looks, P, N] and [looks, P], as given or made, for who needs the points once more.
+  PointCopies<T> kept;
+  FusedPoints<T> fused;
 
   // [looks, P] of a slice, from a level's first point on: the rows of the first corners, counted
   // within the level.
@@ -205,8 +171,24 @@ struct Points {
   T* weights(int64_t slice) { return &weights_[4 * slice * slice_stride_]; }
   const T* weights(int64_t slice) const { return &weights_[4 * slice * slice_stride_]; }
 
-  // The rows, and the weights or else, for who needs the points once more, `kept`. There is room
-  // for the weights either way.
+  // The points of the look at `row` of the tensors [T, M, ...]; of a fused call made once more.
+  LookPoints<T> look(const Problem& problem, const GivenPoints<T>& given, const Unit& unit,
+                     int64_t row) {
+    const int64_t dims = problem.spatial_dims, points = problem.total_points;
+    if (!problem.is_fused()) {
+      return {given.locations + dims * row * points, given.attention_weights + row * points};
+    }
+    copies_.locations.reserve(dims * (points + FusedPoints<T>::kRoom));
+    copies_.attention_weights.reserve(points + FusedPoints<T>::kRoom);
+    const Unit alone = {unit.batch, row % problem.num_heads, 1, row / problem.num_heads, 1};
+    with_axes(problem, [&](auto axes) {
+      fused.template make<decltype(axes)::value>(problem, given, alone, &copies_.locations[0],
+                                                 &copies_.attention_weights[0]);
+    });
+    return {&copies_.locations[0], &copies_.attention_weights[0]};
+  }
+
+  // The rows, and the weights or else `kept`. There is room for the weights either way.
   template <bool kWeights>
   void locate(const Problem& problem, const GivenPoints<T>& given, const Unit& unit) {
     with_axes(problem,
@@ -223,7 +205,8 @@ struct Points {
     slice_stride_ = stride;
     rows_.reserve(problem.num_slices() * stride);
     weights_.reserve(4 * problem.num_slices() * stride);
-    if (!kWeights) {
+    const bool fused_call = problem.is_fused(), keep = !kWeights && !fused_call;
+    if (keep) {
       kept.locations.reserve(N * stride);
       kept.attention_weights.reserve(stride);
     }
@@ -245,10 +228,12 @@ struct Points {
       const V attention = load(attention_weights);
       zero_or_nan += attention - attention;
       if (!kWeights) {
-        for (int n = 0; n < N; ++n) {
-          store(&kept.locations[N * at + n * kWidth<T>], load(locations + n * kWidth<T>));
+        if (keep) {
+          for (int n = 0; n < N; ++n) {
+            store(&kept.locations[N * at + n * kWidth<T>], load(locations + n * kWidth<T>));
+          }
+          store(&kept.attention_weights[at], attention);
         }
-        store(&kept.attention_weights[at], attention);
         return;
       }
       const V* wx = point.axes[0].weights;
@@ -264,16 +249,49 @@ struct Points {
         }
       }
     };
-    for_each_vector<T, N>(problem, given, unit, copies_, run);
+    if (fused_call) {
+      locate_fused<N, kWeights>(problem, given, unit, run);
+    } else {
+      for_each_vector<T, N>(problem, given, unit, copies_, run);
+    }
     if (!kWeights) {
       // The last vector of who goes on with these reads past the last point.
-      std::fill_n(&kept.locations[N * count], N * kWidth<T>, T(0));
-      std::fill_n(&kept.attention_weights[count], kWidth<T>, T(0));
+      if (keep) {
+        std::fill_n(&kept.locations[N * count], N * kWidth<T>, T(0));
+        std::fill_n(&kept.attention_weights[count], kWidth<T>, T(0));
+      }
       for (int64_t slice = 0; slice < problem.num_slices(); ++slice) {
         std::fill_n(weights(slice) + 4 * count, 4 * kWidth<T>, T(0));
       }
     }
     weights_are_finite = !any(zero_or_nan != zero_or_nan);
+  }
+
+  // Of a fused call the points are made some queries at a time, which the first-level cache holds
+  // until they are located: where they are kept, or else each time in the same place.
+  template <int N, bool kWeights, class Run>
+  SACCADE_INLINE void locate_fused(const Problem& problem, const GivenPoints<T>& given,
+                                   const Unit& unit, Run run) {
+    constexpr int64_t kTogether = 512;
+    const int64_t of_query = unit.num_heads * problem.total_points;
+    const int64_t queries = std::max<int64_t>(kTogether / of_query, 1);
+    PointCopies<T>& to = kWeights ? copies_ : kept;
+    const int64_t most = kWeights ? std::min(queries, unit.num_queries) : unit.num_queries;
+    to.locations.reserve(N * (most * of_query + FusedPoints<T>::kRoom));
+    to.attention_weights.reserve(most * of_query + FusedPoints<T>::kRoom);
+    for (int64_t query = 0; query < unit.num_queries; query += queries) {
+      const Unit part = {unit.batch, unit.first_head, unit.num_heads, unit.first_query + query,
+                         std::min(queries, unit.num_queries - query)};
+      const int64_t first = query * of_query;
+      T* const locations = &to.locations[kWeights ? 0 : N * first];
+      T* const weights = &to.attention_weights[kWeights ? 0 : first];
+      fused.template make<N>(problem, given, part, locations, weights);
+      InPeriod<T> in_period(problem.total_points);
+      for (int64_t at = 0; at < part.num_looks() * problem.total_points; at += kWidth<T>) {
+        run(locations + N * at, weights + at, in_period.at, first + at);
+        in_period.next();
+      }
+    }
   }
 
   int64_t slice_stride_ = 0;

@@ -22,8 +22,8 @@ T round_down(int64_t number) {
 }
 
 template <class T>
-void append(AxisTable<T>& table, int64_t size, Coordinates coordinates) {
-  switch (coordinates) {
+void append(AxisTable<T>& table, int64_t size, int64_t clamped_size, const Problem& problem) {
+  switch (problem.coordinates) {
     case Coordinates::normalized:
       table.scale.push_back(static_cast<T>(size));
       table.shift.push_back(T(-0.5));
@@ -37,7 +37,11 @@ void append(AxisTable<T>& table, int64_t size, Coordinates coordinates) {
       table.shift.push_back(T(0));
       break;
   }
-  table.last.push_back(round_down<T>(size - 1));
+  if (problem.interpolation == Interpolation::discrete) {
+    // It rounds a location times the size, which counts from the edge, as if from a centre.
+    table.shift.back() += T(1);
+  }
+  table.last.push_back(round_down<T>(clamped_size - 1));
   table.base_limit.push_back(round_down<T>(std::max<int64_t>(size - 2, 0)));
   table.pair.push_back(size > 1 ? T(1) : T(0));
 }
@@ -64,7 +68,9 @@ void fill(PointTable<T>& table, const Problem& problem) {
       for (int64_t point = 0; point < level.num_points; ++point, ++filled) {
         const int64_t sizes[] = {level.width, level.height, level.depth};
         for (int64_t axis = 0; axis < problem.spatial_dims; ++axis) {
-          append(table.axes[axis], sizes[axis], problem.coordinates);
+          const int64_t size = sizes[axis];
+          const bool by_height = problem.padding == Padding::border_height;
+          append(table.axes[axis], size, by_height ? std::min(size, level.height) : size, problem);
         }
         table.width.push_back(static_cast<int32_t>(level.width));
         if (volumes) {
@@ -74,6 +80,31 @@ void fill(PointTable<T>& table, const Problem& problem) {
         }
       }
     }
+  }
+}
+
+// An offset counts pixels of its level, or for boxes parts of the box.
+template <class T>
+void fill_offsets(PointTable<T>& table, const Problem& problem) {
+  const int64_t period = problem.spatial_dims * problem.total_points;
+  table.offset_step.reserve(period + kWidestVector);
+  for (const Level& level : problem.levels) {
+    const T share = static_cast<T>(0.5 / static_cast<double>(level.num_points));
+    for (int64_t point = 0; point < level.num_points; ++point) {
+      for (int64_t axis = 0; axis < problem.spatial_dims; ++axis) {
+        const T pixels = table.axes[axis].scale[level.first_point];
+        // Corners of a single pixel: wherever the location is, it is that pixel.
+        const T step = pixels > 0 ? T(1) / pixels : T(0);
+        table.offset_step.push_back(problem.references_are_boxes ? share : step);
+        const int32_t reference = problem.reference_index[level.first_point + point];
+        table.reference_at.push_back(
+            static_cast<int32_t>(reference * problem.reference_size() + axis));
+      }
+    }
+  }
+  for (int64_t i = 0; i < kWidestVector; ++i) {
+    table.offset_step.push_back(table.offset_step[i]);
+    table.reference_at.push_back(table.reference_at[i]);
   }
 }
 
@@ -92,8 +123,15 @@ void Problem::prepare(int64_t num_threads) {
   constexpr int64_t kChunkNumbers = 1 << 15;
   const int64_t looks = kChunkNumbers / (head_dim + 8 * total_points);
   chunk_queries = std::min<int64_t>(std::max<int64_t>(looks, 16), 256) / heads_together;
-  chunk_queries = std::max<int64_t>(std::min(chunk_queries, num_queries), 1);
-  num_chunks = divide_up(num_queries, chunk_queries);
+  int64_t most_queries = 0;
+  for (int64_t batch = 0; batch < batch_size; ++batch) {
+    most_queries = std::max(most_queries, num_queries(batch));
+  }
+  chunk_queries = std::max<int64_t>(std::min(chunk_queries, most_queries), 1);
+  first_chunks.assign(1, 0);
+  for (int64_t batch = 0; batch < batch_size; ++batch) {
+    first_chunks.push_back(first_chunks.back() + divide_up(num_queries(batch), chunk_queries));
+  }
 
   // A head's rows lie value_heads * head_dim apart, so that they share few sets of the caches.
   // Copied together they have them to themselves; that pays once the gathers outnumber the rows
@@ -101,17 +139,18 @@ void Problem::prepare(int64_t num_threads) {
   constexpr int64_t kGathersPerRow = 4;
   // Rows in place of levels that the second-level cache holds need no fetching.
   constexpr int64_t kFetchedNumbers = 1 << 19;
+  const int64_t queries_of_map = total_queries() / std::max<int64_t>(batch_size, 1);
   num_packed_rows = 0;
   for (Level& level : levels) {
     const int64_t rows = level.num_rows();
     level.packed = value_heads > 1 && !together &&
-                   num_queries * level.num_points * num_corners() >= kGathersPerRow * rows;
+                   queries_of_map * level.num_points * num_corners() >= kGathersPerRow * rows;
     level.first_packed_row = num_packed_rows;
     num_packed_rows += level.packed ? rows : 0;
     level.fetched_ahead = !level.packed && rows * value_heads * head_dim >= kFetchedNumbers;
   }
   own_grad_rows = value_heads > 1 &&
-                  num_queries * total_points * num_corners() >= kGathersPerRow * num_positions;
+                  queries_of_map * total_points * num_corners() >= kGathersPerRow * num_positions;
 
   // Ownership of grad_value goes by batch and head, then by bands of the lines of every level.
   const int64_t owners = std::max<int64_t>(batch_size * value_heads, 1);
@@ -126,7 +165,7 @@ void Problem::prepare(int64_t num_threads) {
   // gradients stay in the second-level cache.
   constexpr int64_t kScatterNumbers = 1 << 18;
   scatter_queries = kScatterNumbers / (head_dim + 6 * total_points);
-  scatter_queries = std::max<int64_t>(std::min(scatter_queries, num_queries), 1);
+  scatter_queries = std::max<int64_t>(std::min(scatter_queries, most_queries), 1);
   for (Level& level : levels) {
     level.sorted = scatter_queries * level.num_points >= level.num_rows() / 2;
   }
@@ -134,12 +173,18 @@ void Problem::prepare(int64_t num_threads) {
   // Results that no cache keeps until they are read are written past them: a plain write would
   // first read what it overwrites.
   constexpr int64_t kStreamedNumbers = 1 << 20;
-  stream_results = batch_size * num_queries * num_heads * head_dim >= kStreamedNumbers;
+  stream_results = total_queries() * num_heads * head_dim >= kStreamedNumbers;
 
+  const auto fill_tables = [&](auto& table) {
+    fill(table, *this);
+    if (is_fused()) {
+      fill_offsets(table, *this);
+    }
+  };
   if (storage == Storage::float64) {
-    fill(double_table, *this);
+    fill_tables(double_table);
   } else {
-    fill(float_table, *this);
+    fill_tables(float_table);
   }
 }
 

@@ -78,7 +78,7 @@ SACCADE_INLINE void copy_numbers_roughly(S* to, const S* from, int64_t count, co
   }
 }
 
-// What a chunk of queries reads of a tensor [B, Q, M, ...] lies in pieces, one head apart: fetched
+// What a chunk of queries reads of a tensor [T, M, ...] lies in pieces, one head apart: fetched
 // far enough ahead to cover the way to memory, near enough to still be in the cache when needed.
 constexpr int64_t kQueriesAhead = 16;
 constexpr int64_t kPointsAhead = 256;
@@ -121,19 +121,21 @@ inline const PointTable<double>& point_table(const Problem& problem) {
   return problem.double_table;
 }
 
-// Consecutive queries of a batch item and some neighbouring heads of each. What one head of one
-// query does is a look; the looks of a unit go query after query.
+// Consecutive queries of a map and some neighbouring heads of each. What one head of one query does
+// is a look; the looks of a unit go query after query.
 struct Unit {
-  int64_t batch, first_head, num_heads, first_query, num_queries;
+  int64_t batch, first_head, num_heads;
+  int64_t first_query;  // among all queries
+  int64_t num_queries;
 
   int64_t num_looks() const { return num_queries * num_heads; }
 
-  // Index into tensors [B, Q, M, ...] of the first look of a query.
+  // Index into tensors [T, M, ...] of the first look of a query.
   int64_t row(const Problem& problem, int64_t query) const {
-    return (batch * problem.num_queries + first_query + query) * problem.num_heads + first_head;
+    return (first_query + query) * problem.num_heads + first_head;
   }
 
-  // Calls run(look, row, head): counted within the unit, index into tensors [B, Q, M, ...], counted
+  // Calls run(look, row, head): counted within the unit, index into tensors [T, M, ...], counted
   // from the first head.
   template <class Run>
   SACCADE_INLINE void for_each_look(const Problem& problem, Run run) const {
@@ -147,13 +149,18 @@ struct Unit {
   }
 };
 
-// The unit of work of the kernels that go by queries.
+// The unit of work of the kernels that go by queries: map by map, there head by head.
 inline Unit unit_of(const Problem& problem, int64_t index) {
   const int64_t groups = problem.num_heads / problem.heads_together;
-  const int64_t first_query = index % problem.num_chunks * problem.chunk_queries;
-  return {index / problem.num_chunks / groups,
-          index / problem.num_chunks % groups * problem.heads_together, problem.heads_together,
-          first_query, std::min(problem.chunk_queries, problem.num_queries - first_query)};
+  const std::vector<int64_t>& first = problem.first_chunks;
+  // The last map whose chunks begin at or before this one: maps without queries have none.
+  const int64_t batch =
+      std::upper_bound(first.begin(), first.end(), index / groups) - first.begin() - 1;
+  const int64_t in_map = index - groups * first[batch];
+  const int64_t num_chunks = first[batch + 1] - first[batch];
+  const int64_t query = problem.first_queries[batch] + in_map % num_chunks * problem.chunk_queries;
+  return {batch, in_map / num_chunks * problem.heads_together, problem.heads_together, query,
+          std::min(problem.chunk_queries, problem.first_queries[batch + 1] - query)};
 }
 
 // Numbers in whole vectors.

@@ -1,198 +1,21 @@
-// The only file that knows torch: schemas, checks, memory, threads. Compiled against PyTorch's
-// stable ABI, so one binary serves torch 2.10 and everything later.
-//
-// The Python functions have checked the arguments already, with better messages; what is checked
-// here keeps a direct call of torch.ops.saccade.* from reading or writing outside its tensors.
+// The torch operators: schemas, memory, threads. With torch_arguments.h the only file that knows
+// torch; compiled against PyTorch's stable ABI, so one binary serves torch 2.10 and everything
+// later.
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
 #include <cstring>
-#include <initializer_list>
-#include <memory>
 #include <string>
-#include <string_view>
 #include <tuple>
-#include <type_traits>
-#include <utility>
 #include <vector>
 
-#include "deformable_attention.h"
-
-namespace saccade {
-
-struct FreeString {
-  void operator()(StringHandle handle) const { torch_delete_string(handle); }
-};
-
-// A string argument, read where torch keeps it. torch's own conversion to std::string (as of 2.13)
-// never frees its copy.
-struct Text {
-  std::unique_ptr<std::remove_pointer_t<StringHandle>, FreeString> owner;
-  std::string_view text;
-};
-
-}  // namespace saccade
-
-template <>
-struct torch::stable::detail::ToImpl<saccade::Text> {
-  static saccade::Text call(StableIValue value, uint64_t, bool) {
-    saccade::Text text{decltype(text.owner)(torch::stable::detail::to<StringHandle>(value)), {}};
-    size_t length = 0;
-    const char* data = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(text.owner.get(), &length));
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(text.owner.get(), &data));
-    text.text = std::string_view(data, length);
-    return text;
-  }
-};
+#include "torch_arguments.h"
 
 namespace saccade {
 namespace {
-
-using torch::headeronly::IntHeaderOnlyArrayRef;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-template <class Sizes>
-std::string text_of(const Sizes& sizes) {
-  std::string text = "[";
-  for (const int64_t size : sizes) {
-    text += (text.size() > 1 ? ", " : "") + std::to_string(size);
-  }
-  return text + "]";
-}
-
-void check_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> expected) {
-  const auto sizes = tensor.sizes();
-  STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end()), name,
-                  ": expected ", text_of(expected), ", got ", text_of(sizes));
-}
-
-Storage storage_of(const char* name, const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor");
-  STD_TORCH_CHECK(tensor.numel() == 0 || tensor.const_data_ptr() != nullptr, name,
-                  ": expected a tensor with memory, got one whose storage was freed");
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Storage::float32;
-    case ScalarType::Double:
-      return Storage::float64;
-    case ScalarType::Half:
-      return Storage::float16;
-    case ScalarType::BFloat16:
-      return Storage::bfloat16;
-    default:
-      STD_TORCH_CHECK(false, name, ": expected float32, float64, float16 or bfloat16, got ",
-                      torch::headeronly::toString(tensor.scalar_type()));
-  }
-}
-
-template <class Option>
-Option option(const char* name, const Text& given,
-              std::initializer_list<std::pair<const char*, Option>> choices) {
-  std::string names;
-  for (const auto& choice : choices) {
-    if (given.text == choice.first) {
-      return choice.second;
-    }
-    names += (names.empty() ? "'" : ", '") + std::string(choice.first) + "'";
-  }
-  STD_TORCH_CHECK(false, name, ": expected one of ", names, ", got '", std::string(given.text),
-                  "'");
-}
-
-struct Options {
-  const std::vector<int64_t>& spatial_shapes;
-  const std::vector<int64_t>& num_points;
-  const Text& interpolation;
-  const Text& padding;
-  const Text& coordinates;
-};
-
-// Everything is checked here, before any parallel region: an exception inside one loses its
-// message.
-Problem understand(const Tensor& value, const Tensor& sampling_locations,
-                   const Tensor& attention_weights, const Options& options) {
-  Problem problem;
-  problem.storage = storage_of("value", value);
-  storage_of("sampling_locations", sampling_locations);
-  storage_of("attention_weights", attention_weights);
-  problem.interpolation = option<Interpolation>(
-      "interpolation", options.interpolation,
-      {{"linear", Interpolation::linear}, {"nearest", Interpolation::nearest}});
-  problem.padding = option<Padding>("padding", options.padding,
-                                    {{"zeros", Padding::zeros}, {"border", Padding::border}});
-  problem.coordinates =
-      option<Coordinates>("coordinates", options.coordinates,
-                          {{"normalized", Coordinates::normalized},
-                           {"normalized_corners", Coordinates::normalized_corners},
-                           {"pixel", Coordinates::pixel}});
-
-  STD_TORCH_CHECK(sampling_locations.dim() == 5 && sampling_locations.size(2) >= 1 &&
-                      sampling_locations.size(4) >= 1 && sampling_locations.size(4) <= 3,
-                  "sampling_locations: expected [batch, queries, heads, points, 1, 2 or 3], got ",
-                  text_of(sampling_locations.sizes()));
-  problem.spatial_dims = sampling_locations.size(4);
-  const int64_t axes = problem.spatial_dims;
-  const std::vector<int64_t>& shapes = options.spatial_shapes;
-  const std::vector<int64_t>& num_points = options.num_points;
-  STD_TORCH_CHECK(!num_points.empty() && static_cast<int64_t>(shapes.size()) ==
-                                             axes * static_cast<int64_t>(num_points.size()),
-                  "spatial_shapes: expected ", axes, " for each of the ", num_points.size(),
-                  " levels of num_points, as many as a location has coordinates, got ",
-                  shapes.size(), " numbers");
-  // Rows within a level and points within a chunk are kept in 32 bits; everything larger is counted
-  // in 64.
-  constexpr int64_t kMost = (int64_t(1) << 31) - 1;
-  for (size_t i = 0; i < num_points.size(); ++i) {
-    int64_t sizes[3] = {1, 1, 1};  // depth, height, width
-    const IntHeaderOnlyArrayRef given(&shapes[axes * i], axes);
-    std::copy(given.begin(), given.end(), sizes + 3 - axes);
-    int64_t positions = 1;
-    for (const int64_t size : sizes) {
-      STD_TORCH_CHECK(size >= 1 && positions <= kMost / size,
-                      "spatial_shapes: expected sizes of at least 1 and at most ", kMost,
-                      " positions for each level, got ", text_of(given));
-      positions *= size;
-    }
-    STD_TORCH_CHECK(num_points[i] >= 1 && num_points[i] <= kMost,
-                    "num_points: expected at least 1 for each level, got ", num_points[i]);
-    problem.levels.push_back(
-        {sizes[0], sizes[1], sizes[2], problem.num_positions, problem.total_points, num_points[i]});
-    problem.total_points += num_points[i];
-    problem.num_positions += positions;
-  }
-  STD_TORCH_CHECK(problem.total_points <= kMost, "num_points: expected at most ", kMost,
-                  " points in all, got ", problem.total_points);
-
-  STD_TORCH_CHECK(value.dim() == 4 && value.size(1) == problem.num_positions && value.size(3) >= 1,
-                  "value: expected [batch, ", problem.num_positions,
-                  ", heads or 1, head_dim] for these spatial_shapes, got ", text_of(value.sizes()));
-  problem.batch_size = value.size(0);
-  problem.value_heads = value.size(2);
-  problem.head_dim = value.size(3);
-  problem.num_queries = sampling_locations.size(1);
-  problem.num_heads = sampling_locations.size(2);
-  STD_TORCH_CHECK(problem.value_heads == 1 || problem.value_heads == problem.num_heads,
-                  "value: expected 1 or ", problem.num_heads, " heads, got ",
-                  text_of(value.sizes()));
-  check_shape(
-      "sampling_locations", sampling_locations,
-      {problem.batch_size, problem.num_queries, problem.num_heads, problem.total_points, axes});
-  check_shape("attention_weights", attention_weights,
-              {problem.batch_size, problem.num_queries, problem.num_heads, problem.total_points});
-  problem.prepare(torch::stable::get_num_threads());
-  return problem;
-}
 
 ScalarType compute_type(const Problem& problem) {
   return problem.storage == Storage::float64 ? ScalarType::Double : ScalarType::Float;
@@ -266,91 +89,206 @@ void fill_with_zeros(const Tensor& tensor) {
   });
 }
 
-Tensor deformable_attention(const Tensor& value, const std::vector<int64_t>& spatial_shapes,
-                            const Tensor& sampling_locations, const Tensor& attention_weights,
-                            const std::vector<int64_t>& num_points, const Text& interpolation,
-                            const Text& padding, const Text& coordinates) {
-  const Problem problem =
-      understand(value, sampling_locations, attention_weights,
-                 {spatial_shapes, num_points, interpolation, padding, coordinates});
+// The points in the compute type, held while a kernel reads them.
+class GivenTensors {
+ public:
+  GivenTensors(const PointTensors& points, ScalarType type)
+      : locations_(contiguous_as(points.locations, type)),
+        weights_(contiguous_as(points.weights, type)),
+        references_(points.fused() ? contiguous_as(*points.reference_points, type) : weights_),
+        inputs_{points.fused() ? references_.const_data_ptr() : nullptr,
+                locations_.const_data_ptr(), weights_.const_data_ptr()} {}
+
+  const PointInputs& inputs() const { return inputs_; }
+
+ private:
+  Tensor locations_, weights_, references_;
+  PointInputs inputs_;
+};
+
+Tensor run_forward(const Tensor& value, const PointTensors& points, const Options& options) {
+  const Problem problem = understand(value, points, options);
   const Kernels& kernels = active_kernels();
   const Tensor rows = with_contiguous_channels(value);
-  const Tensor locations = contiguous_as(sampling_locations, compute_type(problem));
-  const Tensor weights = contiguous_as(attention_weights, compute_type(problem));
-  Tensor output =
-      empty({problem.batch_size, problem.num_queries, problem.num_heads * problem.head_dim},
-            value.scalar_type());
+  const GivenTensors given(points, compute_type(problem));
+  Tensor output = empty(
+      {points.locations.size(0), points.locations.size(1), problem.num_heads * problem.head_dim},
+      value.scalar_type());
   const Value described = describe(rows);
-  const void* location_data = locations.const_data_ptr();
-  const void* weight_data = weights.const_data_ptr();
-  void* output_data = output.mutable_data_ptr();
+  void* to = output.mutable_data_ptr();
   in_parallel(problem.forward_units(), problem.unit_cost(), [&](int64_t begin, int64_t end) {
-    kernels.forward(problem, described, location_data, weight_data, output_data, begin, end);
+    kernels.forward(problem, described, given.inputs(), to, begin, end);
   });
   return output;
 }
 
-std::tuple<Tensor, Tensor, Tensor> deformable_attention_backward(
-    const Tensor& grad_output, const Tensor& value, const std::vector<int64_t>& spatial_shapes,
-    const Tensor& sampling_locations, const Tensor& attention_weights,
-    const std::vector<int64_t>& num_points, const Text& interpolation, const Text& padding,
-    const Text& coordinates, const std::vector<bool>& output_mask) {
-  const Problem problem =
-      understand(value, sampling_locations, attention_weights,
-                 {spatial_shapes, num_points, interpolation, padding, coordinates});
-  STD_TORCH_CHECK(output_mask.size() == 3, "output_mask: expected 3 entries, got ",
-                  output_mask.size());
+// What the gradient of a tensor is that nobody wants.
+Tensor unwanted(const Tensor& like) { return empty({0}, like.scalar_type()); }
+
+Tensor run_backward_value(const Problem& problem, const Tensor& value, const void* grad_output,
+                          const PointInputs& inputs) {
+  Tensor grad_value = empty(value.sizes(), value.scalar_type());
+  void* to = grad_value.mutable_data_ptr();
+  if (problem.adds_in_place()) {
+    fill_with_zeros(grad_value);
+  }
+  const int64_t chunks_of_map =
+      problem.first_chunks.back() / std::max<int64_t>(problem.batch_size, 1);
+  const int64_t cost = chunks_of_map * problem.unit_cost() +
+                       problem.num_positions * problem.head_dim / problem.num_bands;
+  const Kernels& kernels = active_kernels();
+  in_parallel(problem.backward_value_units(), cost, [&](int64_t begin, int64_t end) {
+    kernels.backward_value(problem, grad_output, inputs, to, begin, end);
+  });
+  return grad_value;
+}
+
+// From the gradients [T, M, n] of the reference points, head by head, to their sums [T, n].
+template <class T>
+void sum_heads(const Problem& problem, const T* of_heads, T* sums) {
+  const int64_t of_query = problem.num_references * problem.reference_size();
+  in_parallel(problem.total_queries(), problem.num_heads * of_query,
+              [&](int64_t begin, int64_t end) {
+                for (int64_t query = begin; query < end; ++query) {
+                  T* const sum = sums + query * of_query;
+                  std::fill_n(sum, of_query, T(0));
+                  const T* from = of_heads + query * problem.num_heads * of_query;
+                  for (int64_t i = 0; i < problem.num_heads * of_query; ++i) {
+                    sum[i % of_query] += from[i];
+                  }
+                }
+              });
+}
+
+struct PointGradientTensors {
+  Tensor reference_points, locations, weights;
+};
+
+// In the compute type; all of them but that of the reference points, which may be unwanted, come
+// from the same dot products.
+PointGradientTensors run_backward_points(const Problem& problem, const Tensor& value,
+                                         const void* grad_output, const PointTensors& points,
+                                         const PointInputs& inputs, bool reference_wanted) {
+  const ScalarType type = compute_type(problem);
+  const Tensor rows = with_contiguous_channels(value);
+  const Value described = describe(rows);
+  const Tensor locations = empty(points.locations.sizes(), type);
+  const Tensor weights = empty(points.weights.sizes(), type);
+  Tensor references = unwanted(weights);
+  Tensor of_heads = references;
+  if (reference_wanted) {
+    references = empty(points.reference_points->sizes(), type);
+    of_heads = empty({problem.total_queries(), problem.num_heads, problem.num_references,
+                      problem.reference_size()},
+                     type);
+  }
+  const PointGradients to = {reference_wanted ? of_heads.mutable_data_ptr() : nullptr,
+                             locations.mutable_data_ptr(), weights.mutable_data_ptr()};
+  const Kernels& kernels = active_kernels();
+  in_parallel(problem.backward_points_units(), problem.unit_cost(),
+              [&](int64_t begin, int64_t end) {
+                kernels.backward_points(problem, described, grad_output, inputs, to, begin, end);
+              });
+  if (reference_wanted) {
+    if (type == ScalarType::Double) {
+      sum_heads(problem, static_cast<const double*>(to.reference_points),
+                static_cast<double*>(references.mutable_data_ptr()));
+    } else {
+      sum_heads(problem, static_cast<const float*>(to.reference_points),
+                static_cast<float*>(references.mutable_data_ptr()));
+    }
+  }
+  return {references, locations, weights};
+}
+
+// The gradients of the value, the reference points (of a fused call), the locations (offsets) and
+// the weights (logits), where the mask says so.
+std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(
+    const Tensor& grad_output, const Tensor& value, const PointTensors& points,
+    const Options& options, bool value_wanted, bool references_wanted, bool locations_wanted,
+    bool weights_wanted) {
+  const Problem problem = understand(value, points, options);
   STD_TORCH_CHECK(storage_of("grad_output", grad_output) == problem.storage,
                   "grad_output: expected the dtype of value");
-  check_shape("grad_output", grad_output,
-              {problem.batch_size, problem.num_queries, problem.num_heads * problem.head_dim});
-  const Kernels& kernels = active_kernels();
-  const ScalarType type = compute_type(problem);
+  check_shape(
+      "grad_output", grad_output,
+      {points.locations.size(0), points.locations.size(1), problem.num_heads * problem.head_dim});
   const Tensor grad = contiguous_as(grad_output, value.scalar_type());
-  const Tensor locations = contiguous_as(sampling_locations, type);
-  const Tensor weights = contiguous_as(attention_weights, type);
+  const GivenTensors given(points, compute_type(problem));
   const void* grad_data = grad.const_data_ptr();
-  const void* location_data = locations.const_data_ptr();
-  const void* weight_data = weights.const_data_ptr();
-  const auto unwanted = [](const Tensor& like) { return empty({0}, like.scalar_type()); };
-
-  Tensor grad_value = unwanted(value);
-  if (output_mask[0]) {
-    grad_value = empty(value.sizes(), value.scalar_type());
-    void* to = grad_value.mutable_data_ptr();
-    if (problem.adds_in_place()) {
-      fill_with_zeros(grad_value);
-    }
-    const int64_t cost = problem.num_chunks * problem.unit_cost() +
-                         problem.num_positions * problem.head_dim / problem.num_bands;
-    in_parallel(problem.backward_value_units(), cost, [&](int64_t begin, int64_t end) {
-      kernels.backward_value(problem, grad_data, location_data, weight_data, to, begin, end);
-    });
+  const Tensor& references = points.fused() ? *points.reference_points : points.locations;
+  std::tuple<Tensor, Tensor, Tensor, Tensor> found = {
+      unwanted(value), unwanted(references), unwanted(points.locations), unwanted(points.weights)};
+  if (value_wanted) {
+    std::get<0>(found) = run_backward_value(problem, value, grad_data, given.inputs());
   }
-
-  Tensor grad_locations = unwanted(sampling_locations);
-  Tensor grad_weights = unwanted(attention_weights);
-  if (output_mask[1] || output_mask[2]) {
-    // Both come from the same dot products, so both are written, and one is dropped if unwanted.
-    const Tensor rows = with_contiguous_channels(value);
-    const Value described = describe(rows);
-    const Tensor both_locations = empty(sampling_locations.sizes(), type);
-    const Tensor both_weights = empty(attention_weights.sizes(), type);
-    void* to_locations = both_locations.mutable_data_ptr();
-    void* to_weights = both_weights.mutable_data_ptr();
-    in_parallel(problem.backward_points_units(), problem.unit_cost(),
-                [&](int64_t begin, int64_t end) {
-                  kernels.backward_points(problem, described, grad_data, location_data, weight_data,
-                                          to_locations, to_weights, begin, end);
-                });
-    if (output_mask[1]) {
-      grad_locations = contiguous_as(both_locations, sampling_locations.scalar_type());
+  if (references_wanted || locations_wanted || weights_wanted) {
+    const PointGradientTensors gradients =
+        run_backward_points(problem, value, grad_data, points, given.inputs(), references_wanted);
+    if (references_wanted) {
+      std::get<1>(found) = contiguous_as(gradients.reference_points, references.scalar_type());
     }
-    if (output_mask[2]) {
-      grad_weights = contiguous_as(both_weights, attention_weights.scalar_type());
+    if (locations_wanted) {
+      std::get<2>(found) = contiguous_as(gradients.locations, points.locations.scalar_type());
+    }
+    if (weights_wanted) {
+      std::get<3>(found) = contiguous_as(gradients.weights, points.weights.scalar_type());
     }
   }
-  return {grad_value, grad_locations, grad_weights};
+  return found;
+}
+
+using Ints = std::vector<int64_t>;
+
+void check_mask(const std::vector<bool>& output_mask, size_t expected) {
+  STD_TORCH_CHECK(output_mask.size() == expected, "output_mask: expected ", expected,
+                  " entries, got ", output_mask.size());
+}
+
+Tensor deformable_attention(const Tensor& value, const Ints& spatial_shapes,
+                            const Tensor& sampling_locations, const Tensor& attention_weights,
+                            const Ints& num_points, const Text& interpolation, const Text& padding,
+                            const Text& coordinates, const std::optional<Ints>& queries_per_map) {
+  return run_forward(
+      value, {sampling_locations, attention_weights},
+      {spatial_shapes, num_points, interpolation, padding, coordinates, queries_per_map});
+}
+
+std::tuple<Tensor, Tensor, Tensor> deformable_attention_backward(
+    const Tensor& grad_output, const Tensor& value, const Ints& spatial_shapes,
+    const Tensor& sampling_locations, const Tensor& attention_weights, const Ints& num_points,
+    const Text& interpolation, const Text& padding, const Text& coordinates,
+    const std::optional<Ints>& queries_per_map, const std::vector<bool>& output_mask) {
+  check_mask(output_mask, 3);
+  auto [of_value, of_references, of_locations, of_weights] = run_backward(
+      grad_output, value, {sampling_locations, attention_weights},
+      {spatial_shapes, num_points, interpolation, padding, coordinates, queries_per_map},
+      output_mask[0], false, output_mask[1], output_mask[2]);
+  return {of_value, of_locations, of_weights};
+}
+
+Tensor fused_deformable_attention(const Tensor& value, const Ints& spatial_shapes,
+                                  const Tensor& reference_points, const Tensor& sampling_offsets,
+                                  const Tensor& attention_logits, const Ints& reference_index,
+                                  const Ints& num_points, const Text& interpolation,
+                                  const Text& padding, const Text& coordinates,
+                                  const std::optional<Ints>& queries_per_map) {
+  return run_forward(
+      value, {sampling_offsets, attention_logits, &reference_points, &reference_index},
+      {spatial_shapes, num_points, interpolation, padding, coordinates, queries_per_map});
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> fused_deformable_attention_backward(
+    const Tensor& grad_output, const Tensor& value, const Ints& spatial_shapes,
+    const Tensor& reference_points, const Tensor& sampling_offsets, const Tensor& attention_logits,
+    const Ints& reference_index, const Ints& num_points, const Text& interpolation,
+    const Text& padding, const Text& coordinates, const std::optional<Ints>& queries_per_map,
+    const std::vector<bool>& output_mask) {
+  check_mask(output_mask, 4);
+  return run_backward(
+      grad_output, value, {sampling_offsets, attention_logits, &reference_points, &reference_index},
+      {spatial_shapes, num_points, interpolation, padding, coordinates, queries_per_map},
+      output_mask[0], output_mask[1], output_mask[2], output_mask[3]);
 }
 
 std::string cpu_isa() { return active_kernels().name; }
@@ -368,16 +306,24 @@ void set_cpu_isa(const Text& name) { set_active_kernels(std::string(name.text));
 }  // namespace
 }  // namespace saccade
 
-// A test holds these schemas equal to those of src/saccade/ops/registration.py.
+// A test holds these schemas equal to those of src/saccade/ops/contract.py.
+#define SACCADE_OPTIONS                                                 \
+  "int[] num_points, str interpolation, str padding, str coordinates, " \
+  "SymInt[]? queries_per_map"
+#define SACCADE_POINTS                                                        \
+  "Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations, Tensor " \
+  "attention_weights, " SACCADE_OPTIONS
+#define SACCADE_FUSED_POINTS                                         \
+  "Tensor value, SymInt[] spatial_shapes, Tensor reference_points, " \
+  "Tensor sampling_offsets, Tensor attention_logits, int[] reference_index, " SACCADE_OPTIONS
+
 STABLE_TORCH_LIBRARY(saccade, library) {
-  library.def(
-      "deformable_attention(Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations, "
-      "Tensor attention_weights, int[] num_points, str interpolation, str padding, "
-      "str coordinates) -> Tensor");
-  library.def(
-      "deformable_attention_backward(Tensor grad_output, Tensor value, SymInt[] spatial_shapes, "
-      "Tensor sampling_locations, Tensor attention_weights, int[] num_points, str interpolation, "
-      "str padding, str coordinates, bool[] output_mask) -> (Tensor, Tensor, Tensor)");
+  library.def("deformable_attention(" SACCADE_POINTS ") -> Tensor");
+  library.def("deformable_attention_backward(Tensor grad_output, " SACCADE_POINTS
+              ", bool[] output_mask) -> (Tensor, Tensor, Tensor)");
+  library.def("fused_deformable_attention(" SACCADE_FUSED_POINTS ") -> Tensor");
+  library.def("fused_deformable_attention_backward(Tensor grad_output, " SACCADE_FUSED_POINTS
+              ", bool[] output_mask) -> (Tensor, Tensor, Tensor, Tensor)");
   library.def("_cpu_isa() -> str");
   library.def("_cpu_isas() -> str");
   library.def("_set_cpu_isa(str name) -> ()");
@@ -386,6 +332,9 @@ STABLE_TORCH_LIBRARY(saccade, library) {
 STABLE_TORCH_LIBRARY_IMPL(saccade, CPU, library) {
   library.impl("deformable_attention", TORCH_BOX(&saccade::deformable_attention));
   library.impl("deformable_attention_backward", TORCH_BOX(&saccade::deformable_attention_backward));
+  library.impl("fused_deformable_attention", TORCH_BOX(&saccade::fused_deformable_attention));
+  library.impl("fused_deformable_attention_backward",
+               TORCH_BOX(&saccade::fused_deformable_attention_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(saccade, CompositeExplicitAutograd, library) {

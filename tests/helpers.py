@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import saccade
+from saccade.arguments import Call, Options, understand
 
 # Relative to the largest number of the expected tensor. float32: sums of some hundred products.
 # 16-bit kernels are held by `assert_16_bit_is_as_good_as_naive` instead.
@@ -84,6 +85,17 @@ class Case:
             locations = locations * torch.tensor(sizes, dtype=torch.float64) - 0.5
         weights = torch.rand(shape, dtype=torch.float64)
         return value.to(self.dtype), locations.to(location_dtype), weights.to(location_dtype)
+
+    def understood(self, value: Tensor, locations: Tensor, weights: Tensor) -> Call:
+        options = Options(
+            self.shapes,
+            self.num_points,
+            self.interpolation,
+            self.padding,
+            self.coordinates,
+            None,
+        )
+        return understand(value, locations, weights, options)
 
     def call(self, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
         return saccade.deformable_attention(value, self.shapes, locations, weights, **self.options)

@@ -20,15 +20,16 @@ LAYERS = [
     {"integrations"},
     {"nn"},
     {"functional"},
-    {"backend", "sampling"},
+    {"backend"},
     {"ops"},
     {"reference"},
-    {"arguments", "argument_key"},
+    {"arguments", "argument_key", "checks", "sampling"},
 ]
 CORE = {
     "argument_key",
     "arguments",
     "backend",
+    "checks",
     "functional",
     "nn",
     "ops",

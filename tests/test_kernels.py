@@ -173,7 +173,7 @@ def test_non_finite_numbers_as_in_the_reference(native_backend, shapes):
     grad_output = torch.randn(2, 200, 16)
     grad_output[torch.rand_like(grad_output) < 0.01] = -torch.inf
     inputs = (value, locations, weights)
-    call = saccade.arguments.understand(value, case.shapes, locations, weights, **case.options)
+    call = case.understood(value, locations, weights)
     expected = [
         saccade.reference.execute(call),
         *saccade.reference.execute_backward(grad_output, call),

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import saccade
-from saccade.ops import native, registration
+from saccade.ops import contract, native
 
 OPERATOR = torch.ops.saccade.deformable_attention
 BACKWARD = torch.ops.saccade.deformable_attention_backward
@@ -26,7 +26,7 @@ def operator_arguments(case, *, requires_grad=True):
     shapes = [size for shape in case.shapes for size in shape]
     return (
         value, shapes, locations, weights, case.points,
-        case.interpolation, case.padding, case.coordinates,
+        case.interpolation, case.padding, case.coordinates, None,
     )  # fmt: skip
 
 
@@ -124,12 +124,12 @@ def test_third_derivatives_equal_those_of_the_reference(native_backend):
     torch.testing.assert_close(third(native_backend), third("reference"))
 
 
-@pytest.mark.parametrize("name", list(registration.SCHEMAS))
+@pytest.mark.parametrize("name", list(contract.SCHEMAS))
 def test_schema_of_the_binary_equals_that_of_python(name):
     if native.failure:
         pytest.skip(f"no native library: {native.failure}")
     operator = getattr(torch.ops.saccade, name).default
-    assert str(operator._schema) == f"saccade::{name}{registration.SCHEMAS[name]}"
+    assert str(operator._schema) == f"saccade::{name}{contract.SCHEMAS[name]}"
 
 
 def test_compile_whole_graph_with_dynamic_sizes():
@@ -346,7 +346,7 @@ def test_without_the_binary_everything_works_and_says_why():
     assert done.returncode == 0, done.stderr
     backend, schema = done.stdout.splitlines()
     assert backend == "reference (SACCADE_DISABLE_NATIVE is set)"
-    assert schema == "saccade::deformable_attention" + registration.SCHEMAS["deformable_attention"]
+    assert schema == "saccade::deformable_attention" + contract.SCHEMAS["deformable_attention"]
 
 
 def test_a_binary_that_does_not_load_is_reported_not_raised(tmp_path):

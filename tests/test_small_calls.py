@@ -7,7 +7,7 @@ from helpers import Case
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from saccade.ops import registration
+from saccade.ops import gradients
 
 
 class Doubled(torch.Tensor):
@@ -56,9 +56,9 @@ def test_autograd_is_not_asked_where_no_gradient_is_needed(native_backend, monke
     case = Case()
     inputs = case.draw()
     passed = []
-    below = registration._below_autograd
+    below = gradients._below_autograd
     monkeypatch.setattr(
-        registration, "_below_autograd", lambda *given: passed.append(1) or below(*given)
+        gradients, "_below_autograd", lambda *given: passed.append(1) or below(*given)
     )
     case.call(*inputs)
     leaves = [tensor.clone().requires_grad_() for tensor in inputs]

@@ -27,6 +27,20 @@ SACCADE_INLINE __m256 repeat_four(const float* from) {
 }
 SACCADE_INLINE __m256d repeat_four(const double* from) { return _mm256_loadu_pd(from); }
 
+// A lane of the vector for each number of an index.
+constexpr bool kPicks = true;
+SACCADE_INLINE __m256 pick(__m256 v, const int32_t* index) {
+  return _mm256_permutevar8x32_ps(v, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)));
+}
+SACCADE_INLINE __m256d pick(__m256d v, const int32_t* index) {
+  // By halves of doubles: lane i is made of halves 2 i and 2 i + 1.
+  const __m128i lanes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(index));
+  const __m256i low = _mm256_slli_epi64(_mm256_cvtepu32_epi64(lanes), 1);
+  const __m256i high = _mm256_slli_epi64(_mm256_add_epi64(low, _mm256_set1_epi64x(1)), 32);
+  return _mm256_castps_pd(
+      _mm256_permutevar8x32_ps(_mm256_castpd_ps(v), _mm256_or_si256(low, high)));
+}
+
 // The first `count` numbers, fewer than a vector has: no others are touched. None for 16 bits.
 constexpr std::size_t kLeastMasked = 4;
 SACCADE_INLINE __m256i mask32(int64_t count) {

@@ -33,6 +33,16 @@ SACCADE_INLINE __m512d repeat_four(const double* from) {
   return _mm512_broadcast_f64x4(_mm256_loadu_pd(from));
 }
 
+// A lane of the vector for each number of an index.
+constexpr bool kPicks = true;
+SACCADE_INLINE __m512 pick(__m512 v, const int32_t* index) {
+  return _mm512_permutexvar_ps(_mm512_loadu_si512(index), v);
+}
+SACCADE_INLINE __m512d pick(__m512d v, const int32_t* index) {
+  const __m256i lanes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index));
+  return _mm512_permutexvar_pd(_mm512_cvtepi32_epi64(lanes), v);
+}
+
 // The first `count` numbers, fewer than a vector has: no others are touched.
 constexpr std::size_t kLeastMasked = 2;
 SACCADE_INLINE __m512 load_masked(const float* from, int64_t count) {

@@ -93,6 +93,12 @@ SACCADE_INLINE DoubleVector repeat_four(const double* from) {
   return DoubleVector{from[0], from[1], from[2], from[3]};
 }
 
+constexpr bool kPicks = false;
+template <class V>
+SACCADE_INLINE V pick(V v, const int32_t*) {
+  return v;
+}
+
 constexpr std::size_t kLeastMasked = 64;  // no masked loads and stores
 
 // Nothing goes past the caches here.

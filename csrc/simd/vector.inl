@@ -3,7 +3,7 @@
 // rounding, 16-bit conversion) is in the file of each instruction set, included before this one:
 //   kFloatWidth, kDoubleWidth; fma, floor, round_even for both; load_half, half_bits;
 //   kManyRegisters, whether there are 32 vector registers rather than 16; repeat_four, four numbers
-//   again and again; stream, end_streams; kLeastMasked, load_masked, store_masked.
+//   again and again; pick, if kPicks; stream, end_streams; kLeastMasked, load_masked, store_masked.
 
 template <class T, int W>
 struct VectorOf {

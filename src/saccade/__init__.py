@@ -6,6 +6,7 @@ from saccade.backend import Backend as Backend
 from saccade.backend import use_backend as use_backend
 from saccade.backend import which_backend as which_backend
 from saccade.functional import deformable_attention as deformable_attention
+from saccade.functional import fused_deformable_attention as fused_deformable_attention
 from saccade.integrations import patch as patch
 from saccade.integrations import unpatch as unpatch
 from saccade.sampling import Sampling as Sampling

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from saccade.arguments import SpatialShapes
+    from saccade.checks import SpatialShapes
 
 
 def key_of(
     tensors: tuple[Tensor, ...],
     spatial_shapes: SpatialShapes,
-    num_points: int | Sequence[int] | None,
+    numbers: tuple[int | Sequence[int] | Tensor | None, ...],
     options: tuple[str, ...],
 ) -> Hashable:
     """Everything that `arguments` checks, or None: this call is to be checked whatever was before."""
@@ -33,7 +33,7 @@ def key_of(
         key = (
             *[(tensor.shape, tensor.dtype, tensor.layout, tensor.device) for tensor in tensors],
             _plain_shapes(spatial_shapes),
-            _plain_points(num_points),
+            *map(_plain_numbers, numbers),
             options,
         )
         hash(key)
@@ -56,9 +56,11 @@ def _plain_shapes(spatial_shapes: SpatialShapes) -> tuple[tuple[int, ...], ...]:
     return tuple(map(tuple, rows))
 
 
-def _plain_points(num_points: int | Sequence[int] | None) -> tuple[int, ...] | int | None:
-    if num_points is None or type(num_points) is int:
-        return num_points
-    if not isinstance(num_points, (list, tuple)) or not {*map(type, num_points)} <= _INT:
+def _plain_numbers(
+    numbers: int | Sequence[int] | Tensor | None,
+) -> tuple[int, ...] | int | None:
+    if numbers is None or type(numbers) is int:
+        return numbers
+    if not isinstance(numbers, (list, tuple)) or not {*map(type, numbers)} <= _INT:
         raise TypeError
-    return tuple(num_points)
+    return tuple(numbers)

@@ -18,7 +18,7 @@ from rich.progress import (
 
 import saccade
 from saccade import doctor as doctor_report
-from saccade.arguments import Interpolation, Padding
+from saccade.checks import Interpolation, Padding
 from saccade.benchmark.command import app as bench
 from saccade.terminal import err, fail, need, out
 

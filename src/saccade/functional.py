@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from saccade import backend, reference
-from saccade.arguments import Coordinates, Interpolation, Padding, SpatialShapes, understand
+from saccade.arguments import Call, FusedCall, Options, understand, understand_fused
+from saccade.checks import Coordinates, Interpolation, Padding, SpatialShapes
 from saccade.ops import registration
+from saccade.ops.contract import arguments_of
+from saccade.ops.gradients import needs_autograd
 
 
 def deformable_attention(
@@ -22,6 +27,7 @@ def deformable_attention(
     interpolation: Interpolation = "linear",
     padding: Padding = "zeros",
     coordinates: Coordinates = "normalized",
+    queries_per_map: Sequence[int] | Tensor | None = None,
     value_padding_mask: Tensor | None = None,
 ) -> Tensor:
     """Multi-scale deformable attention: weighted sums of the value map at learned points.
@@ -44,16 +50,22 @@ def deformable_attention(
             point; not normalised here. Its dtype may differ from the value's.
         num_points: number of points of each level, one int or a list of L ints; needed for (and
             only for) flat locations, where P is the sum over the levels.
-        interpolation: "linear", or "nearest" (rounds half to even; no gradient to the locations).
+        interpolation: "linear", "nearest" (rounds half to even) or "discrete", the cell
+            floor(location * size + 0.5) of RT-DETRv2 and D-FINE; the latter two have no gradient to
+            the locations.
         padding: "zeros", a corner outside the map counts as 0, or "border", the position is clamped
-            to the centres of the border pixels.
+            to the centres of the border pixels. "border_height", for "discrete" only, clamps x to
+            the height as well, as the authors' code does; transformers' is "border".
         coordinates: "normalized", 0 and 1 are the outer edges of the map; "normalized_corners", the
             centres of its first and last pixel; "pixel", an integer is the centre of a pixel.
+        queries_per_map: for queries without padding, B numbers that sum to T, or an integer tensor
+            [B]: so many queries read the first map, so many the second. Locations and weights then
+            are [T, M, L, K, N] and [T, M, L, K] (or flat), the queries of the first map first.
         value_padding_mask (Tensor[B, S], bool): True marks positions of `value` that are padding
             and count as 0.
 
     Returns:
-        Tensor[B, Q, M * D]: in the value's dtype, contiguous.
+        Tensor[B, Q, M * D]: in the value's dtype, contiguous; [T, M * D] with `queries_per_map`.
 
     Raises:
         TypeError: an argument is of the wrong kind.
@@ -81,33 +93,133 @@ def deformable_attention(
         ...     signal, [(5,)], locations.view(1, 2, 1, 1, 1, 1), torch.ones(1, 2, 1, 1, 1),
         ...     coordinates="pixel").flatten().tolist()
         [0.5, 2.25]
+
+        Three queries of the first map, one of the second:
+
+        >>> locations, weights = torch.rand(4, 8, 2, 4, 2), torch.rand(4, 8, 2, 4)
+        >>> saccade.deformable_attention(
+        ...     value, [(8, 8), (4, 4)], locations, weights, queries_per_map=[3, 1]).shape
+        torch.Size([4, 256])
     """
-    call = understand(
+    options = Options(
+        spatial_shapes, num_points, interpolation, padding, coordinates, queries_per_map
+    )
+    call = understand(value, sampling_locations, attention_weights, options, value_padding_mask)
+    if backend.needs_reference():
+        return _of_queries(call, reference.execute(call))
+    points = (call.sampling_locations, call.attention_weights)
+    return _of_queries(call, _run(registration.PLAIN_OPERATOR, call, points))
+
+
+def fused_deformable_attention(
+    value: Tensor,
+    spatial_shapes: SpatialShapes,
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+    *,
+    num_points: int | Sequence[int] | None = None,
+    reference_index: Sequence[int] | None = None,
+    interpolation: Interpolation = "linear",
+    padding: Padding = "zeros",
+    coordinates: Coordinates = "normalized",
+    queries_per_map: Sequence[int] | Tensor | None = None,
+    value_padding_mask: Tensor | None = None,
+) -> Tensor:
+    """Deformable attention from what a query predicts: offsets, and logits before the softmax.
+
+    The same as
+
+        locations = reference_points + sampling_offsets / size       # for points; see below for boxes
+        weights = attention_logits.softmax over all points of a head
+        deformable_attention(value, spatial_shapes, locations, weights)
+
+    but neither locations nor weights are ever in memory, and the backward keeps the inputs only.
+
+    Args:
+        value (Tensor[B, S, M or 1, D]): as in `saccade.deformable_attention`.
+        spatial_shapes: as in `saccade.deformable_attention`.
+        reference_points (Tensor[B, Q, R, N or 2 N]): where a query looks from: points (x), (x, y) or
+            (x, y, z), in the unit that `coordinates` names, or boxes: the centre, then the size along
+            the same axes. R is 1, or L for one of each level, or any number with
+            `reference_index`. Its dtype may differ from the value's.
+        sampling_offsets (Tensor[B, Q, M, L, K, N] or, flat, Tensor[B, Q, M, P, N]): how far from
+            there each point lies: from points in pixels of its level, so that location = reference
+            + offset / (W_l, H_l) in normalized coordinates; of boxes in parts, location = centre +
+            offset * (0.5 / K_l) * (w, h).
+        attention_logits (Tensor[B, Q, M, L, K] or, flat, Tensor[B, Q, M, P]): the softmax goes over
+            all points of a head.
+        num_points: as in `saccade.deformable_attention`.
+        reference_index: for each of the P points the number (below R) of the reference point it
+            starts from, for instance `[0, 1, 0, 1]`; None: by level, or the only one.
+        interpolation: as in `saccade.deformable_attention`.
+        padding: as in `saccade.deformable_attention`.
+        coordinates: of the reference points, as in `saccade.deformable_attention`.
+        queries_per_map: as in `saccade.deformable_attention`: reference points, offsets and logits
+            then are [T, R, N or 2 N], [T, M, L, K, N] and [T, M, L, K].
+        value_padding_mask (Tensor[B, S], bool): True marks positions of `value` that are padding
+            and count as 0.
+
+    Returns:
+        Tensor[B, Q, M * D]: in the value's dtype, contiguous; [T, M * D] with `queries_per_map`.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: a shape, dtype, device or option does not fit. The message names the argument,
+            what was expected and what came.
+
+    Precision:
+        As `saccade.deformable_attention`; locations and the softmax are float32 (float64 for float64
+        values) too. Locations are rounded as the separate operations would; weights differ from
+        torch's softmax by a few units in the last place.
+
+    Source:
+        Zhu et al., Deformable DETR, equation 3 and appendix A.3, https://arxiv.org/abs/2010.04159
+
+    Example:
+        >>> import torch, saccade
+        >>> value = torch.randn(2, 8 * 8 + 4 * 4, 8, 32)          # two levels, 8 heads of 32
+        >>> reference_points = torch.rand(2, 100, 1, 2)           # 100 queries, a point each
+        >>> offsets, logits = torch.randn(2, 100, 8, 2, 4, 2), torch.randn(2, 100, 8, 2, 4)
+        >>> saccade.fused_deformable_attention(
+        ...     value, [(8, 8), (4, 4)], reference_points, offsets, logits).shape
+        torch.Size([2, 100, 256])
+
+        Queries without padding, 70 of the first map and 30 of the second:
+
+        >>> saccade.fused_deformable_attention(
+        ...     value, [(8, 8), (4, 4)], reference_points[0], offsets[0], logits[0],
+        ...     queries_per_map=[70, 30]).shape
+        torch.Size([100, 256])
+    """
+    options = Options(
+        spatial_shapes, num_points, interpolation, padding, coordinates, queries_per_map
+    )
+    call = understand_fused(
         value,
-        spatial_shapes,
-        sampling_locations,
-        attention_weights,
-        num_points,
-        interpolation,
-        padding,
-        coordinates,
+        reference_points,
+        sampling_offsets,
+        attention_logits,
+        options,
+        reference_index,
         value_padding_mask,
     )
     if backend.needs_reference():
-        return reference.execute(call)
-    arguments = (
-        call.value,
-        call.flat_spatial_shapes,
-        call.sampling_locations,
-        call.attention_weights,
-        call.num_points,
-        interpolation,
-        padding,
-        coordinates,
-    )
-    if registration.needs_autograd(call.value, call.sampling_locations, call.attention_weights):
-        output: Tensor = registration.OPERATOR(*arguments)
+        return _of_queries(call, reference.execute_fused(call))
+    points = (call.reference_points, call.sampling_offsets, call.attention_logits)
+    return _of_queries(call, _run(registration.FUSED_OPERATOR, call, points))
+
+
+def _run(operator: Any, call: Call | FusedCall, points: tuple[Tensor, ...]) -> Tensor:
+    arguments = arguments_of(call)
+    if needs_autograd(call.value, *points):
+        output: Tensor = operator(*arguments)
     else:
         with torch._C._AutoDispatchBelowAutograd():
-            output = registration.OPERATOR(*arguments)
+            output = operator(*arguments)
     return output
+
+
+def _of_queries(call: Call | FusedCall, output: Tensor) -> Tensor:
+    """Without the operator's axis for the batch where queries belong to maps by themselves."""
+    return output if call.queries_per_map is None else output[0]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from saccade.arguments import (
+from saccade.checks import (
     SPATIAL_DIMS,
     Interpolation,
     Padding,

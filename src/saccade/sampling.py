@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saccade.checks import Coordinates, understand_reference_index
+
 
 class Sampling(NamedTuple):
     """Where each query looked and how much each point counted: `return_sampling=True` of a module.
@@ -34,21 +36,27 @@ def sampling_locations(
     sampling_offsets: Tensor,
     spatial_shapes: Sequence[tuple[int, ...]],
     num_points: Sequence[int],
+    *,
+    reference_index: Sequence[int] | None = None,
+    coordinates: Coordinates = "normalized",
 ) -> Tensor:
     """Sampling locations from reference points or boxes and predicted offsets.
 
     Args:
-        reference_points (Tensor[B, Q, 1 or L, N or 2 N]): normalized (x), (x, y) or (x, y, z), or
-            boxes: the centre, then the size along the same axes.
+        reference_points (Tensor[B, Q, R, N or 2 N]): (x), (x, y) or (x, y, z), or boxes: the centre,
+            then the size along the same axes; R is 1 or L, one for each level, or any number with
+            `reference_index`.
         sampling_offsets (Tensor[B, Q, M, P, N]): (x), (x, y) or (x, y, z) of each point, all levels
             flat.
         spatial_shapes: `(width,)`, `(height, width)` or `(depth, height, width)` of each of the L
             levels.
         num_points: points of each level, L numbers with the sum P.
+        reference_index: for each of the P points the number of the reference it starts from.
+        coordinates: of reference points and locations, as in `saccade.deformable_attention`.
 
     Returns:
-        Tensor[B, Q, M, P, N], normalized. Points: reference + offset / (W_l, H_l). Boxes:
-        centre + offset * (0.5 / K_l) * (width, height).
+        Tensor[B, Q, M, P, N]. Points: reference + offset pixels, which in normalized coordinates is
+        reference + offset / (W_l, H_l). Boxes: centre + offset * (0.5 / K_l) * (width, height).
 
     Raises:
         ValueError: `reference_points` or `spatial_shapes` does not fit the offsets.
@@ -64,45 +72,59 @@ def sampling_locations(
         >>> sampling_locations(reference, offset, [(4, 8)], [1]).flatten().tolist()
         [0.625, 0.25]
     """
-    batch_size, num_queries = sampling_offsets.shape[:2]
-    num_levels, spatial_dims = len(spatial_shapes), sampling_offsets.shape[-1]
+    spatial_dims = sampling_offsets.shape[-1]
     if any(len(shape) != spatial_dims for shape in spatial_shapes):
         raise ValueError(
             f"spatial_shapes: expected {spatial_dims} sizes for each level, as many as the last axis "
             f"of sampling_offsets {list(sampling_offsets.shape)} has, got {list(spatial_shapes)}"
         )
-    coordinates = reference_points.shape[-1] if reference_points.dim() == 4 else 0
-    if (
-        coordinates not in (spatial_dims, 2 * spatial_dims)
-        or reference_points.shape[:2] != sampling_offsets.shape[:2]
-        or reference_points.shape[2] not in (1, num_levels)
-    ):
-        raise ValueError(
-            f"reference_points: expected [{batch_size}, {num_queries}, 1 or {num_levels}, "
-            f"{spatial_dims} or {2 * spatial_dims}], got {list(reference_points.shape)}"
-        )
-    if reference_points.shape[2] > 1:
-        level_of_point = [level for level, count in enumerate(num_points) for _ in range(count)]
-        reference_points = reference_points[:, :, level_of_point]
-    reference_points = reference_points[:, :, None]  # a head axis: [B, Q, 1, 1 or P, N or 2 N]
-    if coordinates == spatial_dims:
-        step = 1 / torch.tensor(
-            [
-                shape[::-1]  # a location is (x, y), a shape is (H, W)
-                for shape, count in zip(spatial_shapes, num_points, strict=True)
-                for _ in range(count)
-            ],
-            dtype=sampling_offsets.dtype,
-            device=sampling_offsets.device,
-        )
-        return reference_points + sampling_offsets * step
-    share = torch.tensor(
-        [0.5 / count for count in num_points for _ in range(count)],
-        dtype=sampling_offsets.dtype,
-        device=sampling_offsets.device,
+    leading = sampling_offsets.shape[:2]
+    index = understand_reference_index(
+        reference_points, leading, num_points, reference_index, spatial_dims
     )
-    centre, extent = reference_points[..., :spatial_dims], reference_points[..., spatial_dims:]
-    return centre + sampling_offsets * share[:, None] * extent
+    # With a head axis, and as many references as points or one for all.
+    references = reference_points[:, :, index if any(index) else [0]][:, :, None]
+    step = offset_step(
+        spatial_shapes,
+        num_points,
+        coordinates,
+        boxes=reference_points.shape[-1] > spatial_dims,
+        like=sampling_offsets,
+    )
+    moved = sampling_offsets * step
+    if references.shape[-1] > spatial_dims:
+        moved = moved * references[..., spatial_dims:]
+    return references[..., :spatial_dims] + moved
+
+
+def offset_step(
+    spatial_shapes: Sequence[tuple[int, ...]],
+    num_points: Sequence[int],
+    coordinates: Coordinates,
+    *,
+    boxes: bool,
+    like: Tensor,
+) -> Tensor:
+    """What an offset is multiplied by, [P, N]: for points a pixel of its level, for boxes half of
+    the box (which it is multiplied by afterwards) divided by the points of the level.
+    """
+
+    def pixels(size: int) -> int:
+        # From a reference point a pixel is a pixel, whatever 0 and 1 mean.
+        return {"normalized": size, "normalized_corners": size - 1, "pixel": 1}[coordinates]
+
+    options = {"dtype": like.dtype, "device": like.device}
+    if boxes:
+        share = [0.5 / count for count in num_points for _ in range(count)]
+        return torch.tensor(share, **options)[:, None]
+    sizes = [
+        [pixels(size) for size in reversed(shape)]  # a location is (x, y), a shape is (H, W)
+        for shape, count in zip(spatial_shapes, num_points, strict=True)
+        for _ in range(count)
+    ]
+    step = 1 / torch.tensor(sizes, **options)
+    # Between the corners of a single pixel there is no way to go.
+    return step.masked_fill(step.isinf(), 0) if coordinates == "normalized_corners" else step
 
 
 def directions(count: int, spatial_dims: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.arguments import apply_value_padding_mask, understand_spatial_shapes
+from saccade.checks import apply_value_padding_mask, understand_spatial_shapes
 from saccade.nn import DeformableAttention, MultiScaleDeformableAttention
 from saccade.sampling import Sampling
 from saccade.vision.explain import Explanation, HeadParts, check, list_points, take_apart

@@ -1,68 +1,31 @@
-"""The definition of deformable attention in plain PyTorch (`docs/definition.md`, executable).
-
-Slow and readable on purpose: gathers, products and sums, no `grid_sample`. Runs wherever torch
-runs, is differentiable to any order by autograd, and is what every faster kernel is tested against.
-"""
+"""The operator on an understood call, and its gradients, in plain PyTorch operations."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from saccade.arguments import Call, Coordinates, Interpolation, Padding, SpatialShapes, understand
+from saccade.arguments import Call
+from saccade.checks import Coordinates, Interpolation
 
 # Queries are worked on in slices so that no intermediate holds more elements than this
 # (a single query of a very large batch excepted).
 MAX_INTERMEDIATE_ELEMENTS = 1 << 22
 
-
-def deformable_attention(
-    value: Tensor,
-    spatial_shapes: SpatialShapes,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    *,
-    num_points: int | Sequence[int] | None = None,
-    interpolation: Interpolation = "linear",
-    padding: Padding = "zeros",
-    coordinates: Coordinates = "normalized",
-    value_padding_mask: Tensor | None = None,
-) -> Tensor:
-    """Deformable attention, computed by plain PyTorch operations.
-
-    The arguments, the result, the errors and the precision are those of
-    `saccade.deformable_attention`, whose documentation holds here word for word.
-
-    Example:
-        >>> import torch, saccade
-        >>> value = torch.arange(16.0).view(1, 16, 1, 1)        # a 4 x 4 map, z(x, y) = 4 y + x
-        >>> locations = torch.tensor([[2.0, 2], [1, 2], [2, 1], [1, 1]]).view(1, 1, 1, 1, 4, 2)
-        >>> weights = torch.full((1, 1, 1, 1, 4), 0.25)
-        >>> saccade.reference.deformable_attention(
-        ...     value, [(4, 4)], locations, weights, coordinates="pixel").item()
-        7.5
-    """
-    call = understand(
-        value,
-        spatial_shapes,
-        sampling_locations,
-        attention_weights,
-        num_points,
-        interpolation,
-        padding,
-        coordinates,
-        value_padding_mask,
-    )
-    return execute(call)
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def execute(call: Call) -> Tensor:
     """The operator on an understood call: [B, Q, M * D] in the value's dtype."""
+    if call.queries_per_map is not None:
+        outputs = [execute(part) for part, _ in _maps(call)]
+        shape = (1, 0, call.sampling_locations.shape[2] * call.value.shape[3])
+        return torch.cat([call.value.new_zeros(shape), *outputs], 1)
     batch_size, num_queries, num_heads = call.sampling_locations.shape[:3]
     slices = []
     for queries in _query_slices(call):
@@ -84,13 +47,15 @@ def execute(call: Call) -> Tensor:
 
 def execute_backward(
     grad_output: Tensor, call: Call, output_mask: Sequence[bool] = (True, True, True)
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> Gradients:
     """The gradients (value, sampling_locations, attention_weights) of `execute`, written out.
 
     `grad_output` is [B, Q, M * D]. A gradient whose entry of `output_mask` is False is None. Made
     of differentiable operations, so second derivatives are derivatives of this function.
     """
-    compute_dtype = _compute_dtype(call.value)
+    if call.queries_per_map is not None:
+        return _execute_backward_of_maps(grad_output, call, output_mask)
+    compute_dtype = compute_dtype_of(call.value)
     batch_size, num_queries, num_heads = call.sampling_locations.shape[:3]
     grad_output = grad_output.reshape(batch_size, num_queries, num_heads, -1).to(compute_dtype)
     level_sizes = [math.prod(shape) for shape in call.spatial_shapes]
@@ -128,6 +93,38 @@ def execute_backward(
     )
 
 
+def _maps(call: Call) -> Iterator[tuple[Call, slice]]:
+    """Of a call with queries_per_map: each map with its queries as a call, and where they are."""
+    assert call.queries_per_map is not None
+    begin = 0
+    for number, count in enumerate(call.queries_per_map):
+        queries = slice(begin, begin + count)
+        begin += count
+        part = call._replace(
+            value=call.value[number : number + 1],
+            sampling_locations=call.sampling_locations[:, queries],
+            attention_weights=call.attention_weights[:, queries],
+            queries_per_map=None,
+        )
+        yield part, queries
+
+
+def _execute_backward_of_maps(
+    grad_output: Tensor, call: Call, output_mask: Sequence[bool]
+) -> Gradients:
+    # Beginning with nothing, for calls without maps.
+    parts = [(call.value[:0], call.sampling_locations[:, :0], call.attention_weights[:, :0])]
+    for part, queries in _maps(call):
+        found = execute_backward(grad_output[:, queries], part)
+        parts.append(cast(tuple[Tensor, Tensor, Tensor], found))
+    joined = (torch.cat(pieces, axis) for pieces, axis in zip(zip(*parts), (0, 1, 1)))
+    value, locations, weights = (
+        gradient if wanted else None
+        for gradient, wanted in zip(joined, output_mask, strict=True)
+    )
+    return value, locations, weights
+
+
 class _Level(NamedTuple):
     """One level of the map and the points of a slice of queries that fall on it."""
 
@@ -146,7 +143,8 @@ class _Corner(NamedTuple):
     weight_gradient: Tensor  # [B, q, M, K, N] derivative of the weight by the location
 
 
-def _compute_dtype(value: Tensor) -> torch.dtype:
+def compute_dtype_of(value: Tensor) -> torch.dtype:
+    """Of positions, weights and sums."""
     # Positions in 16 bits would be off by whole pixels on a map of a few hundred.
     return torch.float64 if value.dtype == torch.float64 else torch.float32
 
@@ -161,7 +159,7 @@ def _query_slices(call: Call) -> Iterator[slice]:
 
 
 def _levels(call: Call, queries: slice) -> Iterator[_Level]:
-    compute_dtype = _compute_dtype(call.value)
+    compute_dtype = compute_dtype_of(call.value)
     parts = zip(
         call.value.split([math.prod(shape) for shape in call.spatial_shapes], 1),
         call.spatial_shapes,
@@ -181,7 +179,12 @@ def _corners(level: _Level, call: Call) -> Iterator[_Corner]:
     sizes = tuple(reversed(level.shape))  # a location is (x, y), a shape is (H, W)
     for axis, size in enumerate(sizes):
         location = torch.where(finite, level.locations[..., axis], 0)
-        axes.append(_axis_cells(location, size, call.interpolation, call.padding, call.coordinates))
+        last = {
+            "zeros": None,
+            "border": size - 1,
+            "border_height": min(size, level.shape[0]) - 1,
+        }[call.padding]
+        axes.append(_axis_cells(location, size, last, call.interpolation, call.coordinates))
     for cells in itertools.product(*axes):
         inside, row, weight = finite, torch.zeros_like(finite, dtype=torch.int64), None
         for cell, size in zip(reversed(cells), level.shape, strict=True):
@@ -213,27 +216,30 @@ class _Cell(NamedTuple):
 def _axis_cells(
     location: Tensor,
     size: int,
+    last: int | None,
     interpolation: Interpolation,
-    padding: Padding,
     coordinates: Coordinates,
 ) -> list[_Cell]:
-    if coordinates == "normalized":
-        scale, pixel = size, location * size - 0.5
-    elif coordinates == "normalized_corners":
-        scale, pixel = size - 1, location * (size - 1)
-    else:
-        scale, pixel = 1, location
+    """The cells along one axis; positions are clamped to 0 … `last`, unless that is None."""
+    scale = {"normalized": size, "normalized_corners": size - 1, "pixel": 1}[coordinates]
+    shift = -0.5 if coordinates == "normalized" else 0.0
+    if interpolation == "discrete":
+        # It rounds what counts from the edge as if it counted from a centre, and rounds down.
+        shift += 1.0
+    # Rounded twice, never fused: every backend agrees on the position to the last bit.
+    pixel = location * scale + shift
     slope = torch.full_like(pixel, scale)
-    if padding == "border":
+    if last is not None:
         # As grid_sample has it: no gradient at or beyond the centres of the border pixels.
-        moves = (pixel > 0) & (pixel < size - 1)
-        pixel = torch.where(moves, pixel, pixel.detach().clamp(0, size - 1))
+        moves = (pixel > 0) & (pixel < last)
+        pixel = torch.where(moves, pixel, pixel.detach().clamp(0, last))
         slope = torch.where(moves, slope, 0)
     # Further out is as good as two cells out, and infinity minus infinity would be no number.
     near = (pixel > -2) & (pixel < size + 1)
     pixel = torch.where(near, pixel, pixel.detach().clamp(-2, size + 1))
-    if interpolation == "nearest":
-        index = pixel.detach().round()  # half to even
+    if interpolation != "linear":
+        found = pixel.detach()
+        index = found.round() if interpolation == "nearest" else found.floor()  # half to even
         # 0 * pixel: a gradient of zeros to the locations, not none.
         return [_Cell(index, 1 + 0 * pixel, torch.zeros_like(index))]
     lower = pixel.detach().floor()

@@ -1,0 +1,200 @@
+// The softmax over the points of a look, and its reverse. Looks lie one after the other, [looks,
+// P].
+//
+// Where P is a power of two and not above a vector, a vector holds whole looks, and sums go from
+// lane to lane within each; else a look is a number of vectors of its own, the last of them in
+// part.
+
+// Of the exponential: bits of the fraction, bias of the exponent, ln 2 in two parts of which a
+// small multiple of the first is exact, terms of the series.
+template <class T>
+struct Exponential {
+  typedef uint32_t Bits;
+  static constexpr int kFraction = 23, kBias = 127, kTerms = 7;
+  static constexpr T kLn2High = 0x1.63p-1f, kLn2Low = -0x1.bd0106p-13f, kLeast = -87.0f;
+};
+template <>
+struct Exponential<double> {
+  typedef uint64_t Bits;
+  static constexpr int kFraction = 52, kBias = 1023, kTerms = 13;
+  static constexpr double kLn2High = 0x1.62e42p-1, kLn2Low = 0x1.fdf473de6af28p-22, kLeast = -708.0;
+};
+
+template <class T>
+constexpr T inverse_factorial(int number) {
+  double factorial = 1;
+  for (int i = 2; i <= number; ++i) {
+    factorial *= i;
+  }
+  return static_cast<T>(1 / factorial);
+}
+
+// e to the power of numbers that are not above 0; what would be too small to have all its digits
+// (below 1e-37, of doubles 1e-307) is 0.
+template <class T>
+SACCADE_INLINE Vector<T> exp_of_negative(Vector<T> x) {
+  typedef Vector<T> V;
+  typedef Exponential<T> E;
+  typedef typename E::Bits Bits;
+  typedef typename VectorOf<Bits, kWidth<T>>::type BitsVector;
+  // x = n ln 2 + r. Added to 1.5 * 2^fraction, a number is rounded to a whole one, which then is in
+  // the lowest bits.
+  const V magic = splat<T>(T(3) * static_cast<T>(Bits(1) << (E::kFraction - 1)));
+  const V shifted = (V)fma(x, splat<T>(T(0x1.71547652b82fep0)), magic);
+  const V n = shifted - magic;
+  const V high = (V)fma(n, splat<T>(-E::kLn2High), x);
+  const V r = (V)fma(n, splat<T>(-E::kLn2Low), high);
+  V sum = splat<T>(inverse_factorial<T>(E::kTerms));
+#pragma GCC unroll 13
+  for (int term = E::kTerms - 1; term >= 0; --term) {
+    sum = (V)fma(sum, r, splat<T>(inverse_factorial<T>(term)));
+  }
+  const V power = (V)(((BitsVector)shifted + Bits(E::kBias)) << E::kFraction);  // 2^n
+  return x < splat<T>(E::kLeast) ? V{} : sum * power;
+}
+
+template <class T, int By, int... I>
+SACCADE_INLINE Vector<T> exchange(Vector<T> a, std::integer_sequence<int, I...>) {
+  return shuffle<T, (I ^ By)...>(a, a);
+}
+
+// Combines the lanes of each `Group` (a power of two); every lane gets the result.
+template <class T, int Group, class Combine>
+SACCADE_INLINE Vector<T> across(Vector<T> v, Combine combine) {
+  constexpr std::make_integer_sequence<int, kWidth<T>> lanes{};
+  if constexpr (Group > 1) {
+    v = combine(v, exchange<T, 1>(v, lanes));
+  }
+  if constexpr (Group > 2) {
+    v = combine(v, exchange<T, 2>(v, lanes));
+  }
+  if constexpr (Group > 4) {
+    v = combine(v, exchange<T, 4>(v, lanes));
+  }
+  if constexpr (Group > 8) {
+    v = combine(v, exchange<T, 8>(v, lanes));
+  }
+  return v;
+}
+template <class T, int Group>
+SACCADE_INLINE Vector<T> maximum_across(Vector<T> v) {
+  return across<T, Group>(v, [](Vector<T> a, Vector<T> b) { return maximum<T>(a, b); });
+}
+template <class T, int Group>
+SACCADE_INLINE Vector<T> sum_across(Vector<T> v) {
+  return across<T, Group>(v, [](Vector<T> a, Vector<T> b) { return a + b; });
+}
+
+// Calls run(group) if P points are a group of lanes that a vector holds a whole number of; else
+// false.
+template <class T, class Run>
+SACCADE_INLINE bool in_groups(int64_t total_points, Run run) {
+  constexpr int W = kWidth<T>;
+  const auto try_group = [&](auto group) SACCADE_INLINE_LAMBDA {
+    if constexpr (decltype(group)::value <= W) {
+      if (total_points == decltype(group)::value) {
+        run(group);
+        return true;
+      }
+    }
+    return false;
+  };
+  return try_group(std::integral_constant<int, 1>{}) ||
+         try_group(std::integral_constant<int, 2>{}) ||
+         try_group(std::integral_constant<int, 4>{}) ||
+         try_group(std::integral_constant<int, 8>{}) ||
+         try_group(std::integral_constant<int, 16>{});
+}
+
+// A vector of a row of `count` numbers from number `at` on; `rest` stands for what lies beyond.
+template <class T>
+SACCADE_INLINE Vector<T> load_in_row(const T* row, int64_t at, int64_t count, T rest) {
+  if (at + kWidth<T> <= count) {
+    return load(row + at);
+  }
+  static const T kLanes[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return load(kLanes) < splat(static_cast<T>(count - at)) ? load_partial<T, T>(row + at, count - at)
+                                                          : splat(rest);
+}
+template <class T>
+SACCADE_INLINE void store_in_row(T* row, int64_t at, int64_t count, Vector<T> vector) {
+  if (at + kWidth<T> <= count) {
+    store(row + at, vector);
+  } else {
+    store_partial<T, T>(row + at, vector, count - at);
+  }
+}
+
+// From logits to weights, in place. There is room for a vector behind the last number.
+template <class T>
+void softmax(T* numbers, int64_t num_looks, int64_t total_points) {
+  typedef Vector<T> V;
+  constexpr int W = kWidth<T>;
+  const auto run = [&](auto group) SACCADE_INLINE_LAMBDA {
+    constexpr int G = decltype(group)::value;
+    for (int64_t at = 0; at < num_looks * total_points; at += W) {
+      const V logits = load(numbers + at);
+      const V powers = exp_of_negative<T>(logits - maximum_across<T, G>(logits));
+      store(numbers + at, powers / sum_across<T, G>(powers));
+    }
+  };
+  if (in_groups<T>(total_points, run)) {
+    return;
+  }
+  const T lowest = -std::numeric_limits<T>::infinity();
+  for (int64_t look = 0; look < num_looks; ++look, numbers += total_points) {
+    if (total_points < W) {
+      const V logits = load_in_row(numbers, 0, total_points, lowest);
+      const V powers = exp_of_negative<T>(logits - maximum_across<T, W>(logits));
+      store_in_row(numbers, 0, total_points, powers / sum_across<T, W>(powers));
+      continue;
+    }
+    V most = splat<T>(lowest), sum = {};
+    for (int64_t at = 0; at < total_points; at += W) {
+      most = maximum<T>(load_in_row(numbers, at, total_points, lowest), most);
+    }
+    most = maximum_across<T, W>(most);
+    for (int64_t at = 0; at < total_points; at += W) {
+      const V logits = load_in_row(numbers, at, total_points, lowest);
+      const V powers = exp_of_negative<T>(logits - most);
+      store_in_row(numbers, at, total_points, powers);
+      sum += powers;
+    }
+    sum = sum_across<T, W>(sum);
+    for (int64_t at = 0; at < total_points; at += W) {
+      store_in_row(numbers, at, total_points, load_in_row(numbers, at, total_points, T(0)) / sum);
+    }
+  }
+}
+
+// From the gradients of weights to those of logits, in place.
+template <class T>
+void softmax_backward(const T* weights, T* grads, int64_t num_looks, int64_t total_points) {
+  typedef Vector<T> V;
+  constexpr int W = kWidth<T>;
+  const auto run = [&](auto group) SACCADE_INLINE_LAMBDA {
+    constexpr int G = decltype(group)::value;
+    for (int64_t at = 0; at < num_looks * total_points; at += W) {
+      const V weight = load(weights + at), grad = load(grads + at);
+      store(grads + at, weight * (grad - sum_across<T, G>(weight * grad)));
+    }
+  };
+  if (in_groups<T>(total_points, run)) {
+    return;
+  }
+  for (int64_t look = 0; look < num_looks; ++look) {
+    V sum = {};
+    for (int64_t at = 0; at < total_points; at += W) {
+      sum +=
+          load_in_row(weights, at, total_points, T(0)) * load_in_row(grads, at, total_points, T(0));
+    }
+    sum = sum_across<T, W>(sum);
+    for (int64_t at = 0; at < total_points; at += W) {
+      const V weight = load_in_row(weights, at, total_points, T(0));
+      const V grad = load_in_row(grads, at, total_points, T(0));
+      store_in_row(grads, at, total_points, weight * (grad - sum));
+    }
+    weights += total_points;
+    grads += total_points;
+  }
+}

@@ -1,0 +1,235 @@
+"""What arguments may be, and the checks that say so: each error names the argument, what was
+expected and what came.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+Interpolation: TypeAlias = Literal["linear", "nearest", "discrete"]
+Padding: TypeAlias = Literal["zeros", "border", "border_height"]
+Coordinates: TypeAlias = Literal["normalized", "normalized_corners", "pixel"]
+SpatialShapes: TypeAlias = Sequence[Sequence[int]] | Tensor
+
+VALUE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+# A map is a line, an image or a volume.
+SPATIAL_DIMS = (1, 2, 3)
+
+# Of one level: the kernels keep a position's number within its level in 32 bits.
+MOST_POSITIONS = 2**31 - 1
+
+
+def understand_spatial_shapes(spatial_shapes: SpatialShapes) -> list[tuple[int, ...]]:
+    """One tuple of positive ints a level, from a sequence of them or an integer tensor [L, N].
+
+    All have the same length, the number of dimensions N: `(width,)`, `(height, width)` or
+    `(depth, height, width)`.
+    """
+    if isinstance(spatial_shapes, Tensor) and spatial_shapes.is_meta:
+        raise ValueError("spatial_shapes: expected numbers, got a meta tensor, which has none")
+    # A tensor is read back to the host here: on a GPU that is a synchronisation, a sequence is not.
+    rows = spatial_shapes.tolist() if isinstance(spatial_shapes, Tensor) else spatial_shapes
+    try:
+        shapes = [tuple(as_int(size) for size in row) for row in rows]
+    except TypeError as error:
+        raise TypeError(
+            "spatial_shapes: expected a sequence of tuples of int, (width,), (height, width) or "
+            "(depth, height, width), or an integer tensor [levels, 1, 2 or 3], "
+            f"got {spatial_shapes!r}"
+        ) from error
+    if not shapes:
+        raise ValueError("spatial_shapes: expected at least one level, got none")
+    for shape in shapes:
+        if len(shape) not in SPATIAL_DIMS or len(shape) != len(shapes[0]):
+            raise ValueError(
+                "spatial_shapes: expected (width,), (height, width) or (depth, height, width), the "
+                f"same for each level, got {shape} in {shapes}"
+            )
+        if any(size < 1 for size in shape):
+            raise ValueError(f"spatial_shapes: expected positive sizes, got {shape} in {shapes}")
+        if math.prod(shape) > MOST_POSITIONS:
+            raise ValueError(
+                f"spatial_shapes: expected at most {MOST_POSITIONS} positions a level, got {shape}"
+            )
+    return shapes
+
+
+def apply_value_padding_mask(value: Tensor, value_padding_mask: Tensor) -> Tensor:
+    """`value` [B, S, ...] with the positions where the mask [B, S] is True (padding) set to 0."""
+    if not isinstance(value_padding_mask, Tensor):
+        raise TypeError(
+            f"value_padding_mask: expected a Tensor, got {type(value_padding_mask).__name__}"
+        )
+    if value_padding_mask.dtype != torch.bool:
+        raise ValueError(
+            f"value_padding_mask: expected torch.bool (True = padding), got {value_padding_mask.dtype}"
+        )
+    if value_padding_mask.device != value.device or value_padding_mask.layout != torch.strided:
+        raise ValueError(
+            f"value_padding_mask: expected a dense tensor on {value.device} like value, "
+            f"got {value_padding_mask.layout} on {value_padding_mask.device}"
+        )
+    if value_padding_mask.shape != value.shape[:2]:
+        raise ValueError(
+            f"value_padding_mask: expected {list(value.shape[:2])} (batch, positions), "
+            f"got {shape_of(value_padding_mask)}"
+        )
+    return value.masked_fill(
+        value_padding_mask.reshape(value_padding_mask.shape + (1,) * (value.dim() - 2)), 0
+    )
+
+
+def check_option(name: str, given: object, kind: object) -> None:
+    """Raises a ValueError unless `given` is one of the strings of the Literal `kind`."""
+    choices = get_args(kind)
+    if not isinstance(given, str) or given not in choices:
+        got = repr(given) if isinstance(given, str | int | None) else type(given).__name__
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {got}")
+
+
+def understand_num_points(
+    num_points: int | Sequence[int] | None,
+    num_levels: int,
+    per_level: int | None = None,
+    *,
+    flat_name: str = "sampling_locations",
+) -> list[int]:
+    """One positive number of points a level; `per_level` is what None stands for.
+
+    Without that, it is the tensor `flat_name` that needs them.
+    """
+    if num_points is None:
+        if per_level is None:
+            raise ValueError(
+                f"num_points: expected a number of points per level, because {flat_name} has "
+                "its points flat, got None"
+            )
+        num_points = per_level
+    levels = (
+        as_ints("num_points", num_points)
+        if isinstance(num_points, Sequence)
+        else [_int_of("num_points", num_points, "an int or a sequence of int")] * num_levels
+    )
+    if len(levels) != num_levels:
+        raise ValueError(
+            f"num_points: expected {num_levels} numbers, one for each level, got {levels}"
+        )
+    if any(points < 1 for points in levels):
+        raise ValueError(f"num_points: expected at least 1 point for each level, got {levels}")
+    return levels
+
+
+def understand_reference_index(
+    reference_points: Tensor,
+    leading: Sequence[int],
+    num_points: Sequence[int],
+    reference_index: Sequence[int] | None,
+    spatial_dims: int,
+) -> list[int]:
+    """For each point the number of the reference point that it starts from.
+
+    Args:
+        reference_points (Tensor[*leading, R, N or 2 N]): R is 1 or the number of levels, or any
+            number with `reference_index`.
+        leading: the sizes before its last two axes.
+        num_points: points of each level.
+        reference_index: for each point a number below R; None, by level.
+        spatial_dims: N.
+    """
+    sizes = list(reference_points.shape)
+    count = sizes[-2] if len(sizes) == len(leading) + 2 else 0
+    by_level = (1, len(num_points))
+    if (
+        count < 1
+        or sizes[:-2] != list(leading)
+        or sizes[-1] not in (spatial_dims, 2 * spatial_dims)
+        or (reference_index is None and count not in by_level)
+    ):
+        wanted = f"1 or {len(num_points)}" if reference_index is None else "at least 1"
+        raise ValueError(
+            f"reference_points: expected [{''.join(f'{size}, ' for size in leading)}{wanted}, "
+            f"{spatial_dims} or {2 * spatial_dims}], got {sizes}"
+        )
+    if reference_index is None:
+        levels = [level for level, points in enumerate(num_points) for _ in range(points)]
+        return levels if count > 1 else [0] * len(levels)
+    index = as_ints("reference_index", reference_index)
+    if len(index) != sum(num_points) or not all(0 <= number < count for number in index):
+        raise ValueError(
+            f"reference_index: expected {sum(num_points)} numbers, one for each point, from 0 to "
+            f"{count - 1} (reference_points is {sizes}), got {index}"
+        )
+    return index
+
+
+def as_ints(name: str, numbers: Sequence[int] | Tensor) -> list[int]:
+    """The numbers as ints; a TypeError that names them if one is not. A tensor is read back."""
+    if isinstance(numbers, Tensor):
+        if numbers.is_meta or numbers.dim() != 1 or numbers.is_floating_point():
+            raise TypeError(
+                f"{name}: expected a sequence of int or an integer tensor with one axis, "
+                f"got {numbers.dtype} {list(numbers.shape)} on {numbers.device}"
+            )
+        numbers = numbers.tolist()
+    if not isinstance(numbers, Sequence) or isinstance(numbers, str):
+        raise TypeError(f"{name}: expected a sequence of int, got {numbers!r}")
+    return [_int_of(name, number, "a sequence of int", numbers) for number in numbers]
+
+
+def _int_of(name: str, number: object, expected: str, given: object = None) -> int:
+    try:
+        return as_int(number)  # type: ignore[arg-type]
+    except TypeError as error:
+        got = number if given is None else given
+        raise TypeError(f"{name}: expected {expected}, got {got!r}") from error
+
+
+def positive_int(name: str, number: object) -> int:
+    """The number as an int; a TypeError or ValueError that names it unless it is at least 1."""
+    found = _int_of(name, number, "an int")
+    if found < 1:
+        raise ValueError(f"{name}: expected at least 1, got {found}")
+    return found
+
+
+def as_int(number: int) -> int:
+    if isinstance(number, bool):
+        raise TypeError("a bool is not a size")
+    # A torch.SymInt stays symbolic: operator.index would fix it to the value of this trace.
+    return number if isinstance(number, int | torch.SymInt) else operator.index(number)
+
+
+def check_floating(name: str, tensor: object, dtypes: tuple[torch.dtype, ...]) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        raise ValueError(
+            f"{name}: expected one of {', '.join(map(str, dtypes))}, got {tensor.dtype}"
+        )
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "a nested tensor" if tensor.is_nested else tensor.layout
+        raise ValueError(f"{name}: expected a dense (strided) tensor, got {kind}")
+
+
+def check_shape(
+    name: str, tensor: Tensor, expected: Sequence[int | None], hint: str = ""
+) -> None:
+    """Raises a ValueError unless the tensor has these sizes, None standing for any."""
+    matches = tensor.dim() == len(expected) and all(
+        want is None or have == want for have, want in zip(tensor.shape, expected, strict=True)
+    )
+    if not matches:
+        wanted = ", ".join("any" if want is None else str(want) for want in expected)
+        raise ValueError(f"{name}: expected [{wanted}], got {shape_of(tensor)}{hint}")
+
+
+def shape_of(tensor: Tensor) -> str:
+    """For messages."""
+    return str(list(tensor.shape))
