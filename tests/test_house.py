@@ -18,7 +18,7 @@ LAYERS = [
     {"__main__", "cli", "__init__"},
     {"vision", "doctor", "benchmark", "terminal"},
     {"integrations"},
-    {"nn"},
+    {"nn", "compositions"},
     {"functional"},
     {"backend", "sampling"},
     {"ops"},
@@ -29,6 +29,7 @@ CORE = {
     "argument_key",
     "arguments",
     "backend",
+    "compositions",
     "functional",
     "nn",
     "ops",
@@ -128,7 +129,8 @@ def test_versions_and_extras_agree_with_the_project_file():
 
 def test_public_names():
     for name in (
-        "deformable_attention", "nn", "Sampling", "reference", "which_backend", "use_backend",
+        "deformable_attention", "depth_weighted_deformable_attention",
+        "multi_camera_deformable_aggregation", "nn", "Sampling", "reference", "which_backend", "use_backend",
         "patch", "unpatch",
     ):  # fmt: skip
         assert hasattr(saccade, name)
@@ -150,7 +152,9 @@ def test_docstrings_run():
     assert attempted >= 20
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/definition.md", "docs/backends.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/definition.md", "docs/backends.md"]
+)
 def test_examples_of_the_pages_run(page):
     import doctest
 
