@@ -153,7 +153,7 @@ def test_docstrings_run():
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/definition.md", "docs/backends.md"]
+    "page", ["README.md", "docs/definition.md", "docs/compositions.md", "docs/backends.md"]
 )
 def test_examples_of_the_pages_run(page):
     import doctest
