@@ -18,7 +18,7 @@ LAYERS = [
     {"__main__", "cli", "__init__"},
     {"vision", "doctor", "benchmark", "terminal"},
     {"integrations"},
-    {"nn"},
+    {"nn", "compositions"},
     {"functional"},
     {"backend"},
     {"ops"},
@@ -30,6 +30,7 @@ CORE = {
     "arguments",
     "backend",
     "checks",
+    "compositions",
     "functional",
     "nn",
     "ops",
@@ -129,7 +130,8 @@ def test_versions_and_extras_agree_with_the_project_file():
 
 def test_public_names():
     for name in (
-        "deformable_attention", "nn", "Sampling", "reference", "which_backend", "use_backend",
+        "deformable_attention", "depth_weighted_deformable_attention",
+        "multi_camera_deformable_aggregation", "nn", "Sampling", "reference", "which_backend", "use_backend",
         "patch", "unpatch",
     ):  # fmt: skip
         assert hasattr(saccade, name)
@@ -151,7 +153,9 @@ def test_docstrings_run():
     assert attempted >= 20
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/definition.md", "docs/backends.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/definition.md", "docs/compositions.md", "docs/backends.md"]
+)
 def test_examples_of_the_pages_run(page):
     import doctest
 

@@ -10,6 +10,7 @@ from helpers import Case, assert_same, loops, run
 
 import saccade
 from saccade import reference
+from saccade.reference import operator
 
 OPTIONS = list(
     itertools.product(

@@ -5,6 +5,12 @@ from saccade import reference as reference
 from saccade.backend import Backend as Backend
 from saccade.backend import use_backend as use_backend
 from saccade.backend import which_backend as which_backend
+from saccade.compositions import (
+    depth_weighted_deformable_attention as depth_weighted_deformable_attention,
+)
+from saccade.compositions import (
+    multi_camera_deformable_aggregation as multi_camera_deformable_aggregation,
+)
 from saccade.functional import deformable_attention as deformable_attention
 from saccade.functional import fused_deformable_attention as fused_deformable_attention
 from saccade.integrations import patch as patch

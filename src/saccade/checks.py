@@ -200,6 +200,7 @@ def positive_int(name: str, number: object) -> int:
 
 
 def as_int(number: int) -> int:
+    """A TypeError unless the number is whole and no bool."""
     if isinstance(number, bool):
         raise TypeError("a bool is not a size")
     # A torch.SymInt stays symbolic: operator.index would fix it to the value of this trace.
@@ -207,6 +208,7 @@ def as_int(number: int) -> int:
 
 
 def check_floating(name: str, tensor: object, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raises unless it is a dense tensor of one of these dtypes."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in dtypes:
@@ -218,9 +220,7 @@ def check_floating(name: str, tensor: object, dtypes: tuple[torch.dtype, ...]) -
         raise ValueError(f"{name}: expected a dense (strided) tensor, got {kind}")
 
 
-def check_shape(
-    name: str, tensor: Tensor, expected: Sequence[int | None], hint: str = ""
-) -> None:
+def check_shape(name: str, tensor: Tensor, expected: Sequence[int | None], hint: str = "") -> None:
     """Raises a ValueError unless the tensor has these sizes, None standing for any."""
     matches = tensor.dim() == len(expected) and all(
         want is None or have == want for have, want in zip(tensor.shape, expected, strict=True)

@@ -15,7 +15,9 @@ from torch import Tensor
 from saccade import reference
 from saccade.arguments import Call, FusedCall, flat
 
-_OPTIONS = "int[] num_points, str interpolation, str padding, str coordinates, SymInt[]? queries_per_map"
+_OPTIONS = (
+    "int[] num_points, str interpolation, str padding, str coordinates, SymInt[]? queries_per_map"
+)
 _MAPS = "Tensor value, SymInt[] spatial_shapes"
 
 
@@ -101,9 +103,7 @@ class Operator(NamedTuple):
         self._check_axes_and_devices(arguments)
         value, locations = arguments[0], arguments[self._locations_at]
         batch_size, num_queries, num_heads = locations.shape[:3]
-        return cast(
-            Tensor, value.new_empty((batch_size, num_queries, num_heads * value.shape[3]))
-        )
+        return cast(Tensor, value.new_empty((batch_size, num_queries, num_heads * value.shape[3])))
 
     def backward_fake(self, grad_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         """What comes out of its backward."""

@@ -78,9 +78,7 @@ def _finite_points(call: FusedCall) -> tuple[Tensor, Tensor, Tensor]:
     return references, torch.where(finite_offsets, offsets, 0), finite
 
 
-def _grad_references_and_offsets(
-    grad_locations: Tensor, call: FusedCall
-) -> tuple[Tensor, Tensor]:
+def _grad_references_and_offsets(grad_locations: Tensor, call: FusedCall) -> tuple[Tensor, Tensor]:
     references, offsets, _ = _finite_points(call)
     spatial_dims = offsets.shape[-1]
     boxes = references.shape[-1] > spatial_dims

@@ -119,8 +119,7 @@ def _execute_backward_of_maps(
         parts.append(cast(tuple[Tensor, Tensor, Tensor], found))
     joined = (torch.cat(pieces, axis) for pieces, axis in zip(zip(*parts), (0, 1, 1)))
     value, locations, weights = (
-        gradient if wanted else None
-        for gradient, wanted in zip(joined, output_mask, strict=True)
+        gradient if wanted else None for gradient, wanted in zip(joined, output_mask, strict=True)
     )
     return value, locations, weights
 
