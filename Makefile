@@ -12,7 +12,7 @@ BUILD_TOOLS := scikit-build-core cmake ninja pathspec
 LIBRARY_SOURCES := $(wildcard $(shell git ls-files -co --exclude-standard src csrc 2>/dev/null)) \
   CMakeLists.txt pyproject.toml LICENSE README.md
 
-CXX_FILES := csrc/*.cpp csrc/*.h csrc/*.inl csrc/simd/*.inl tests/native/*.cpp benchmarks/*.cpp
+CXX_FILES := csrc/*.cpp csrc/*.h csrc/*.inl csrc/simd/*.inl tests/native/*.cpp tests/native/*.h benchmarks/*.cpp
 
 .PHONY: demo test lint format bench install clean
 

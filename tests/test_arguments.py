@@ -152,6 +152,13 @@ def test_six_axes_equal_five_with_num_points():
     assert torch.equal(saccade.deformable_attention(**{**GOOD, **SIX_AXES}), expected)
 
 
+# Queries of both maps one after the other.
+ONE_AXIS = {
+    "sampling_locations": LOCATIONS.flatten(0, 1)[None],
+    "attention_weights": WEIGHTS.flatten(0, 1)[None],
+}
+
+
 def operator(**changes):
     arguments = {
         "value": VALUE,
@@ -162,6 +169,7 @@ def operator(**changes):
         "interpolation": "linear",
         "padding": "zeros",
         "coordinates": "normalized",
+        "queries_per_map": None,
     }
     return torch.ops.saccade.deformable_attention(*{**arguments, **changes}.values())
 
@@ -181,7 +189,15 @@ def operator(**changes):
         ({"sampling_locations": LOCATIONS[..., :0]}, "sampling_locations: expected"),
         ({"value": VALUE.int()}, "value: expected"),
         ({"value": VALUE[:, :, :2]}, "value: expected 1 or 3 heads"),
-        ({"padding": "reflect"}, "padding: expected one of 'zeros', 'border', got 'reflect'"),
+        (
+            {"padding": "reflect"},
+            "padding: expected one of 'zeros', 'border', 'border_height', got 'reflect'",
+        ),
+        ({"queries_per_map": [11, 11]}, r"sampling_locations: expected \[1, 11"),
+        ({**ONE_AXIS, "queries_per_map": [11, 12]}, "queries_per_map: expected numbers that sum"),
+        ({**ONE_AXIS, "queries_per_map": [-1, 23]}, "queries_per_map: expected numbers that sum"),
+        ({**ONE_AXIS, "queries_per_map": [2**62, 2**62]}, "queries_per_map: expected numbers"),
+        ({**ONE_AXIS, "queries_per_map": [1, 21, 0]}, "queries_per_map: expected 2 numbers"),
     ],
 )
 def test_the_operator_itself_checks_what_could_read_out_of_bounds(native_backend, changes, message):
@@ -215,8 +231,9 @@ def test_what_is_remembered_of_calls_is_bounded_and_holds_no_tensor():
     arguments._remembered.clear()
     for num_queries in range(1, arguments.MOST_REMEMBERED + 20):
         arguments.understand(
-            VALUE, CASE.shapes, LOCATIONS[:, :1].expand(-1, num_queries, -1, -1, -1),
-            WEIGHTS[:, :1].expand(-1, num_queries, -1, -1), 3,
+            VALUE, LOCATIONS[:, :1].expand(-1, num_queries, -1, -1, -1),
+            WEIGHTS[:, :1].expand(-1, num_queries, -1, -1),
+            arguments.Options(CASE.shapes, 3, "linear", "zeros", "normalized", None),
         )  # fmt: skip
     assert 0 < len(arguments._remembered) <= arguments.MOST_REMEMBERED
     for key, sizes in arguments._remembered.items():

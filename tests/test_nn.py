@@ -285,7 +285,7 @@ def test_first_directions():
         (lambda: DeformableAttention(30), "num_heads: expected a divisor of embed_dim 30"),
         (
             lambda: multi_scale()(**{**multi_scale_inputs(), "query": torch.zeros(2, 11, 31)}),
-            r"query: expected \[batch, positions, 32\], got \[2, 11, 31\]",
+            r"query: expected \[batch, queries, 32\], got \[2, 11, 31\]",
         ),
         (
             lambda: multi_scale()(**{**multi_scale_inputs(), "spatial_shapes": [(6, 9)]}),

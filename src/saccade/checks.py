@@ -112,10 +112,11 @@ def understand_num_points(
                 "its points flat, got None"
             )
         num_points = per_level
+    expected = "an int or a sequence of int"
     levels = (
-        as_ints("num_points", num_points)
+        as_ints("num_points", num_points, expected)
         if isinstance(num_points, Sequence)
-        else [_int_of("num_points", num_points, "an int or a sequence of int")] * num_levels
+        else [_int_of("num_points", num_points, expected)] * num_levels
     )
     if len(levels) != num_levels:
         raise ValueError(
@@ -169,7 +170,9 @@ def understand_reference_index(
     return index
 
 
-def as_ints(name: str, numbers: Sequence[int] | Tensor) -> list[int]:
+def as_ints(
+    name: str, numbers: Sequence[int] | Tensor, expected: str = "a sequence of int"
+) -> list[int]:
     """The numbers as ints; a TypeError that names them if one is not. A tensor is read back."""
     if isinstance(numbers, Tensor):
         if numbers.is_meta or numbers.dim() != 1 or numbers.is_floating_point():
@@ -179,8 +182,8 @@ def as_ints(name: str, numbers: Sequence[int] | Tensor) -> list[int]:
             )
         numbers = numbers.tolist()
     if not isinstance(numbers, Sequence) or isinstance(numbers, str):
-        raise TypeError(f"{name}: expected a sequence of int, got {numbers!r}")
-    return [_int_of(name, number, "a sequence of int", numbers) for number in numbers]
+        raise TypeError(f"{name}: expected {expected}, got {numbers!r}")
+    return [_int_of(name, number, expected, numbers) for number in numbers]
 
 
 def _int_of(name: str, number: object, expected: str, given: object = None) -> int:

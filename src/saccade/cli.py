@@ -18,8 +18,8 @@ from rich.progress import (
 
 import saccade
 from saccade import doctor as doctor_report
-from saccade.checks import Interpolation, Padding
 from saccade.benchmark.command import app as bench
+from saccade.checks import Interpolation, Padding
 from saccade.terminal import err, fail, need, out
 
 if TYPE_CHECKING:

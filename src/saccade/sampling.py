@@ -15,6 +15,8 @@ from saccade.checks import Coordinates, understand_reference_index
 class Sampling(NamedTuple):
     """Where each query looked and how much each point counted: `return_sampling=True` of a module.
 
+    With `queries_per_map` the T queries of all maps take the place of batch and queries.
+
     The points of all levels lie flat, level after level (P in all).
     `saccade.deformable_attention` on the module's value with these locations and weights gives the
     module's result before its output projection.
@@ -45,7 +47,7 @@ def sampling_locations(
     Args:
         reference_points (Tensor[B, Q, R, N or 2 N]): (x), (x, y) or (x, y, z), or boxes: the centre,
             then the size along the same axes; R is 1 or L, one for each level, or any number with
-            `reference_index`.
+            `reference_index`. Other axes than B and Q may come before R, in both tensors alike.
         sampling_offsets (Tensor[B, Q, M, P, N]): (x), (x, y) or (x, y, z) of each point, all levels
             flat.
         spatial_shapes: `(width,)`, `(height, width)` or `(depth, height, width)` of each of the L
@@ -78,12 +80,12 @@ def sampling_locations(
             f"spatial_shapes: expected {spatial_dims} sizes for each level, as many as the last axis "
             f"of sampling_offsets {list(sampling_offsets.shape)} has, got {list(spatial_shapes)}"
         )
-    leading = sampling_offsets.shape[:2]
+    leading = sampling_offsets.shape[:-3]
     index = understand_reference_index(
         reference_points, leading, num_points, reference_index, spatial_dims
     )
     # With a head axis, and as many references as points or one for all.
-    references = reference_points[:, :, index if any(index) else [0]][:, :, None]
+    references = reference_points[..., index if any(index) else [0], :].unsqueeze(-3)
     step = offset_step(
         spatial_shapes,
         num_points,
@@ -113,16 +115,15 @@ def offset_step(
         # From a reference point a pixel is a pixel, whatever 0 and 1 mean.
         return {"normalized": size, "normalized_corners": size - 1, "pixel": 1}[coordinates]
 
-    options = {"dtype": like.dtype, "device": like.device}
     if boxes:
         share = [0.5 / count for count in num_points for _ in range(count)]
-        return torch.tensor(share, **options)[:, None]
+        return torch.tensor(share, dtype=like.dtype, device=like.device)[:, None]
     sizes = [
         [pixels(size) for size in reversed(shape)]  # a location is (x, y), a shape is (H, W)
         for shape, count in zip(spatial_shapes, num_points, strict=True)
         for _ in range(count)
     ]
-    step = 1 / torch.tensor(sizes, **options)
+    step = 1 / torch.tensor(sizes, dtype=like.dtype, device=like.device)
     # Between the corners of a single pixel there is no way to go.
     return step.masked_fill(step.isinf(), 0) if coordinates == "normalized_corners" else step
 

@@ -44,16 +44,17 @@ struct Call {
       problem.num_positions += shape.first * shape.second;
       problem.total_points += 4;
     }
-    problem.num_queries = num_queries > 0 ? num_queries : problem.num_positions;
+    if (num_queries == 0) num_queries = problem.num_positions;
+    problem.first_queries = {0, num_queries};
     problem.prepare(1);
-    const int64_t points = problem.num_queries * problem.num_heads * problem.total_points;
+    const int64_t points = num_queries * problem.num_heads * problem.total_points;
     const int64_t channels = problem.num_heads * problem.head_dim;
     Numbers numbers;
     value = numbers.many(problem.num_positions * channels, -1, 1);
     // A few points lie outside of the map, as they do in a model.
     locations = numbers.many(2 * points, -0.05f, 1.05f);
     weights = numbers.many(points, 0, 0.125f);
-    grad_output = numbers.many(problem.num_queries * channels, -1, 1);
+    grad_output = numbers.many(num_queries * channels, -1, 1);
     output.resize(grad_output.size());
     grad_value.resize(value.size());
     grad_locations.resize(locations.size());
@@ -64,21 +65,21 @@ struct Call {
     const int64_t row = problem.num_heads * problem.head_dim;
     return {value.data(), problem.num_positions * row, row, problem.head_dim};
   }
+  saccade::PointInputs points() const { return {nullptr, locations.data(), weights.data()}; }
 };
 
 void run(Call& call, const saccade::Kernels& kernels, bool backward) {
   const saccade::Problem& problem = call.problem;
   if (!backward) {
-    kernels.forward(problem, call.described(), call.locations.data(), call.weights.data(),
-                    call.output.data(), 0, problem.forward_units());
+    kernels.forward(problem, call.described(), call.points(), call.output.data(), 0,
+                    problem.forward_units());
     return;
   }
-  kernels.backward_value(problem, call.grad_output.data(), call.locations.data(),
-                         call.weights.data(), call.grad_value.data(), 0,
+  kernels.backward_value(problem, call.grad_output.data(), call.points(), call.grad_value.data(), 0,
                          problem.backward_value_units());
-  kernels.backward_points(problem, call.described(), call.grad_output.data(), call.locations.data(),
-                          call.weights.data(), call.grad_locations.data(), call.grad_weights.data(),
-                          0, problem.backward_points_units());
+  kernels.backward_points(problem, call.described(), call.grad_output.data(), call.points(),
+                          {nullptr, call.grad_locations.data(), call.grad_weights.data()}, 0,
+                          problem.backward_points_units());
 }
 
 }  // namespace

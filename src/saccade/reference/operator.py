@@ -113,15 +113,17 @@ def _execute_backward_of_maps(
     grad_output: Tensor, call: Call, output_mask: Sequence[bool]
 ) -> Gradients:
     # Beginning with nothing, for calls without maps.
-    parts = [(call.value[:0], call.sampling_locations[:, :0], call.attention_weights[:, :0])]
+    values, locations = [call.value[:0]], [call.sampling_locations[:, :0]]
+    weights = [call.attention_weights[:, :0]]
     for part, queries in _maps(call):
         found = execute_backward(grad_output[:, queries], part)
-        parts.append(cast(tuple[Tensor, Tensor, Tensor], found))
-    joined = (torch.cat(pieces, axis) for pieces, axis in zip(zip(*parts), (0, 1, 1)))
-    value, locations, weights = (
-        gradient if wanted else None for gradient, wanted in zip(joined, output_mask, strict=True)
+        for gradients, gradient in zip((values, locations, weights), found, strict=True):
+            gradients.append(cast(Tensor, gradient))
+    return (
+        torch.cat(values) if output_mask[0] else None,
+        torch.cat(locations, 1) if output_mask[1] else None,
+        torch.cat(weights, 1) if output_mask[2] else None,
     )
-    return value, locations, weights
 
 
 class _Level(NamedTuple):

@@ -1,0 +1,5 @@
+"""The modules: deformable attention with its projections, ready to put into a network."""
+
+from saccade.nn.multi_scale import MultiScaleDeformableAttention as MultiScaleDeformableAttention
+from saccade.nn.multi_view import MultiViewDeformableAttention as MultiViewDeformableAttention
+from saccade.nn.single_map import DeformableAttention as DeformableAttention

@@ -1,0 +1,158 @@
+"""What the modules share: the layers that predict where to look, the look itself, checks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from saccade.checks import (
+    SPATIAL_DIMS,
+    Interpolation,
+    Padding,
+    SpatialShapes,
+    check_option,
+    positive_int,
+    understand_spatial_shapes,
+)
+from saccade.functional import fused_deformable_attention
+from saccade.sampling import Sampling, directions, sampling_locations
+
+
+class SamplingModule(nn.Module):
+    """The layers that predict where to look, and the look itself."""
+
+    output_proj: nn.Linear
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        num_points: list[int],
+        spatial_dims: int,
+        interpolation: Interpolation,
+        padding: Padding,
+    ) -> None:
+        super().__init__()
+        if positive_int("spatial_dims", spatial_dims) not in SPATIAL_DIMS:
+            raise ValueError(f"spatial_dims: expected 1, 2 or 3, got {spatial_dims}")
+        check_option("interpolation", interpolation, Interpolation)
+        check_option("padding", padding, Padding)
+        self.embed_dim = positive_int("embed_dim", embed_dim)
+        self.num_heads = positive_int("num_heads", num_heads)
+        self.num_points = num_points
+        self.spatial_dims = spatial_dims
+        self.interpolation: Interpolation = interpolation
+        self.padding: Padding = padding
+        total_points = num_heads * sum(num_points)
+        self.sampling_offsets = nn.Linear(embed_dim, total_points * spatial_dims)
+        self.attention_weights = nn.Linear(embed_dim, total_points)
+
+    def reset_parameters(self) -> None:
+        """The family's initialisation: head m looks along direction m, the points further out.
+
+        The directions divide the circle, as everywhere; a line into left and right, by turns; the
+        sphere evenly. The longest coordinate of each is 1: the k-th point is k pixels away.
+        """
+        direction = directions(self.num_heads, self.spatial_dims)
+        distance = torch.tensor(
+            [point + 1.0 for count in self.num_points for point in range(count)]
+        )
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_((direction[:, None] * distance[:, None]).flatten())
+        nn.init.zeros_(self.sampling_offsets.weight)
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for name in ("reference_points", "value_proj", "output_proj"):
+            projection = getattr(self, name, None)
+            if projection is not None:
+                nn.init.xavier_uniform_(projection.weight)
+                nn.init.zeros_(projection.bias)
+
+    def attend(
+        self,
+        query: Tensor,
+        reference_points: Tensor,
+        value: Tensor,
+        shapes: list[tuple[int, ...]],
+        value_padding_mask: Tensor | None,
+        return_sampling: bool,
+        queries_per_map: Sequence[int] | Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Sampling]:
+        """From queries [B, Q, C] and the value [B, S, M or 1, D] to the result of `forward`.
+
+        With `queries_per_map` queries are [T, C] and reference points [T, R, N or 2 N].
+        """
+        offsets, logits = self.predict(query)
+        reference_points = reference_points.to(offsets.dtype)
+        attended = fused_deformable_attention(
+            value,
+            shapes,
+            reference_points,
+            offsets,
+            logits,
+            num_points=self.num_points,
+            interpolation=self.interpolation,
+            padding=self.padding,
+            queries_per_map=queries_per_map,
+            value_padding_mask=value_padding_mask,
+        )
+        output: Tensor = self.output_proj(attended)
+        if not return_sampling:
+            return output
+        # The operator makes locations and weights on the way; who asks gets them made once more.
+        locations = sampling_locations(reference_points, offsets, shapes, self.num_points)
+        return output, Sampling(reference_points, offsets, locations, logits.softmax(-1))
+
+    def understand_shapes(self, spatial_shapes: SpatialShapes) -> list[tuple[int, ...]]:
+        """The shapes of the module's levels; a ValueError if there are others."""
+        shapes = understand_spatial_shapes(spatial_shapes)
+        num_levels = len(self.num_points)
+        if len(shapes) != num_levels or len(shapes[0]) != self.spatial_dims:
+            raise ValueError(
+                f"spatial_shapes: expected {num_levels} levels (num_levels) of "
+                f"{self.spatial_dims} sizes (spatial_dims), got {shapes}"
+            )
+        return shapes
+
+    def predict(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Sampling offsets [..., M, P, N] and attention logits [..., M, P] of queries [..., C]."""
+        # 16-bit locations would be off by whole pixels on a large map. The layers predict offsets in
+        # 16 bits where autocast says so; reference and offset are never added in 16 bits.
+        dtype = location_dtype(query)
+        looks = (self.num_heads, sum(self.num_points))
+        offsets: Tensor = self.sampling_offsets(query).to(dtype)
+        logits: Tensor = self.attention_weights(query).to(dtype)
+        return offsets.unflatten(-1, (*looks, self.spatial_dims)), logits.unflatten(-1, looks)
+
+
+def location_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def check_tensor(name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+
+
+def check_shape(name: str, tensor: object, *expected: Sequence[int]) -> None:
+    check_tensor(name, tensor)
+    assert isinstance(tensor, Tensor)
+    if list(tensor.shape) not in [list(shape) for shape in expected]:
+        wanted = " or ".join(str(list(shape)) for shape in expected)
+        raise ValueError(f"{name}: expected {wanted}, got {list(tensor.shape)}")
+
+
+def check_heads(embed_dim: int, num_heads: int) -> None:
+    if embed_dim % num_heads:
+        raise ValueError(f"num_heads: expected a divisor of embed_dim {embed_dim}, got {num_heads}")
+
+
+def check_channels(name: str, tensor: object, axes: Sequence[str], embed_dim: int) -> None:
+    check_tensor(name, tensor)
+    assert isinstance(tensor, Tensor)
+    if tensor.dim() != len(axes) + 1 or tensor.shape[-1] != embed_dim:
+        raise ValueError(
+            f"{name}: expected [{', '.join(axes)}, {embed_dim}], got {list(tensor.shape)}"
+        )
