@@ -234,8 +234,8 @@ def _check(
     if head_dim < 1:
         raise ValueError(f"value: expected a head_dim of at least 1, got {shape_of(value)}")
     (name, locations), weights = list(tensors.items())[1:3]
-    queries = _check_queries(name, locations, value, options.queries_per_map)
     levels = _check_points(name, locations, value, shapes, options)
+    queries = _check_queries(name, locations, value, options.queries_per_map)
     check_shape(weights[0], weights[1], list(locations.shape[:-1]))
     index: list[int] = []
     if "reference_points" in tensors:
@@ -275,7 +275,7 @@ def _check_queries(
             f"queries_per_map: expected {value.shape[0]} numbers, one for each map of value "
             f"{shape_of(value)}, got {queries}"
         )
-    total = locations.shape[0] if locations.dim() else 0
+    total = locations.shape[0]
     if any(number < 0 for number in queries) or sum(queries) != total:
         raise ValueError(
             f"queries_per_map: expected numbers of at least 0 that sum to {total}, the number of "

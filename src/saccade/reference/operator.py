@@ -24,8 +24,10 @@ def execute(call: Call) -> Tensor:
     """The operator on an understood call: [B, Q, M * D] in the value's dtype."""
     if call.queries_per_map is not None:
         outputs = [execute(part) for part, _ in _maps(call)]
-        shape = (1, 0, call.sampling_locations.shape[2] * call.value.shape[3])
-        return torch.cat([call.value.new_zeros(shape), *outputs], 1)
+        # Without maps there are no queries: those of a map that is not there.
+        nothing = call.value.sum(0, keepdim=True)
+        none = call._replace(value=nothing, queries_per_map=None)
+        return torch.cat(outputs, 1) if outputs else execute(none)
     batch_size, num_queries, num_heads = call.sampling_locations.shape[:3]
     slices = []
     for queries in _query_slices(call):
@@ -57,7 +59,8 @@ def execute_backward(
         return _execute_backward_of_maps(grad_output, call, output_mask)
     compute_dtype = compute_dtype_of(call.value)
     batch_size, num_queries, num_heads = call.sampling_locations.shape[:3]
-    grad_output = grad_output.reshape(batch_size, num_queries, num_heads, -1).to(compute_dtype)
+    by_head = (batch_size, num_queries, num_heads, call.value.shape[3])
+    grad_output = grad_output.reshape(by_head).to(compute_dtype)
     level_sizes = [math.prod(shape) for shape in call.spatial_shapes]
     grad_levels = [
         torch.zeros_like(part, dtype=compute_dtype) for part in call.value.split(level_sizes, 1)
