@@ -2,7 +2,7 @@
 
     python train.py --picture blobs.png
 
-Like nodules between the vessels of a lung: a slice shows both as discs, only the third direction
+Like nodules between the vessels of a lung: a slice can show both as discs, and the third direction
 tells them apart. Queries start on an even grid, look at the volume through three-dimensional
 deformable attention, and move layer by layer to the balls they find.
 """
