@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -139,11 +142,15 @@ def read(case: Case, level: Tensor, location: list[float]) -> float:
             number = number * size - 0.5
         elif case.coordinates == "normalized_corners":
             number = number * (size - 1)
+        if case.interpolation == "discrete":
+            number = number + 1
         if case.padding == "border":
             number = min(max(number, 0.0), size - 1.0)
         pixels.append(number)
     if case.interpolation == "nearest":
         return cell(tuple(round(pixel) for pixel in reversed(pixels)))
+    if case.interpolation == "discrete":
+        return cell(tuple(math.floor(pixel) for pixel in reversed(pixels)))
     total = 0.0
     for corner in itertools.product((0, 1), repeat=len(pixels)):
         share, index = 1.0, []
@@ -153,6 +160,18 @@ def read(case: Case, level: Tensor, location: list[float]) -> float:
             index.append(math.floor(pixel) + above)
         total += share * cell(tuple(reversed(index)))
     return total
+
+
+def look(
+    values: Any, shape: tuple[int, int], points: Any, weights: Any = None, **options: Any
+) -> float:
+    """What one query of one head reads at `points` of a single-channel map, summed by `weights`."""
+    value = torch.as_tensor(values, dtype=torch.float32).reshape(1, -1, 1, 1)
+    locations = torch.tensor(points, dtype=torch.float32).reshape(1, 1, 1, 1, -1, 2)
+    if weights is None:
+        weights = [1.0] * locations.shape[4]
+    weights = torch.tensor(weights, dtype=torch.float32).reshape(1, 1, 1, 1, -1)
+    return saccade.deformable_attention(value, [shape], locations, weights, **options).item()
 
 
 def run(case: Case, inputs: Sequence[Tensor], grad_output: Tensor | None) -> list[Tensor]:
@@ -239,3 +258,14 @@ def grid_sample_path(case: Case, value: Tensor, locations: Tensor, weights: Tens
         output = output + (sampled * share[:, None]).sum(-1)
         first_point += count
     return output.view(batch_size, num_heads * head_dim, num_queries).transpose(1, 2)
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs the code in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )

@@ -270,3 +270,69 @@ def test_sizes_that_may_change_are_looked_at_again():
         saccade.deformable_attention(value, [(3, 4)], locations, weights)
         with pytest.raises((TypeError, ValueError), match="spatial_shapes"):
             saccade.deformable_attention(value, wrong, locations, weights)
+
+
+FUSED = {
+    "value": VALUE,
+    "spatial_shapes": CASE.shapes,
+    "reference_points": torch.rand(2, 11, 1, 2),
+    "sampling_offsets": LOCATIONS,
+    "attention_logits": WEIGHTS,
+    "num_points": 3,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reference_points": torch.rand(2, 11, 2)}, r"reference_points: expected \[2, 11, 1 or 2"),
+        (
+            {"reference_points": torch.rand(2, 11, 3, 2)},
+            r"reference_points: expected \[2, 11, 1 or 2",
+        ),
+        ({"reference_points": torch.rand(2, 11, 1, 3)}, "2 or 4], got"),
+        ({"reference_points": torch.rand(1, 11, 1, 2)}, "reference_points: expected"),
+        ({"reference_points": torch.rand(2, 11, 1, 2).int()}, "reference_points: expected one of"),
+        ({"reference_index": [0] * 5}, "reference_index: expected 6 numbers"),
+        ({"reference_index": [0] * 5 + [1]}, "reference_index: .* from 0 to 0"),
+        ({"reference_index": [-1] * 6}, "reference_index: expected 6 numbers"),
+        ({"sampling_offsets": LOCATIONS[..., :1]}, "sampling_offsets: .*last axis must be 2"),
+        ({"attention_logits": WEIGHTS[..., :1]}, "attention_logits: expected"),
+        ({"num_points": None}, "num_points: .* because sampling_offsets has its points flat"),
+        ({"value": VALUE[:, :, :2]}, "value: expected 3 heads as in sampling_offsets"),
+    ],
+)
+def test_errors_of_a_fused_call_name_the_argument(change, message):
+    assert saccade.fused_deformable_attention(**FUSED).shape == (2, 11, 24)
+    for function in (
+        saccade.fused_deformable_attention,
+        saccade.reference.fused_deformable_attention,
+    ):
+        with pytest.raises(ValueError, match=message):
+            function(**{**FUSED, **change})
+    with pytest.raises(TypeError, match="reference_points: expected a Tensor, got NoneType"):
+        saccade.fused_deformable_attention(**{**FUSED, "reference_points": None})
+
+
+@pytest.mark.parametrize(
+    ("position", "change", "message"),
+    [
+        (2, torch.rand(2, 11, 1, 3), "reference_points: expected"),
+        (2, torch.rand(2, 10, 1, 2), "reference_points: expected"),
+        (5, [0] * 5, "reference_index: expected 6 numbers"),
+        (5, [0] * 5 + [1], "reference_index: expected numbers from 0 to 0, got 1"),
+        (5, [-1] * 6, "reference_index: expected numbers from 0 to 0, got -1"),
+        (3, LOCATIONS[:, :5], "attention_logits: expected"),
+        (6, [3, 300], "sampling_offsets: expected"),
+    ],
+)
+def test_the_fused_operator_itself_checks(native_backend, position, change, message):
+    arguments = [
+        VALUE, [6, 7, 3, 4], FUSED["reference_points"], LOCATIONS, WEIGHTS, [0] * 6, [3, 3],
+        "linear", "zeros", "normalized", None,
+    ]  # fmt: skip
+    fused = torch.ops.saccade.fused_deformable_attention
+    assert fused(*arguments).shape == (2, 11, 24)
+    arguments[position] = change
+    with pytest.raises(RuntimeError, match=message):
+        fused(*arguments)

@@ -46,7 +46,7 @@ CASES = {
 }
 OPTIONS = list(
     itertools.product(
-        ("linear", "nearest"),
+        ("linear", "nearest", "discrete"),
         ("zeros", "border"),
         ("normalized", "normalized_corners", "pixel"),
     )
@@ -91,7 +91,7 @@ def test_options(native_backend, name, interpolation, padding, coordinates):
 
 
 @pytest.mark.parametrize("padding", ["zeros", "border"])
-@pytest.mark.parametrize("interpolation", ["linear", "nearest"])
+@pytest.mark.parametrize("interpolation", ["linear", "nearest", "discrete"])
 def test_exactly_on_edges_and_centres(native_backend, interpolation, padding):
     case = Case(
         shapes=[(3, 4), (1, 2)],
@@ -267,7 +267,7 @@ def cases(draw):
         num_heads=draw(st.integers(1, 4)),
         head_dim=draw(st.integers(1, 70)),
         shared_head=draw(st.booleans()),
-        interpolation=draw(st.sampled_from(["linear", "nearest"])),
+        interpolation=draw(st.sampled_from(["linear", "nearest", "discrete"])),
         padding=draw(st.sampled_from(["zeros", "border"])),
         coordinates=draw(st.sampled_from(["normalized", "normalized_corners", "pixel"])),
         dtype=draw(st.sampled_from([torch.float32, torch.float64])),

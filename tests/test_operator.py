@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 
 import pytest
 import torch
-from helpers import Case, assert_same, run
+from helpers import Case, assert_same, python, run
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -184,10 +182,11 @@ def test_under_autocast_values_may_be_16_bit_and_locations_stay_float32(native_b
     assert low.dtype == torch.bfloat16
 
 
-def test_activation_checkpointing_and_a_value_used_twice():
+@pytest.mark.parametrize("shapes", [[(6, 7)], [(9,)], [(2, 3, 4)]])
+def test_activation_checkpointing_and_a_value_used_twice(shapes):
     from torch.utils.checkpoint import checkpoint
 
-    case = Case(num_heads=8, shapes=[(6, 7)], num_points=2)
+    case = Case(num_heads=8, shapes=shapes, num_points=2)
     inputs = case.draw()
 
     def twice(value, locations, weights):
@@ -203,8 +202,9 @@ def test_activation_checkpointing_and_a_value_used_twice():
         assert torch.equal(got.grad, want.grad)
 
 
-def test_forward_mode_and_torch_func_give_right_numbers(native_backend):
-    case = Case(dtype=torch.float64, num_queries=3, batch_size=1)
+@pytest.mark.parametrize("shapes", [IMAGES, LINES, VOLUMES], ids=["images", "lines", "volumes"])
+def test_forward_mode_and_torch_func_give_right_numbers(native_backend, shapes):
+    case = Case(shapes=shapes, dtype=torch.float64, num_queries=3, batch_size=1)
     inputs = case.draw()
     tangents = tuple(torch.randn_like(tensor) for tensor in inputs)
     _, found = torch.func.jvp(case.call, inputs, tangents)
@@ -224,6 +224,56 @@ def test_forward_mode_and_torch_func_give_right_numbers(native_backend):
     batched = torch.stack((inputs[0], 2 * inputs[0]))
     mapped = torch.func.vmap(lambda value: case.call(value, *inputs[1:]))(batched)
     torch.testing.assert_close(mapped[1], 2 * case.call(*inputs))
+
+
+@pytest.mark.parametrize("shapes", [IMAGES, LINES, VOLUMES], ids=["images", "lines", "volumes"])
+def test_flops_are_counted(native_backend, shapes):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    case = Case(shapes=shapes, num_points=[1, 4])
+    inputs = case.draw()
+    # Batch, queries, heads, points, corners, channels; a multiplication and an addition.
+    once = 2 * 11 * 3 * 5 * 2 ** len(shapes[0]) * 8 * 2
+    with FlopCounterMode(display=False) as counter:
+        case.call(*inputs)
+    assert counter.get_total_flops() == once
+    with FlopCounterMode(display=False) as counter:
+        case.with_(interpolation="nearest").call(*inputs)
+    assert counter.get_total_flops() == once // 2 ** len(shapes[0])
+    for wanted, times in (((0,), 2), ((1,), 2), ((2,), 2), ((1, 2), 2), ((0, 1, 2), 3)):
+        leaves = [tensor.clone().requires_grad_(i in wanted) for i, tensor in enumerate(inputs)]
+        with FlopCounterMode(display=False) as counter:
+            case.call(*leaves).sum().backward()
+        assert counter.get_total_flops() == times * once
+
+
+def test_flops_of_a_module():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    module = saccade.nn.MultiScaleDeformableAttention(32, num_heads=4, num_levels=2, num_points=3)
+    inputs = torch.randn(2, 11, 32), torch.rand(2, 11, 1, 2), torch.randn(2, 54, 32)
+    with FlopCounterMode(display=False) as counter:
+        module(*inputs, [(6, 7), (3, 4)]).sum().backward()
+    found = counter.get_flop_counts()["Global"]
+    once = 2 * 11 * 4 * 6 * 4 * 8 * 2
+    assert found[torch.ops.saccade.fused_deformable_attention] == once
+    assert found[torch.ops.saccade.fused_deformable_attention_backward] == 2 * once
+
+
+@pytest.mark.parametrize("first", ["saccade", "torch.utils.flop_counter"])
+def test_flops_are_registered_whichever_is_imported_first(first):
+    second = {"saccade", "torch.utils.flop_counter"} - {first}
+    code = f"""
+import sys, torch
+import {first}
+
+import {second.pop()}, saccade
+assert not any("saccade" in type(finder).__module__ for finder in sys.meta_path), sys.meta_path
+registry = sys.modules["torch.utils.flop_counter"].flop_registry
+print(sum("saccade" in str(operator) for operator in registry))
+"""
+    done = python(code)
+    assert done.stdout == "4\n", done.stderr
 
 
 def test_freed_storage_is_an_error_not_a_crash(native_backend):
@@ -276,87 +326,3 @@ def test_calls_from_many_threads_at_once(native_backend):
     for thread in threads:
         thread.join()
     assert not failures
-
-
-def test_which_backend_names_kernel_and_reason(backend):
-    found = saccade.which_backend(torch.zeros(1))
-    assert found.name == backend
-    assert found.reason
-
-
-def test_which_backend_for_a_device_without_a_kernel():
-    assert saccade.which_backend(torch.zeros(1, device="meta")).name == "reference"
-    assert "meta" in saccade.which_backend(torch.zeros(1, device="meta")).reason
-
-
-def test_use_backend_refuses_what_is_not_there_and_restores():
-    before = saccade.which_backend()
-    with pytest.raises(ValueError, match="name: expected one of reference, .*got 'cuda'"):
-        saccade.use_backend("cuda").__enter__()
-    with pytest.raises(ZeroDivisionError), saccade.use_backend("reference"):
-        raise ZeroDivisionError
-    assert saccade.which_backend() == before
-
-
-def python(code, **environment):
-    import os
-
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def test_environment_chooses_the_instruction_set():
-    if native.failure:
-        pytest.skip(f"no native library: {native.failure}")
-    code = "import saccade; print(saccade.which_backend())"
-    for isa in native.available_isas():
-        assert python(code, SACCADE_CPU_ISA=isa).stdout.startswith(f"cpu-{isa} (SACCADE_CPU_ISA")
-    forced = "import saccade\nwith saccade.use_backend('reference'): print(saccade.which_backend())"
-    assert python(forced, SACCADE_CPU_ISA="mmx").stdout.startswith("reference")
-    wrong = python(code, SACCADE_CPU_ISA="mmx")
-    assert wrong.returncode != 0
-    assert "SACCADE_CPU_ISA: expected one of" in wrong.stderr
-
-
-WITHOUT_LIBRARY = """
-import torch, saccade
-print(saccade.which_backend())
-value, locations, weights = (
-    torch.rand(*shape, requires_grad=True)
-    for shape in ((1, 20, 2, 4), (1, 3, 2, 1, 4, 2), (1, 3, 2, 1, 4))
-)
-output = saccade.deformable_attention(value, [(4, 5)], locations, weights)
-output.square().sum().backward()
-expected = torch.autograd.grad(
-    saccade.reference.deformable_attention(value, [(4, 5)], locations, weights).square().sum(),
-    (value, locations, weights))
-for leaf, want in zip((value, locations, weights), expected):
-    torch.testing.assert_close(leaf.grad, want)
-print(torch.ops.saccade.deformable_attention.default._schema)
-"""
-
-
-def test_without_the_binary_everything_works_and_says_why():
-    done = python(WITHOUT_LIBRARY, SACCADE_DISABLE_NATIVE="1")
-    assert done.returncode == 0, done.stderr
-    backend, schema = done.stdout.splitlines()
-    assert backend == "reference (SACCADE_DISABLE_NATIVE is set)"
-    assert schema == "saccade::deformable_attention" + contract.SCHEMAS["deformable_attention"]
-
-
-def test_a_binary_that_does_not_load_is_reported_not_raised(tmp_path):
-    import shutil
-    from pathlib import Path
-
-    package = Path(saccade.__file__).parent
-    shutil.copytree(package, tmp_path / "saccade", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "saccade" / "_native.so").write_bytes(b"not a library")
-    done = python(WITHOUT_LIBRARY, PYTHONPATH=str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("reference (_native.so did not load into torch")
-    assert done.stderr == ""

@@ -6,23 +6,13 @@ import math
 
 import pytest
 import torch
-from helpers import Case, assert_same, loops
+from helpers import Case, assert_same, look, loops
 
 import saccade
 
 pytestmark = pytest.mark.usefixtures("backend")
 
 INF, NAN = math.inf, math.nan
-
-
-def look(values, shape, points, weights=None, **options):
-    """What one query of one head reads at `points` of a single-channel map, summed by `weights`."""
-    value = torch.as_tensor(values, dtype=torch.float32).reshape(1, -1, 1, 1)
-    locations = torch.tensor(points, dtype=torch.float32).reshape(1, 1, 1, 1, -1, 2)
-    if weights is None:
-        weights = [1.0] * locations.shape[4]
-    weights = torch.tensor(weights, dtype=torch.float32).reshape(1, 1, 1, 1, -1)
-    return saccade.deformable_attention(value, [shape], locations, weights, **options).item()
 
 
 def test_worked_example():

@@ -173,9 +173,64 @@ def test_a_function_in_the_file_of_the_model_is_replaced_for_this_model_alone():
         torch.testing.assert_close(gradients[name], want, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_discrete_sampling_is_left_alone():
-    with pytest.raises(ValueError, match="its method is 'discrete', expected 'default'"):
-        saccade.patch(random_rt_detr_v2("discrete"))
+def test_discrete_sampling():
+    model, pictures = scatter_parameters(random_rt_detr_v2("discrete")), torch.randn(1, 3, 96, 128)
+    expected, expected_gradients = outputs_and_gradients(model, pictures)
+    saccade.patch(model)
+    with counted_calls() as calls:
+        found, gradients = outputs_and_gradients(model, pictures)
+    assert len(calls) == 2
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    for name, want in expected_gradients.items():
+        torch.testing.assert_close(gradients[name], want, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_method_that_nobody_knows_is_left_alone():
+    model = random_rt_detr_v2()
+    for module in model.modules():
+        if hasattr(module, "method"):
+            module.method = "cubic"
+    with pytest.raises(
+        ValueError, match="its method is 'cubic', expected one of default, discrete"
+    ):
+        saccade.patch(model)
+
+
+@pytest.mark.parametrize("shapes", [[(8, 8), (4, 4)], [(5, 9), (3, 7)]], ids=["square", "wide"])
+def test_discrete_rules_of_transformers_and_of_the_authors(shapes):
+    from transformers.models.d_fine.modeling_d_fine import multi_scale_deformable_attention_v2
+
+    points = [4, 3]
+    value = torch.randn(4, sum(h * w for h, w in shapes), 3, 8)
+    locations, weights = torch.rand(4, 500, 3, 7, 2) * 1.6 - 0.3, torch.rand(4, 500, 3, 7)
+    options = {"num_points": points, "interpolation": "discrete"}
+    with torch.no_grad():
+        found = saccade.deformable_attention(
+            value, shapes, locations, weights, padding="border", **options
+        )
+    expected = multi_scale_deformable_attention_v2(
+        value, shapes, locations, weights, points, "discrete"
+    )
+    torch.testing.assert_close(found, expected)
+    # The authors' code clamps both axes to the height, which a map at least as wide as high survives.
+    by_height = torch.zeros(4, 500, 3, 8)
+    first_row = first_point = 0
+    for (height, width), count in zip(shapes, points, strict=True):
+        level = value[:, first_row : first_row + height * width].unflatten(1, (height, width))
+        of_level = slice(first_point, first_point + count)
+        cells = locations[:, :, :, of_level] * torch.tensor([width, height]) + 0.5
+        cells = cells.to(torch.int64).clamp(0, height - 1)
+        batch, head = torch.arange(4).view(4, 1, 1, 1), torch.arange(3).view(1, 1, 3, 1)
+        read = level[batch, cells[..., 1], cells[..., 0], head]
+        by_height += (weights[:, :, :, of_level, None] * read).sum(3)
+        first_row += height * width
+        first_point += count
+    found = saccade.deformable_attention(
+        value, shapes, locations, weights, padding="border_height", **options
+    )
+    torch.testing.assert_close(found, by_height.flatten(2))
+    assert by_height.flatten(2).allclose(expected, atol=1e-5) == (shapes[0] == (8, 8))
 
 
 def test_a_patched_function_survives_torch_compile():

@@ -32,6 +32,11 @@ _PARAMETERS = (
 )
 _OF_LEVELS = ("value", "value_spatial_shapes", "sampling_locations", "attention_weights")
 _OF_FLAT_POINTS = (*_OF_LEVELS, "num_points_list", "method")
+# What the functions of flat points call method. transformers clamps each axis by itself.
+_METHODS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "discrete": {"interpolation": "discrete", "padding": "border"},
+}
 
 
 class PatchReport(NamedTuple):
@@ -132,8 +137,8 @@ def _is_patched(module: nn.Module) -> bool:
 def _replace(module: nn.Module) -> str | None:
     """Makes one submodule run on Saccade, or says why it cannot."""
     method = getattr(module, "decoder_method", getattr(module, "method", "default"))
-    if method != "default":
-        return f"its method is {method!r}, expected 'default' (bilinear)"
+    if method not in _METHODS:
+        return f"its method is {method!r}, expected one of {', '.join(_METHODS)}"
     core = module.__dict__.get(CORE_ATTRIBUTE)
     if core is not None:
         replacement = _replacement_of(core)
@@ -228,20 +233,13 @@ class _FlatPoints:
         num_points_list: list[int],
         method: str = "default",
     ) -> Tensor:
-        if method != "default":
-            found: Tensor = self.original(
-                value,
-                value_spatial_shapes,
-                sampling_locations,
-                attention_weights,
-                num_points_list,
-                method,
-            )
-            return found
+        if method not in _METHODS:
+            raise ValueError(f"method: expected one of {', '.join(_METHODS)}, got {method!r}")
         return deformable_attention(
             value,
             value_spatial_shapes,
             sampling_locations,
             attention_weights,
             num_points=num_points_list,
+            **_METHODS[method],
         )

@@ -66,6 +66,10 @@ class Operator(NamedTuple):
         """The arguments with other tensors."""
         return (tensors[0], arguments[1], *tensors[1:], *arguments[1 + self.num_tensors :])
 
+    def interpolation(self, arguments: Sequence[Any]) -> str:
+        """Of the operator's arguments, which end alike in both operators."""
+        return str(arguments[-4])
+
     def understood(self, arguments: Sequence[Any]) -> Any:
         """The operator's arguments as a call for the reference."""
         spatial_dims = arguments[self._locations_at].shape[-1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from saccade.ops import native
+from saccade.ops import flops, native
 from saccade.ops.contract import FUSED, PLAIN
 from saccade.ops.gradients import autograd_kernel, backward_of_backward, save_for_second_order
 
@@ -33,6 +33,7 @@ def _register() -> torch.library.Library:
 
 # Registrations live as long as this object does.
 _library = _register()
+flops.register_with_counter()
 
 # The overloads themselves: looking one up costs as much as a small kernel.
 PLAIN_OPERATOR = torch.ops.saccade.deformable_attention.default
