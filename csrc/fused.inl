@@ -1,25 +1,31 @@
 // Stage zero of a fused call: from reference points, offsets and logits to locations and attention
 // weights, unit by unit, in memory that stays in the caches; and its reverse.
 
-// The reference points of a query: for each number of an offset the coordinate that it starts from,
-// and of boxes the size by which it is multiplied.
+// How the numbers of a query's reference points become those of its offsets: for each the
+// coordinate that it starts from, and of boxes the size by which it is multiplied.
 template <class T>
-class QueryReferences {
+class References {
  public:
-  QueryReferences(const Problem& problem, const GivenPoints<T>& given, int64_t query)
-      : table_(point_table<T>(problem)), axes_(problem.spatial_dims) {
-    const int64_t count = problem.num_references * problem.reference_size();
-    const T* const end = given.references + problem.total_queries() * count;
-    numbers_ = given.references + query * count;
-    short_ = kPicks && count <= kWidth<T>;
+  References(const Problem& problem, const GivenPoints<T>& given)
+      : first_(given.references),
+        count_(problem.num_references * problem.reference_size()),
+        end_(given.references + problem.total_queries() * count_),
+        index_(point_table<T>(problem).reference_at.data()),
+        axes_(problem.spatial_dims),
+        boxes_(problem.references_are_boxes),
+        short_(kPicks && count_ <= kWidth<T>) {}
+
+  // To be called before the numbers of a query are asked for.
+  SACCADE_INLINE void of_query(int64_t query) {
+    numbers_ = first_ + query * count_;
     if (short_) {
-      if (numbers_ + kWidth<T> > end) {
-        std::copy_n(numbers_, count, copies_);
+      if (numbers_ + 2 * kWidth<T> > end_) {
+        std::copy_n(numbers_, count_, copies_);
         numbers_ = copies_;
       }
       all_ = load(numbers_);
       // Sizes follow the coordinates of their box.
-      sizes_ = problem.references_are_boxes ? following(all_, axes_) : all_;
+      sizes_ = boxes_ ? load(numbers_ + axes_) : all_;
     }
   }
 
@@ -29,30 +35,25 @@ class QueryReferences {
 
  private:
   SACCADE_INLINE Vector<T> numbers(Vector<T> from, int64_t at, int64_t shift) const {
-    const int32_t* const index = &table_.reference_at[at];
     if (short_) {
-      return (Vector<T>)pick(from, index);
+      return (Vector<T>)pick(from, index_ + at);
     }
     T found[kWidth<T>];
     for (int lane = 0; lane < kWidth<T>; ++lane) {
-      found[lane] = numbers_[index[lane] + shift];
+      found[lane] = numbers_[index_[at + lane] + shift];
     }
     return load(found);
   }
 
-  // Each lane the number so many lanes further on; the last ones, which are no coordinates, any.
-  static Vector<T> following(Vector<T> v, int64_t shift) {
-    T numbers[2 * kWidth<T>] = {};
-    store(numbers, v);
-    return load(numbers + shift);
-  }
-
-  const PointTable<T>& table_;
-  int64_t axes_;
-  const T* numbers_;
-  bool short_;
+  const T* const first_;
+  const int64_t count_;
+  const T* const end_;
+  const int32_t* const index_;
+  const int64_t axes_;
+  const bool boxes_, short_;
+  const T* numbers_ = nullptr;
   Vector<T> all_ = {}, sizes_ = {};
-  T copies_[kWidth<T>] = {};
+  T copies_[2 * kWidth<T>] = {};
 };
 
 template <class T>
@@ -65,30 +66,56 @@ class FusedPoints {
   template <int N>
   void make(const Problem& problem, const GivenPoints<T>& given, const Unit& unit, T* locations,
             T* weights) {
-    const int64_t total_points = problem.total_points, of_query = unit.num_heads * total_points;
+    // What does not change is taken out of the problem: the numbers written might be a part of it.
+    const int64_t total_points = problem.total_points, num_heads = unit.num_heads;
+    const int64_t of_query = num_heads * total_points, numbers = N * total_points;
     const int64_t all = problem.total_queries() * problem.num_heads * total_points;
     const int64_t count = unit.num_queries * of_query;
+    const bool boxes = problem.references_are_boxes;
+    const T* const step = point_table<T>(problem).offset_step.data();
+    const int64_t to_next = problem.num_heads * total_points;
+    int64_t from = unit.row(problem, 0) * total_points;
+    References<T> references(problem, given);
     last_offsets_.reserve(N * of_query + kWidth<T>);
-    for (int64_t query = 0; query < unit.num_queries; ++query) {
-      const int64_t from = unit.row(problem, query) * total_points, at = query * of_query;
-      given.template fetch_ahead<N>(problem, unit, from);
-      copy_numbers_roughly(weights + at, given.attention_weights + from, of_query,
-                           given.attention_weights + all);
-      const T* offsets = given.locations + N * from;
-      if (offsets + N * of_query + kWidth<T> > given.locations + N * all) {
+    last_logits_.reserve(of_query + kWidth<T>);
+    const bool groups = in_groups<T>(total_points, [](auto) {});
+    T *location = locations, *weight = weights;
+    for (int64_t query = 0; query < unit.num_queries; ++query, from += to_next) {
+      given.template fetch_ahead<N, 3>(problem, unit, from);
+      const T* offset = given.locations + N * from;
+      const T* logit = given.attention_weights + from;
+      if (from + of_query + kWidth<T> > all) {
         // Whole vectors of the last ones would reach beyond the end of what may be read.
-        std::copy_n(offsets, N * of_query, &last_offsets_[0]);
-        offsets = &last_offsets_[0];
+        offset = std::copy_n(offset, N * of_query, &last_offsets_[0]) - N * of_query;
+        logit = std::copy_n(logit, of_query, &last_logits_[0]) - of_query;
       }
-      const QueryReferences<T> references(problem, given, unit.first_query + query);
-      for (int64_t head = 0; head < unit.num_heads; ++head) {
-        const int64_t first = N * head * total_points;
-        locate_look<N>(problem, references, offsets + first, locations + N * at + first);
+      if (groups) {
+        copy_numbers_roughly(weight, logit, of_query, logit + of_query + kWidth<T>);
+        weight += of_query;
+      }
+      references.of_query(unit.first_query + query);
+      for (int64_t head = 0; head < num_heads; ++head, offset += numbers, location += numbers) {
+        if (!groups) {
+          softmax_of_look(logit, weight, total_points);
+          logit += total_points;
+          weight += total_points;
+        }
+        // Whole vectors: the numbers of the next look come afterwards.
+        for (int64_t at = 0; at < numbers; at += kWidth<T>) {
+          // Rounded step by step, as the separate operations would be.
+          Vector<T> moved = load(offset + at) * load(step + at);
+          if (boxes) {
+            moved = moved * references.sizes(at);
+          }
+          store(location + at, references.coordinates(at) + moved);
+        }
       }
     }
     std::fill_n(locations + N * count, N * kWidth<T>, T(0));
-    std::fill_n(weights + count, kWidth<T>, T(0));
-    softmax(weights, unit.num_looks(), total_points);
+    if (groups) {
+      std::fill_n(weights + count, kWidth<T>, T(0));
+      softmax_in_groups(weights, unit.num_looks(), total_points);
+    }
     std::fill_n(weights + count, kWidth<T>, T(0));
   }
 
@@ -103,46 +130,35 @@ class FusedPoints {
     if (grad_references != nullptr) {
       gather_references<N>(problem, given, unit, &grads.locations[0], grad_references);
     }
-    for (int64_t query = 0; query < unit.num_queries; ++query) {
-      const QueryReferences<T> references(problem, given, unit.first_query + query);
-      for (int64_t head = 0; head < unit.num_heads; ++head) {
-        const int64_t look = query * unit.num_heads + head;
-        reverse_look<N>(problem, references, &grads.locations[N * look * total_points]);
-      }
+    const int64_t count = N * unit.num_looks() * total_points;
+    T* const grad = &grads.locations[0];
+    InPeriod<T> in_period(N * total_points);
+    for (int64_t at = 0; at < count; at += kWidth<T>) {
+      store(grad + at, load(grad + at) * load(&point_table<T>(problem).offset_step[in_period.at]));
+      in_period.next();
+    }
+    if (problem.references_are_boxes) {
+      multiply_by_sizes<N>(problem, given, unit, grad);
     }
   }
 
  private:
-  static const PointTable<T>& table(const Problem& problem) { return point_table<T>(problem); }
-
-  // Writes whole vectors: the numbers of the next look come afterwards.
   template <int N>
-  SACCADE_INLINE void locate_look(const Problem& problem, const QueryReferences<T>& references,
-                                  const T* offsets, T* locations) {
-    const T* const step = &table(problem).offset_step[0];
-    for (int64_t at = 0; at < N * problem.total_points; at += kWidth<T>) {
-      // Rounded step by step, as the separate operations would be.
-      Vector<T> moved = load(offsets + at) * load(step + at);
-      if (problem.references_are_boxes) {
-        moved = moved * references.sizes(at);
+  void multiply_by_sizes(const Problem& problem, const GivenPoints<T>& given, const Unit& unit,
+                         T* grad) {
+    const int64_t numbers = N * problem.total_points;
+    References<T> references(problem, given);
+    for (int64_t query = 0; query < unit.num_queries; ++query) {
+      references.of_query(unit.first_query + query);
+      for (int64_t head = 0; head < unit.num_heads; ++head, grad += numbers) {
+        for (int64_t at = 0; at < numbers; at += kWidth<T>) {
+          const Vector<T> of_points = load(grad + at);
+          // A point whose location is not finite has gradient 0, also where its box is infinite.
+          const Vector<T> sizes = of_points != Vector<T>{} ? references.sizes(at) : Vector<T>{};
+          const Vector<T> moved = of_points * sizes;
+          store(grad + at, within_row<T>(moved, at, numbers, of_points));
+        }
       }
-      store(locations + at, references.coordinates(at) + moved);
-    }
-  }
-
-  template <int N>
-  SACCADE_INLINE void reverse_look(const Problem& problem, const QueryReferences<T>& references,
-                                   T* grads) {
-    const int64_t count = N * problem.total_points;
-    const T* const step = &table(problem).offset_step[0];
-    for (int64_t at = 0; at < count; at += kWidth<T>) {
-      const Vector<T> grad = load_in_row(grads, at, count, T(0));
-      Vector<T> moved = grad * load(step + at);
-      if (problem.references_are_boxes) {
-        // A point whose location is not finite has gradient 0, also where its box is infinite.
-        moved = grad != Vector<T>{} ? moved * references.sizes(at) : grad;
-      }
-      store_in_row(grads, at, count, moved);
     }
   }
 
@@ -151,7 +167,7 @@ class FusedPoints {
                          const T* grad_locations, T* grad_references) {
     const int64_t count = N * problem.total_points;
     const int64_t of_look = problem.num_references * problem.reference_size();
-    const PointTable<T>& of_call = table(problem);
+    const PointTable<T>& of_call = point_table<T>(problem);
     unit.for_each_look(problem, [&](int64_t look, int64_t row, int64_t) {
       T* const to = grad_references + row * of_look;
       std::fill_n(to, of_look, T(0));
@@ -167,5 +183,5 @@ class FusedPoints {
     });
   }
 
-  Buffer<T> last_offsets_;
+  Buffer<T> last_offsets_, last_logits_;
 };

@@ -2,8 +2,8 @@
 // P].
 //
 // Where P is a power of two and not above a vector, a vector holds whole looks, and sums go from
-// lane to lane within each; else a look is a number of vectors of its own, the last of them in
-// part.
+// lane to lane within each; else a look is a number of vectors of its own, the last of which
+// reaches into the next look.
 
 // Of the exponential: bits of the fraction, bias of the exponent, ln 2 in two parts of which a
 // small multiple of the first is exact, terms of the series.
@@ -106,68 +106,54 @@ SACCADE_INLINE bool in_groups(int64_t total_points, Run run) {
          try_group(std::integral_constant<int, 16>{});
 }
 
-// A vector of a row of `count` numbers from number `at` on; `rest` stands for what lies beyond.
+// The lanes of a row of `count` numbers from number `at` on, and `rest` in those beyond.
 template <class T>
-SACCADE_INLINE Vector<T> load_in_row(const T* row, int64_t at, int64_t count, T rest) {
-  if (at + kWidth<T> <= count) {
-    return load(row + at);
-  }
+SACCADE_INLINE Vector<T> within_row(Vector<T> v, int64_t at, int64_t count, Vector<T> rest) {
   static const T kLanes[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  return load(kLanes) < splat(static_cast<T>(count - at)) ? load_partial<T, T>(row + at, count - at)
-                                                          : splat(rest);
-}
-template <class T>
-SACCADE_INLINE void store_in_row(T* row, int64_t at, int64_t count, Vector<T> vector) {
   if (at + kWidth<T> <= count) {
-    store(row + at, vector);
-  } else {
-    store_partial<T, T>(row + at, vector, count - at);
+    return v;
   }
+  return load(kLanes) < splat(static_cast<T>(count - at)) ? v : rest;
 }
 
-// From logits to weights, in place. There is room for a vector behind the last number.
+// From logits to weights, in place, if looks are groups; else false.
 template <class T>
-void softmax(T* numbers, int64_t num_looks, int64_t total_points) {
-  typedef Vector<T> V;
-  constexpr int W = kWidth<T>;
-  const auto run = [&](auto group) SACCADE_INLINE_LAMBDA {
+bool softmax_in_groups(T* numbers, int64_t num_looks, int64_t total_points) {
+  return in_groups<T>(total_points, [&](auto group) SACCADE_INLINE_LAMBDA {
     constexpr int G = decltype(group)::value;
-    for (int64_t at = 0; at < num_looks * total_points; at += W) {
-      const V logits = load(numbers + at);
-      const V powers = exp_of_negative<T>(logits - maximum_across<T, G>(logits));
+    for (int64_t at = 0; at < num_looks * total_points; at += kWidth<T>) {
+      const Vector<T> logits = load(numbers + at);
+      const Vector<T> powers = exp_of_negative<T>(logits - maximum_across<T, G>(logits));
       store(numbers + at, powers / sum_across<T, G>(powers));
     }
-  };
-  if (in_groups<T>(total_points, run)) {
-    return;
+  });
+}
+
+// From the logits of one look to its weights. Whole vectors are read, and written.
+template <class T>
+SACCADE_INLINE void softmax_of_look(const T* logits, T* weights, int64_t total_points) {
+  typedef Vector<T> V;
+  constexpr int W = kWidth<T>;
+  const V lowest = splat<T>(-std::numeric_limits<T>::infinity());
+  V most = lowest, sum = {};
+  for (int64_t at = 0; at < total_points; at += W) {
+    most = maximum<T>(within_row<T>(load(logits + at), at, total_points, lowest), most);
   }
-  const T lowest = -std::numeric_limits<T>::infinity();
-  for (int64_t look = 0; look < num_looks; ++look, numbers += total_points) {
-    if (total_points < W) {
-      const V logits = load_in_row(numbers, 0, total_points, lowest);
-      const V powers = exp_of_negative<T>(logits - maximum_across<T, W>(logits));
-      store_in_row(numbers, 0, total_points, powers / sum_across<T, W>(powers));
-      continue;
-    }
-    V most = splat<T>(lowest), sum = {};
-    for (int64_t at = 0; at < total_points; at += W) {
-      most = maximum<T>(load_in_row(numbers, at, total_points, lowest), most);
-    }
-    most = maximum_across<T, W>(most);
-    for (int64_t at = 0; at < total_points; at += W) {
-      const V logits = load_in_row(numbers, at, total_points, lowest);
-      const V powers = exp_of_negative<T>(logits - most);
-      store_in_row(numbers, at, total_points, powers);
-      sum += powers;
-    }
-    sum = sum_across<T, W>(sum);
-    for (int64_t at = 0; at < total_points; at += W) {
-      store_in_row(numbers, at, total_points, load_in_row(numbers, at, total_points, T(0)) / sum);
-    }
+  most = maximum_across<T, W>(most);
+  for (int64_t at = 0; at < total_points; at += W) {
+    const V below = within_row<T>(load(logits + at), at, total_points, lowest) - most;
+    const V powers = exp_of_negative<T>(below);
+    store(weights + at, powers);
+    sum += powers;
+  }
+  sum = sum_across<T, W>(sum);
+  for (int64_t at = 0; at < total_points; at += W) {
+    store(weights + at, load(weights + at) / sum);
   }
 }
 
-// From the gradients of weights to those of logits, in place.
+// From the gradients of weights to those of logits, in place. There is room for a vector behind the
+// last numbers.
 template <class T>
 void softmax_backward(const T* weights, T* grads, int64_t num_looks, int64_t total_points) {
   typedef Vector<T> V;
@@ -182,18 +168,23 @@ void softmax_backward(const T* weights, T* grads, int64_t num_looks, int64_t tot
   if (in_groups<T>(total_points, run)) {
     return;
   }
+  V first = load(grads);
   for (int64_t look = 0; look < num_looks; ++look) {
+    const auto grad = [&](int64_t at)
+                          SACCADE_INLINE_LAMBDA { return at == 0 ? first : load(grads + at); };
     V sum = {};
     for (int64_t at = 0; at < total_points; at += W) {
-      sum +=
-          load_in_row(weights, at, total_points, T(0)) * load_in_row(grads, at, total_points, T(0));
+      sum += within_row<T>(load(weights + at) * grad(at), at, total_points, V{});
     }
     sum = sum_across<T, W>(sum);
+    // Before it is written to: read afterwards, it would have to wait for that.
+    const V next = load(grads + total_points);
     for (int64_t at = 0; at < total_points; at += W) {
-      const V weight = load_in_row(weights, at, total_points, T(0));
-      const V grad = load_in_row(grads, at, total_points, T(0));
-      store_in_row(grads, at, total_points, weight * (grad - sum));
+      const V of_weights = grad(at);
+      const V of_logits = load(weights + at) * (of_weights - sum);
+      store(grads + at, within_row<T>(of_logits, at, total_points, of_weights));
     }
+    first = next;
     weights += total_points;
     grads += total_points;
   }

@@ -83,12 +83,15 @@ SACCADE_INLINE void copy_numbers_roughly(S* to, const S* from, int64_t count, co
 constexpr int64_t kQueriesAhead = 16;
 constexpr int64_t kPointsAhead = 256;
 
-// Into the second-level cache, which has more requests under way than the first.
-template <class S>
+// Fetches the lines in which the numbers lie, into the second-level cache, which has more requests
+// under way than the first, or into that.
+template <class S, int kLocality = 2>
 SACCADE_INLINE void prefetch(const S* from, int64_t count) {
-  constexpr int64_t kLine = 64 / sizeof(S);
-  for (int64_t at = 0; at < count; at += kLine) {
-    __builtin_prefetch(from + at, 0, 2);
+  constexpr uintptr_t kLine = 64;
+  const char* const end = reinterpret_cast<const char*>(from + count);
+  const char* line = reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(from) & -kLine);
+  for (; line < end; line += kLine) {
+    __builtin_prefetch(line, 0, kLocality);
   }
 }
 
