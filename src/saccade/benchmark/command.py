@@ -26,7 +26,6 @@ from saccade.terminal import err, fail, need, out
 if TYPE_CHECKING:
     from saccade.benchmark.operator import Figure, LeftOut
     from saccade.benchmark.plan import Step
-    from saccade.benchmark.sweep import ScalingFigure, Summary
 
 # transformers, matplotlib and onnxruntime are imported by what needs them, after the arguments.
 
@@ -249,6 +248,49 @@ def bench_models(
         raise typer.Exit(1)
 
 
+@app.command("fused")
+def bench_fused(
+    context: typer.Context,
+    case: Annotated[
+        list[str] | None, typer.Option(help="A workload; repeat it. Without it, eight.")
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="CPU threads. Without it, torch's choice.", show_default=False),
+    ] = None,
+    seconds: Seconds = 5.0,
+    json: JsonFile = None,
+) -> None:
+    """The fused operator against softmax, locations and the plain one; ragged against padded queries.
+
+    For bevformer-sca, what lies between the projections of BEVFormer's cross attention to six cameras,
+    with the geometry of a car: without padding, and padded and rebatched as its code has it.
+
+    Exit code: 0 done; 1 wrong numbers; 2 wrong usage or something is missing.
+    """
+    need("bench fused", "bench", "transformers")
+    from saccade.benchmark import fused, report
+
+    known, rows = [*fused.CASES, fused.VIEWS], []
+    _check("--case", case, known)
+    chosen = case or known
+    with on_threads(threads):
+        out.print(report.machine_line(), soft_wrap=True)
+        out.print(f"threads: {torch.get_num_threads()}; {fused.METHOD}\n", style="dim")
+        try:
+            with progress_bar("Workloads", len(chosen)) as progress:
+                for name in chosen:
+                    rows += fused.rows_of(name, seconds)
+                    progress.advance(TaskID(0))
+        except ArithmeticError as error:
+            err.print(f"wrong numbers: {error}", markup=False, soft_wrap=True)
+            raise typer.Exit(1) from None
+        out.print(fused.table(rows))
+        if json is not None:
+            with writing(json):
+                fused.write(command_line(context), rows, json)
+
+
 @app.command("sweep")
 def bench_sweep(
     context: typer.Context,
@@ -294,7 +336,8 @@ def bench_sweep(
         except ArithmeticError as error:
             err.print(f"wrong numbers: {error}", markup=False, soft_wrap=True)
             raise typer.Exit(1) from None
-        _print_sweep(sweep.summarise(figures), curves)
+        for line in sweep.described(sweep.summarise(figures), curves):
+            out.print(line, markup=False, soft_wrap=True)
         if json is not None:
             with writing(json):
                 sweep.write(command_line(context), figures, curves, json)
@@ -304,27 +347,6 @@ def bench_sweep(
 
             with writing(plot):
                 save_plot(figures, curves, machine(), torch.get_num_threads(), plot)
-
-
-def _print_sweep(summaries: Sequence[Summary], curves: Sequence[ScalingFigure]) -> None:
-    for summary in summaries:
-        out.print(
-            f"{summary.direction}: the worst shape is {summary.worst_ratio:.1f} × below the median "
-            f"of {summary.median:.3g} GB/s ({summary.worst_ratio_of_full_vectors:.1f} × among those "
-            f"whose head_dim is a multiple of 16); the slowest:",
-            soft_wrap=True,
-        )
-        for name in summary.worst:
-            out.print(f"  {name}", markup=False, soft_wrap=True)
-    for curve in dict.fromkeys(figure.curve for figure in curves):
-        out.print(f"\n{curve:>16}    forward  forward + backward")
-        for figure in curves:
-            if figure.curve == curve:
-                out.print(
-                    f"{figure.x:16} {figure.forward_ms:7.3g} ms {figure.both_ms:16.3g} ms  "
-                    f"{figure.of}",
-                    markup=False,
-                )
 
 
 def command_line(context: typer.Context) -> str:

@@ -275,3 +275,21 @@ def write(
         lines = ",\n".join(json.dumps(row._asdict()) for row in rows)
         parts.append(f'"{key}": [\n{lines}\n]')
     write_text(path, "{\n" + ",\n".join(parts) + "\n}\n")
+
+
+def described(summaries: Sequence[Summary], curves: Sequence[ScalingFigure]) -> Iterator[str]:
+    """For the terminal, line by line."""
+    for summary in summaries:
+        yield (
+            f"{summary.direction}: the worst shape is {summary.worst_ratio:.1f} × below the median "
+            f"of {summary.median:.3g} GB/s ({summary.worst_ratio_of_full_vectors:.1f} × among those "
+            f"whose head_dim is a multiple of 16); the slowest:"
+        )
+        yield from (f"  {name}" for name in summary.worst)
+    for curve in dict.fromkeys(figure.curve for figure in curves):
+        yield f"\n{curve:>16}    forward  forward + backward"
+        for figure in curves:
+            if figure.curve == curve:
+                yield (
+                    f"{figure.x:16} {figure.forward_ms:7.3g} ms {figure.both_ms:16.3g} ms  {figure.of}"
+                )

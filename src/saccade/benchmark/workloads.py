@@ -123,13 +123,13 @@ def draw(workload: Workload, *, dtype: torch.dtype, uniform: bool, seed: int = 0
         locations = torch.rand(shape, generator=random)
     else:
         offsets = torch.randn(shape, generator=random) * (OFFSET_PIXELS / sizes)
-        locations = _reference_points(workload, random)[:, None, None] + offsets
+        locations = reference_points(workload, random)[:, None, None] + offsets
     logits = torch.randn(shape[:-1], generator=random)
     grad_output = torch.randn(batch_size, queries, heads * workload.head_dim, generator=random)
     return Inputs(value.to(dtype), locations, logits.softmax(-1), grad_output.to(dtype))
 
 
-def _reference_points(workload: Workload, random: torch.Generator) -> Tensor:
+def reference_points(workload: Workload, random: torch.Generator) -> Tensor:
     """[Q, N], normalized: the centres of the cells where each position is a query."""
     if workload.num_queries is not None:
         return torch.rand(workload.queries, workload.spatial_dims, generator=random)

@@ -145,7 +145,7 @@ class MultiViewDeformableAttention(SamplingModule):
         # Pairs of a view and a query that it sees, view after view.
         batch, _, number = visible.nonzero(as_tuple=True)
         seen_by = batch * num_queries + number
-        offsets, logits = self.predict(query.flatten(0, 1)[seen_by])
+        offsets, logits = self.predict(query.flatten(0, 1).index_select(0, seen_by))
         attended = fused_deformable_attention(
             self.value_proj(value).flatten(0, 1).unflatten(-1, (self.num_heads, -1)),
             shapes,
@@ -160,9 +160,9 @@ class MultiViewDeformableAttention(SamplingModule):
             value_padding_mask=value_padding_mask,
         )
         found = attended.new_zeros(batch_size * num_queries, self.embed_dim)
-        found = found.index_add(0, seen_by, attended).unflatten(0, (batch_size, num_queries))
+        found = found.index_add_(0, seen_by, attended).unflatten(0, (batch_size, num_queries))
         if self.reduction == "mean":
-            found = found / visible.sum(1).clamp(min=1)[..., None]
+            found /= visible.sum(1).clamp(min=1)[..., None]
         output: Tensor = self.output_proj(found)
         return output
 
