@@ -37,6 +37,7 @@ bench: $(VENV)/.installed
 	$(BIN)/saccade bench --full --json benchmarks/results/cpu.json --plot docs/images/bench.png
 	$(BIN)/saccade bench --case tadtr-1d --case medical-3d --backward --threads 2 --threads 1 \
 	  --json benchmarks/results/family.json
+	$(BIN)/saccade bench fused --json benchmarks/results/fused.json
 	$(BIN)/saccade bench models --json benchmarks/results/models.json
 	$(BIN)/saccade bench sweep --json benchmarks/results/sweep.json --plot docs/images/sweep.png
 	$(BIN)/python -m benchmarks

@@ -100,6 +100,30 @@ def models(found: dict) -> list[str]:
     return lines
 
 
+def fused(found: dict) -> list[str]:
+    """Fused against unfused, ragged against padded: a row for each variant, both directions."""
+    threads = max(row["threads"] for row in found["figures"])
+    lines = [
+        f"`{found['command']}`, {found['date']}: {_versions(found['machine'])}; {threads} threads, "
+        "float32.\n",
+        _row(["workload", "variant", *DIRECTIONS]),
+        _row(["---"] * 4),
+    ]
+    by_key = {(row["workload"], row["variant"], row["direction"]): row for row in found["figures"]}
+    for case, variant in dict.fromkeys(key[:2] for key in by_key):
+        cells = []
+        for way in DIRECTIONS:
+            row = by_key[case, variant, way]
+            cells.append(f"{milliseconds(row['milliseconds'])} ({times(row['ratio'])})")
+        lines.append(_row([case, variant, *cells]))
+    notes = dict.fromkeys(
+        f"- {row['variant']}, {row['direction']}: {row['note']}."
+        for row in found["figures"]
+        if row["note"]
+    )
+    return [*lines, "", *notes]
+
+
 def floors(found: dict, results: Results | None) -> list[str]:
     """The parts that detr-encoder cannot do without, their sums, and beside them what was measured."""
     columns = [key for key in found if key.startswith("threads ")]
@@ -168,6 +192,7 @@ TABLES: dict[str, tuple[str, Callable[[Path], list[str]]]] = {
     "readme": ("cpu.json", lambda path: readme(read(path))),
     "cpu": ("cpu.json", lambda path: every(read(path))),
     "family": ("family.json", lambda path: every(read(path))),
+    "fused": ("fused.json", lambda path: fused(json.loads(path.read_text()))),
     "models": ("models.json", lambda path: models(json.loads(path.read_text()))),
     "floors": (
         "floors.json",

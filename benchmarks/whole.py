@@ -6,12 +6,16 @@ import statistics
 import subprocess
 import sys
 import timeit
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 import saccade
 from saccade.benchmark.operator import grid_sample_call, saccade_call
-from saccade.benchmark.workloads import WORKLOADS, draw
+from saccade.benchmark.peers import Attend
+from saccade.benchmark.workloads import WORKLOADS, Workload, draw
+from saccade.sampling import sampling_locations
 
 MEGABYTE = 1e6
 
@@ -22,11 +26,45 @@ def peak_memory() -> dict[str, float]:
         f"{name}_megabytes": float(
             _run(f"from benchmarks.whole import _peak; print(_peak({name!r}))")
         )
-        for name in ("saccade", "grid_sample")
+        for name in _CALLS
     } | {
         "output_megabytes": 22223 * 256 * 4 / MEGABYTE,
         "value_megabytes": 22223 * 256 * 4 / MEGABYTE,
     }
+
+
+def _fused_call(workload: Workload) -> Attend:
+    """Takes the offsets in the place of locations, the logits in that of weights."""
+
+    def attend(value: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+        centre = torch.full((*offsets.shape[:2], 1, 2), 0.5)
+        return saccade.fused_deformable_attention(
+            value, workload.shapes, centre, offsets, logits, num_points=workload.points
+        )
+
+    return attend
+
+
+def _unfused_call(workload: Workload) -> Attend:
+    """The same with locations and weights in memory."""
+
+    def attend(value: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+        centre = torch.full((*offsets.shape[:2], 1, 2), 0.5)
+        shapes, points = workload.shapes, workload.points
+        locations = sampling_locations(centre, offsets, shapes, points)
+        return saccade.deformable_attention(
+            value, shapes, locations, logits.softmax(-1), num_points=points
+        )
+
+    return attend
+
+
+_CALLS: dict[str, Callable[[Workload], Attend]] = {
+    "saccade": saccade_call,
+    "grid_sample": grid_sample_call,
+    "fused": _fused_call,
+    "unfused": _unfused_call,
+}
 
 
 def _peak(name: str) -> float:
@@ -34,11 +72,11 @@ def _peak(name: str) -> float:
     workload = WORKLOADS["detr-encoder"]
     torch.set_num_threads(2)
     inputs = draw(workload, dtype=torch.float32, uniform=False)
-    attend = {"saccade": saccade_call, "grid_sample": grid_sample_call}[name](workload)
+    attend = _CALLS[name](workload)
     small = workload._replace(shapes=[(8, 8)] * 4)
-    warm = {"saccade": saccade_call, "grid_sample": grid_sample_call}[name](small)
     with torch.no_grad():
-        warm(*draw(small, dtype=torch.float32, uniform=False)[:3])  # code and thread pools in place
+        # Code and thread pools in place.
+        _CALLS[name](small)(*draw(small, dtype=torch.float32, uniform=False)[:3])
         with open("/proc/self/clear_refs", "w") as reset:
             reset.write("5")  # the peak starts again from what is resident now
         before = _status("VmRSS")

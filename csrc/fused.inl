@@ -60,6 +60,8 @@ template <class T>
 class FusedPoints {
  public:
   static constexpr int64_t kRoom = kWidth<T> + 64 / sizeof(T);
+  // Points that are made together, for the first-level cache to hold them.
+  static constexpr int64_t kTogether = 512;
 
   // The points of a unit, look after look; zeros behind the last one, up to a whole vector. There
   // is room for kRoom more (times N, of locations).
@@ -102,12 +104,7 @@ class FusedPoints {
         }
         // Whole vectors: the numbers of the next look come afterwards.
         for (int64_t at = 0; at < numbers; at += kWidth<T>) {
-          // Rounded step by step, as the separate operations would be.
-          Vector<T> moved = load(offset + at) * load(step + at);
-          if (boxes) {
-            moved = moved * references.sizes(at);
-          }
-          store(location + at, references.coordinates(at) + moved);
+          store(location + at, located(references, load(offset + at), step, at, boxes));
         }
       }
     }
@@ -117,6 +114,58 @@ class FusedPoints {
       softmax_in_groups(weights, unit.num_looks(), total_points);
     }
     std::fill_n(weights + count, kWidth<T>, T(0));
+  }
+
+  // Whether each vector of a unit's points holds whole looks of one query: then it is made and
+  // handed on at once, and what it waits for in memory is waited for while the one before is
+  // located.
+  static bool by_vectors(const Problem& problem, const Unit& unit) {
+    return unit.num_heads * problem.total_points % kWidth<T> == 0 &&
+           in_groups<T>(problem.total_points, [](auto) {});
+  }
+
+  // Calls run(locations, attention weights, in_period, at) for each vector, if by_vectors(). The
+  // weights are made for some queries together: one softmax alone is a chain of steps that wait for
+  // each other.
+  template <int N, class Run>
+  SACCADE_INLINE void for_each_vector(const Problem& problem, const GivenPoints<T>& given,
+                                      const Unit& unit, Run run) {
+    constexpr int64_t W = kWidth<T>;
+    const int64_t total_points = problem.total_points;
+    const int64_t of_query = unit.num_heads * total_points;
+    const int64_t to_next = problem.num_heads * total_points;
+    const int64_t together = std::max<int64_t>(kTogether / of_query, 1);
+    const T* const step = point_table<T>(problem).offset_step.data();
+    const bool boxes = problem.references_are_boxes;
+    const int64_t first = unit.row(problem, 0) * total_points;
+    weights_.reserve(together * of_query);
+    T* const weights = &weights_[0];
+    References<T> references(problem, given);
+    T locations[N * W];
+    int64_t at = 0;
+    for (int64_t begin = 0; begin < unit.num_queries; begin += together) {
+      const int64_t end = std::min(begin + together, unit.num_queries);
+      T* weight = weights;
+      for (int64_t query = begin; query < end; ++query, weight += of_query) {
+        const int64_t from = first + query * to_next;
+        given.template fetch_ahead<N>(problem, unit, from);
+        copy_numbers(weight, given.attention_weights + from, of_query);
+      }
+      softmax_in_groups(weights, (end - begin) * unit.num_heads, total_points);
+      weight = weights;
+      for (int64_t query = begin; query < end; ++query) {
+        const T* offset = given.locations + N * (first + query * to_next);
+        references.of_query(unit.first_query + query);
+        for (int64_t point = 0; point < of_query; point += W, at += W, weight += W) {
+#pragma GCC unroll 3
+          for (int n = 0; n < N; ++n, offset += W) {
+            const int64_t in_look = n * W % (N * total_points);
+            store(locations + n * W, located(references, load(offset), step, in_look, boxes));
+          }
+          run(locations, weight, 0, at);
+        }
+      }
+    }
   }
 
   // In place: from the gradients of a unit's locations and weights to those of offsets and logits.
@@ -143,6 +192,17 @@ class FusedPoints {
   }
 
  private:
+  // A vector of offsets, number `at` of those of a look on, as locations. Rounded step by step, as
+  // the separate operations would be.
+  static SACCADE_INLINE Vector<T> located(const References<T>& references, Vector<T> offsets,
+                                          const T* step, int64_t at, bool boxes) {
+    Vector<T> moved = offsets * load(step + at);
+    if (boxes) {
+      moved = moved * references.sizes(at);
+    }
+    return references.coordinates(at) + moved;
+  }
+
   template <int N>
   void multiply_by_sizes(const Problem& problem, const GivenPoints<T>& given, const Unit& unit,
                          T* grad) {
@@ -183,5 +243,5 @@ class FusedPoints {
     });
   }
 
-  Buffer<T> last_offsets_, last_logits_;
+  Buffer<T> weights_, last_offsets_, last_logits_;
 };

@@ -205,7 +205,8 @@ struct Points {
     slice_stride_ = stride;
     rows_.reserve(problem.num_slices() * stride);
     weights_.reserve(4 * problem.num_slices() * stride);
-    const bool fused_call = problem.is_fused(), keep = !kWeights && !fused_call;
+    const bool batches = problem.is_fused() && !FusedPoints<T>::by_vectors(problem, unit);
+    const bool keep = !kWeights && !batches;
     if (keep) {
       kept.locations.reserve(N * stride);
       kept.attention_weights.reserve(stride);
@@ -249,8 +250,10 @@ struct Points {
         }
       }
     };
-    if (fused_call) {
-      locate_fused<N, kWeights>(problem, given, unit, run);
+    if (batches) {
+      locate_batches<N, kWeights>(problem, given, unit, run);
+    } else if (problem.is_fused()) {
+      fused.template for_each_vector<N>(problem, given, unit, run);
     } else {
       for_each_vector<T, N>(problem, given, unit, copies_, run);
     }
@@ -267,14 +270,14 @@ struct Points {
     weights_are_finite = !any(zero_or_nan != zero_or_nan);
   }
 
-  // Of a fused call the points are made some queries at a time, which the first-level cache holds
-  // until they are located: where they are kept, or else each time in the same place.
+  // Where the points of a fused call do not fill vectors they are made some queries at a time,
+  // which the first-level cache holds until they are located: where they are kept, or else each
+  // time in the same place.
   template <int N, bool kWeights, class Run>
-  SACCADE_INLINE void locate_fused(const Problem& problem, const GivenPoints<T>& given,
-                                   const Unit& unit, Run run) {
-    constexpr int64_t kTogether = 512;
+  SACCADE_INLINE void locate_batches(const Problem& problem, const GivenPoints<T>& given,
+                                     const Unit& unit, Run run) {
     const int64_t of_query = unit.num_heads * problem.total_points;
-    const int64_t queries = std::max<int64_t>(kTogether / of_query, 1);
+    const int64_t queries = std::max<int64_t>(FusedPoints<T>::kTogether / of_query, 1);
     PointCopies<T>& to = kWeights ? copies_ : kept;
     const int64_t most = kWeights ? std::min(queries, unit.num_queries) : unit.num_queries;
     to.locations.reserve(N * (most * of_query + FusedPoints<T>::kRoom));

@@ -38,7 +38,7 @@ def test_fractional_corner_weights_are_those_of_bilinear_interpolation() -> None
     assert found == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("interpolation", ["linear", "nearest"])
+@pytest.mark.parametrize("interpolation", ["linear", "nearest", "discrete"])
 @pytest.mark.parametrize("padding", ["zeros", "border"])
 @pytest.mark.parametrize("reference", [(1.5, 1.5), (3.3, -0.1), (-2.0, 9.0), (0.5, 3.0)])
 def test_worked_example_sums_to_the_library_everywhere(interpolation, padding, reference) -> None:
@@ -101,6 +101,8 @@ def single_scale(**options) -> tuple[torch.nn.Module, dict]:
         (multi_scale, {}),
         (multi_scale, {"padding": "border"}),
         (multi_scale, {"interpolation": "nearest"}),
+        (multi_scale, {"interpolation": "discrete", "padding": "border"}),
+        (multi_scale, {"interpolation": "discrete", "padding": "border_height"}),
         (single_scale, {}),
         (single_scale, {"value_projection": False}),
     ],

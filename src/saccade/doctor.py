@@ -9,7 +9,7 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata, util
 from pathlib import Path
 from typing import NamedTuple
@@ -224,35 +224,54 @@ def compare_with_reference() -> dict[str, float]:
         (volumes, 32, "zeros"),
     ):
         total, dims = sum(math.prod(shape) for shape in shapes), len(shapes[0])
+        value = torch.randn(2, total, 3, head_dim, generator=generator)
+        points = (2, 50, 3, 3, 4)
+        # some points outside the map
+        locations = torch.rand(*points, dims, generator=generator) * 1.4 - 0.2
         inputs = {
-            "value": torch.randn(2, total, 3, head_dim, generator=generator),
-            # some points outside the map
-            "sampling_locations": torch.rand(2, 50, 3, 3, 4, dims, generator=generator) * 1.4 - 0.2,
-            "attention_weights": torch.rand(2, 50, 3, 3, 4, generator=generator),
+            "value": value,
+            "sampling_locations": locations,
+            "attention_weights": torch.rand(points, generator=generator),
+        }
+        fused_inputs = {
+            "value": value,
+            "reference_points": torch.rand(2, 50, 3, 2 * dims, generator=generator),
+            "sampling_offsets": torch.randn(*points, dims, generator=generator),
+            "attention_logits": torch.randn(points, generator=generator),
         }
         grad_output = torch.randn(2, 50, 3 * head_dim, generator=generator)
-        results = []
-        for compute in (functional.deformable_attention, reference.deformable_attention):
-            leaves = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
-            output = compute(
-                leaves["value"],
-                shapes,
-                leaves["sampling_locations"],
-                leaves["attention_weights"],
-                padding=padding,  # type: ignore[arg-type]
-            )
-            output.backward(grad_output)
-            found: dict[str, Tensor] = {"output": output.detach()}
-            for name, leaf in leaves.items():
-                assert leaf.grad is not None
-                found[f"the gradient of {name}"] = leaf.grad
-            results.append(found)
-        for name, expected in results[1].items():
-            difference = (results[0][name] - expected).abs().max() / expected.abs().max()
-            error = float(difference)
-            if error != error or error > worst.get(name, -1.0):
-                worst[name] = error
+        for function, given in (
+            ("deformable_attention", inputs),
+            ("fused_deformable_attention", fused_inputs),
+        ):
+            for name, error in _errors(function, given, shapes, padding, grad_output).items():
+                if error != error or error > worst.get(name, -1.0):
+                    worst[name] = error
     return worst
+
+
+def _errors(
+    function: str,
+    inputs: dict[str, Tensor],
+    shapes: Sequence[tuple[int, ...]],
+    padding: str,
+    grad_output: Tensor,
+) -> dict[str, float]:
+    results = []
+    for module in (functional, reference):
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
+        value, *points = leaves.values()
+        output = getattr(module, function)(value, shapes, *points, padding=padding)
+        output.backward(grad_output)
+        found: dict[str, Tensor] = {"output": output.detach()}
+        for name, leaf in leaves.items():
+            assert leaf.grad is not None
+            found[f"the gradient of {name}"] = leaf.grad
+        results.append(found)
+    return {
+        name: float((results[0][name] - expected).abs().max() / expected.abs().max())
+        for name, expected in results[1].items()
+    }
 
 
 def _installation() -> Iterator[Finding]:

@@ -41,7 +41,7 @@ class Point(NamedTuple):
     position: tuple[float, float]
     """(x, y) in pixels, 0 the centre of the first; after clamping where padding is "border"."""
     corners: list[Corner]
-    """Four for linear interpolation, one for nearest, none for a location that is not finite."""
+    """Four for linear interpolation, one for nearest and discrete, none for a location that is not finite."""
     read: float
     """The value read here by interpolation, in the shown channel."""
     attention_weight: float
@@ -157,18 +157,22 @@ def _level_parts(
 ) -> HeadParts:
     height, width = shape
     size = torch.tensor([width, height], dtype=locations.dtype)
-    if coordinates == "normalized":
-        positions = locations * size - 0.5
-    elif coordinates == "normalized_corners":
-        positions = locations * (size - 1)
-    else:
-        positions = locations.clone()
+    scale = {"normalized": size, "normalized_corners": size - 1, "pixel": torch.ones(2)}[
+        coordinates
+    ]
+    shift = -0.5 if coordinates == "normalized" else 0.0
+    last = (size if padding != "border_height" else size.clamp(max=height)) - 1
+    positions = locations * scale + shift
     finite = positions.isfinite().all(-1)
-    if padding == "border":
-        positions = torch.minimum(positions.clamp(min=0), size - 1)
+    # The discrete rule counts from the edge, and is clamped after that.
+    discrete = (locations * scale + (shift + 1)).floor()
+    if padding != "zeros":
+        positions = torch.minimum(positions.clamp(min=0), last)
+        discrete = torch.minimum(discrete.clamp(min=0), last)
     safe = torch.where(finite[:, None], positions, 0)
-    if interpolation == "nearest":
-        cells = safe.round().to(torch.int64)[:, None]
+    if interpolation != "linear":
+        chosen = torch.where(finite[:, None], discrete, 0)
+        cells = (safe.round() if interpolation == "nearest" else chosen).to(torch.int64)[:, None]
         weights = torch.ones(len(safe), 1, dtype=safe.dtype)
     else:
         base = safe.floor()

@@ -43,8 +43,11 @@ def _worked_example(explanation: Explanation) -> Figure:
         wspace=0.12, hspace=0.36,
     )  # fmt: skip
     figure.text(0.04, 0.945, "Deformable attention, one query", fontsize=17, weight="bold")
-    nearest = explanation.interpolation == "nearest"
-    read = "the nearest pixel" if nearest else "the pixels around it, the nearer the more"
+    read = {
+        "linear": "the pixels around it, the nearer the more",
+        "nearest": "the nearest pixel",
+        "discrete": "the pixel of floor(position + 1)",
+    }[explanation.interpolation]
     for left, text in (
         (0.04, "The query jumps from its reference point by four offsets …"),
         (0.53, f"… and at each position reads {read}"),
@@ -90,7 +93,7 @@ def _draw_map(axes: Any, explanation: Explanation) -> None:
             "", xy=end, xytext=start,
             arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 2, "shrinkA": 7, "shrinkB": 9},
         )  # fmt: skip
-        if explanation.padding == "border":  # which may have moved it
+        if explanation.padding != "zeros":  # which may have moved it
             axes.plot(*zip(end, point.position, strict=True), ":", color=colour, lw=1.5)
         x, y = point.position
         axes.plot(x, y, "o", ms=17, color=colour, mec="white", mew=1.5, zorder=4)

@@ -137,8 +137,10 @@ def _print_positions(console: Console, explanation: Explanation) -> None:
     sentences = [formula]
     if explanation.coordinates != "pixel":
         sentences.append("position = location * (width, height) - 0.5, in pixels of the level.")
-    if explanation.padding == "border":
-        sentences.append('padding="border": a position outside is moved to the border pixels.')
+    if explanation.padding != "zeros":
+        sentences.append(
+            f'padding="{explanation.padding}": a position outside is moved to the border pixels.'
+        )
     _step(console, "3  Offsets and positions", *sentences, *_limit_note(explanation, points))
     columns = ["point", *(["level"] if several_levels else []), "offset"]
     if explanation.coordinates == "pixel":
@@ -176,6 +178,8 @@ def _print_corners(console: Console, explanation: Explanation, num_detailed: int
     points = _shown(explanation, num_detailed)
     if explanation.interpolation == "nearest":
         sentences = ["Each point reads the nearest pixel; half way, the even one."]
+    elif explanation.interpolation == "discrete":
+        sentences = ["Each point reads the one pixel floor(position + 1), as RT-DETRv2 has it."]
     else:
         sentences = [
             "Each point reads the four pixels around it: the nearer, the larger the weight;",
