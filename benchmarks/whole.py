@@ -146,7 +146,7 @@ def small_calls() -> dict[str, dict[str, float]]:
     functions = {
         "aten::mul": lambda: torch.ops.aten.mul.Tensor(sixteen, sixteen),
         "operator": lambda: torch.ops.saccade.deformable_attention.default(
-            value, [2, 2], locations, weights, [1], "linear", "zeros", "normalized"
+            value, [2, 2], locations, weights, [1], "linear", "zeros", "normalized", None
         ),
         "function": lambda: saccade.deformable_attention(
             value, [(2, 2)], locations, weights, num_points=1

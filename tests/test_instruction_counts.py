@@ -22,10 +22,10 @@ from test_native_library import build, check, tool
 # of it), so it gets a wider margin.
 RECORDED_WITH = "12"
 RECORDED = {
-    ("encoder", "forward"): 4_136_958,
-    ("encoder", "backward"): 14_640_288,
-    ("decoder", "forward"): 516_814,
-    ("decoder", "backward"): 2_072_254,
+    ("encoder", "forward"): 4_229_578,
+    ("encoder", "backward"): 14_794_055,
+    ("decoder", "forward"): 529_034,
+    ("decoder", "backward"): 2_090_717,
 }
 MARGIN, MARGIN_OF_ANOTHER_COMPILER = 1.10, 1.30
 # Fewer than this part of what is recorded: an improvement, whose loss the bound would not notice.
