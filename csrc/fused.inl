@@ -35,8 +35,10 @@ class References {
 
  private:
   SACCADE_INLINE Vector<T> numbers(Vector<T> from, int64_t at, int64_t shift) const {
-    if (short_) {
-      return (Vector<T>)pick(from, index_ + at);
+    if constexpr (kPicks) {
+      if (short_) {
+        return (Vector<T>)pick(from, index_ + at);
+      }
     }
     T found[kWidth<T>];
     for (int lane = 0; lane < kWidth<T>; ++lane) {

@@ -214,6 +214,10 @@ inline void understand_references(Problem& problem, const PointTensors& points,
                       (references.size(3) == axes || references.size(3) == 2 * axes),
                   "reference_points: expected [", batch_size, ", ", points.locations.size(1),
                   ", at least 1, ", axes, " or ", 2 * axes, "], got ", text_of(references.sizes()));
+  // Where a coordinate is among those of a query is kept in 32 bits.
+  constexpr int64_t kMost = ((int64_t(1) << 31) - 1) / 6;
+  STD_TORCH_CHECK(references.size(2) <= kMost, "reference_points: expected at most ", kMost,
+                  " for each query, got ", references.size(2));
   problem.num_references = references.size(2);
   problem.references_are_boxes = references.size(3) == 2 * axes;
   const std::vector<int64_t>& index = *points.reference_index;
@@ -245,6 +249,10 @@ inline Problem understand(const Tensor& value, const PointTensors& points, const
                   ": expected [batch, queries, heads, points, 1, 2 or 3], got ",
                   text_of(locations.sizes()));
   problem.spatial_dims = locations.size(4);
+  STD_TORCH_CHECK(
+      problem.padding != Padding::border_height || problem.interpolation == Interpolation::discrete,
+      "padding: expected 'zeros' or 'border', got 'border_height', which goes with "
+      "interpolation 'discrete'");
   STD_TORCH_CHECK(problem.padding != Padding::border_height || problem.spatial_dims == 2,
                   "padding: expected 'zeros' or 'border' in ", problem.spatial_dims,
                   " dimensions, got 'border_height'");

@@ -144,8 +144,9 @@ def read(case: Case, level: Tensor, location: list[float]) -> float:
             number = number * (size - 1)
         if case.interpolation == "discrete":
             number = number + 1
-        if case.padding == "border":
-            number = min(max(number, 0.0), size - 1.0)
+        if case.padding != "zeros":
+            clamped = min(size, level.shape[0]) if case.padding == "border_height" else size
+            number = min(max(number, 0.0), clamped - 1.0)
         pixels.append(number)
     if case.interpolation == "nearest":
         return cell(tuple(round(pixel) for pixel in reversed(pixels)))

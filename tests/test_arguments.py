@@ -193,6 +193,7 @@ def operator(**changes):
             {"padding": "reflect"},
             "padding: expected one of 'zeros', 'border', 'border_height', got 'reflect'",
         ),
+        ({"padding": "border_height"}, "padding: .* which goes with interpolation 'discrete'"),
         ({"queries_per_map": [11, 11]}, r"sampling_locations: expected \[1, 11"),
         ({**ONE_AXIS, "queries_per_map": [11, 12]}, "queries_per_map: expected numbers that sum"),
         ({**ONE_AXIS, "queries_per_map": [-1, 23]}, "queries_per_map: expected numbers that sum"),

@@ -51,6 +51,10 @@ def test_discrete_has_no_gradient_to_locations(padding):
 
 
 def test_border_height_goes_with_discrete_images_only():
+    for options in ({}, {"interpolation": "discrete", "spatial_dims": 3}):
+        with pytest.raises(ValueError, match="padding: expected 'zeros' or 'border'"):
+            saccade.nn.DeformableAttention(32, padding="border_height", **options)
+    saccade.nn.DeformableAttention(32, padding="border_height", interpolation="discrete")
     value, points = (
         torch.zeros(1, 8, 1, 1),
         (torch.zeros(1, 1, 1, 1, 1, 2), torch.zeros(1, 1, 1, 1, 1)),

@@ -89,6 +89,18 @@ def test_gradcheck(backend, head_dim, shapes):
     assert torch.autograd.gradcheck(case.call, inputs, fast_mode=head_dim > 1)
 
 
+@pytest.mark.parametrize("interpolation", ["nearest", "discrete"])
+@pytest.mark.parametrize("shapes", [IMAGES, LINES, VOLUMES], ids=["images", "lines", "volumes"])
+def test_gradcheck_and_gradgradcheck_without_interpolation(native_backend, interpolation, shapes):
+    case = Case(
+        shapes=shapes, num_points=[1, 2], batch_size=1, num_queries=2, num_heads=2, head_dim=2,
+        interpolation=interpolation, padding="border", dtype=torch.float64,
+    )  # fmt: skip
+    inputs = [tensor.requires_grad_() for tensor in case.draw()]
+    assert torch.autograd.gradcheck(case.call, inputs)
+    assert torch.autograd.gradgradcheck(case.call, inputs)
+
+
 @pytest.mark.parametrize("coordinates", ["normalized", "pixel"])
 @pytest.mark.parametrize("shapes", [IMAGES, LINES, VOLUMES], ids=["images", "lines", "volumes"])
 def test_second_derivatives(native_backend, coordinates, shapes):
@@ -264,8 +276,10 @@ def test_flops_of_a_module():
 def test_flops_are_registered_whichever_is_imported_first(first):
     second = {"saccade", "torch.utils.flop_counter"} - {first}
     code = f"""
-import sys, torch
+import importlib.util, sys, torch
 import {first}
+if "torch.utils.flop_counter" not in sys.modules:
+    assert importlib.util.find_spec("torch.utils.flop_counter")  # asking is not importing
 
 import {second.pop()}, saccade
 assert not any("saccade" in type(finder).__module__ for finder in sys.meta_path), sys.meta_path

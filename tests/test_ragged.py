@@ -263,6 +263,10 @@ def test_what_no_view_sees(backend):
         ({"value": torch.randn(1, 42, 32)}, r"value: expected \[batch, views, positions, 32\]"),
         ({"value": torch.randn(2, 2, 42, 32)}, r"value: expected \[1, 2, 42, 32\]"),
         ({"spatial_shapes": [(42,)]}, "spatial_shapes: expected 1 levels"),
+        (
+            {"reference_points": torch.rand(1, 2, 5, 4, 2)},
+            r"reference_points: expected a number of points that divides .* \[2\], got 4",
+        ),
     ],
 )
 def test_errors_of_the_module_of_views_name_the_argument(change, message):
@@ -279,3 +283,18 @@ def test_errors_of_the_module_of_views_name_the_argument(change, message):
         module(**{**good, **change})
     with pytest.raises(ValueError, match="reduction: expected one of 'mean', 'sum', got 'max'"):
         MultiViewDeformableAttention(32, reduction="max")
+
+
+def test_views_are_added_in_the_dtype_of_the_queries():
+    module = MultiViewDeformableAttention(32, num_heads=4, num_levels=1, num_points=2)
+    torch.nn.init.ones_(module.value_proj.bias)
+    torch.nn.init.zeros_(module.sampling_offsets.bias)
+    module.output_proj = torch.nn.Identity()
+    # What 300 views find are ones: a sum in bfloat16 would stop at 256.
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = module(
+            torch.zeros(1, 1, 32), torch.full((1, 300, 1, 1, 2), 0.5),
+            torch.ones(1, 300, 1, dtype=torch.bool), torch.zeros(1, 300, 16, 32), [(4, 4)],
+        )  # fmt: skip
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, torch.ones(1, 1, 32))

@@ -94,10 +94,6 @@ SACCADE_INLINE DoubleVector repeat_four(const double* from) {
 }
 
 constexpr bool kPicks = false;
-template <class V>
-SACCADE_INLINE V pick(V v, const int32_t*) {
-  return v;
-}
 
 constexpr std::size_t kLeastMasked = 64;  // no masked loads and stores
 

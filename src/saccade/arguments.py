@@ -24,6 +24,7 @@ from saccade.checks import (
     SpatialShapes,
     apply_value_padding_mask,
     as_ints,
+    check_border_height,
     check_floating,
     check_option,
     check_shape,
@@ -223,7 +224,7 @@ def _check(
             f"got {value.dim()} axes {shape_of(value)}"
         )
     shapes = understand_spatial_shapes(options.spatial_shapes)
-    _check_border_height(options, len(shapes[0]))
+    check_border_height(options.padding, options.interpolation, len(shapes[0]))
     num_positions, head_dim = value.shape[1], value.shape[3]
     expected_positions = sum(math.prod(shape) for shape in shapes)
     if num_positions != expected_positions:
@@ -246,21 +247,6 @@ def _check(
     return Sizes(
         tuple(shapes), tuple(levels), None if queries is None else tuple(queries), tuple(index)
     )
-
-
-def _check_border_height(options: Options, spatial_dims: int) -> None:
-    if options.padding != "border_height":
-        return
-    if options.interpolation != "discrete":
-        raise ValueError(
-            "padding: expected 'zeros' or 'border' with interpolation "
-            f"{options.interpolation!r}, got 'border_height', which goes with 'discrete'"
-        )
-    if spatial_dims != 2:
-        raise ValueError(
-            f"padding: expected 'zeros' or 'border' in {spatial_dims} dimensions, "
-            "got 'border_height', which needs (height, width)"
-        )
 
 
 def _check_queries(

@@ -25,6 +25,9 @@ SPATIAL_DIMS = (1, 2, 3)
 # Of one level: the kernels keep a position's number within its level in 32 bits.
 MOST_POSITIONS = 2**31 - 1
 
+# Of a query: they keep the place of a coordinate among those of all in 32 bits.
+MOST_REFERENCES = (2**31 - 1) // 6
+
 
 def understand_spatial_shapes(spatial_shapes: SpatialShapes) -> list[tuple[int, ...]]:
     """One tuple of positive ints a level, from a sequence of them or an integer tensor [L, N].
@@ -94,6 +97,22 @@ def check_option(name: str, given: object, kind: object) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {got}")
 
 
+def check_border_height(padding: str, interpolation: str, spatial_dims: int) -> None:
+    """Raises a ValueError for "border_height" where there is nothing that it could mean."""
+    if padding != "border_height":
+        return
+    if interpolation != "discrete":
+        raise ValueError(
+            "padding: expected 'zeros' or 'border' with interpolation "
+            f"{interpolation!r}, got 'border_height', which goes with 'discrete'"
+        )
+    if spatial_dims != 2:
+        raise ValueError(
+            f"padding: expected 'zeros' or 'border' in {spatial_dims} dimensions, "
+            "got 'border_height', which needs (height, width)"
+        )
+
+
 def understand_num_points(
     num_points: int | Sequence[int] | None,
     num_levels: int,
@@ -153,10 +172,16 @@ def understand_reference_index(
         or sizes[-1] not in (spatial_dims, 2 * spatial_dims)
         or (reference_index is None and count not in by_level)
     ):
-        wanted = f"1 or {len(num_points)}" if reference_index is None else "at least 1"
+        named = reference_index is not None
+        numbers = "at least 1" if named else " or ".join(map(str, sorted({*by_level})))
+        hint = "" if named else " (other numbers of them need reference_index)"
         raise ValueError(
-            f"reference_points: expected [{''.join(f'{size}, ' for size in leading)}{wanted}, "
-            f"{spatial_dims} or {2 * spatial_dims}], got {sizes}"
+            f"reference_points: expected [{''.join(f'{size}, ' for size in leading)}{numbers}, "
+            f"{spatial_dims} or {2 * spatial_dims}], got {sizes}{hint}"
+        )
+    if count > MOST_REFERENCES:
+        raise ValueError(
+            f"reference_points: expected at most {MOST_REFERENCES} for each query, got {sizes}"
         )
     if reference_index is None:
         levels = [level for level, points in enumerate(num_points) for _ in range(points)]

@@ -60,6 +60,7 @@ def deformable_attention(
         queries_per_map: for queries without padding, B numbers that sum to T, or an integer tensor
             [B]: so many queries read the first map, so many the second. Locations and weights then
             are [T, M, L, K, N] and [T, M, L, K] (or flat), the queries of the first map first.
+            Where a compiler shall see the whole graph, numbers: it cannot look into a tensor.
         value_padding_mask (Tensor[B, S], bool): True marks positions of `value` that are padding
             and count as 0.
 
@@ -129,7 +130,7 @@ def fused_deformable_attention(
 
     The same as
 
-        locations = reference_points + sampling_offsets / size       # for points; see below for boxes
+        locations = reference_points + sampling_offsets * (1 / size)   # of points; for boxes see below
         weights = attention_logits.softmax over all points of a head
         deformable_attention(value, spatial_shapes, locations, weights)
 
@@ -169,8 +170,8 @@ def fused_deformable_attention(
 
     Precision:
         As `saccade.deformable_attention`; locations and the softmax are float32 (float64 for float64
-        values) too. Locations are rounded as the separate operations would; weights differ from
-        torch's softmax by a few units in the last place.
+        values) too. Locations are rounded as the three operations above would, to the last bit;
+        weights differ from torch's softmax by a few units in the last place.
 
     Source:
         Zhu et al., Deformable DETR, equation 3 and appendix A.3, https://arxiv.org/abs/2010.04159

@@ -104,8 +104,8 @@ class MultiViewDeformableAttention(SamplingModule):
         Args:
             query (Tensor[B, Q, C]): the queries, position embedding added.
             reference_points (Tensor[B, V, Q, Z, N]): where a query lies in each of the V views,
-                normalized, by Z points such as the heights of a pillar. Point k of each level starts
-                from reference point k mod Z. Of views that do not see a query, any number.
+                normalized, by Z points such as the heights of a pillar; Z divides the points of each
+                level, whose point k starts from reference point k mod Z. Of views that do not see a query, any number.
             visible (Tensor[B, V, Q], bool): True where the view sees the query. Read back to the host:
                 how many queries a view has is a size.
             value (Tensor[B, V, S, C]): the feature maps of all levels of each view, flattened and
@@ -136,6 +136,11 @@ class MultiViewDeformableAttention(SamplingModule):
             reference_points,
             (batch_size, num_views, num_queries, max(1, num_references), self.spatial_dims),
         )
+        if any(count % num_references for count in self.num_points):
+            raise ValueError(
+                f"reference_points: expected a number of points that divides those of each level, "
+                f"{self.num_points}, got {num_references} in {list(reference_points.shape)}"
+            )
         if value_padding_mask is not None:
             check_shape(
                 "value_padding_mask", value_padding_mask, (batch_size, num_views, num_positions)
@@ -159,8 +164,10 @@ class MultiViewDeformableAttention(SamplingModule):
             queries_per_map=visible.sum(-1).flatten().tolist(),
             value_padding_mask=value_padding_mask,
         )
-        found = attended.new_zeros(batch_size * num_queries, self.embed_dim)
-        found = found.index_add_(0, seen_by, attended).unflatten(0, (batch_size, num_queries))
+        # In the queries' dtype, which autocast does not narrow.
+        found = query.new_zeros(batch_size * num_queries, self.embed_dim)
+        found = found.index_add_(0, seen_by, attended.to(found.dtype))
+        found = found.unflatten(0, (batch_size, num_queries))
         if self.reduction == "mean":
             found /= visible.sum(1).clamp(min=1)[..., None]
         output: Tensor = self.output_proj(found)

@@ -12,6 +12,7 @@ from saccade.checks import (
     Interpolation,
     Padding,
     SpatialShapes,
+    check_border_height,
     check_option,
     positive_int,
     understand_spatial_shapes,
@@ -39,6 +40,7 @@ class SamplingModule(nn.Module):
             raise ValueError(f"spatial_dims: expected 1, 2 or 3, got {spatial_dims}")
         check_option("interpolation", interpolation, Interpolation)
         check_option("padding", padding, Padding)
+        check_border_height(padding, interpolation, spatial_dims)
         self.embed_dim = positive_int("embed_dim", embed_dim)
         self.num_heads = positive_int("num_heads", num_heads)
         self.num_points = num_points

@@ -66,21 +66,28 @@ def _backward_flops(operator: Operator) -> Callable[..., int]:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Lets the others find the counter, once, and registers the formulas after it has run."""
+    """Lets the others find the counter, and registers the formulas once it has run."""
+
+    _asks_the_others = False
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != COUNTER:
+        if name != COUNTER or self._asks_the_others:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self._asks_the_others = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._asks_the_others = False
         if spec is not None and spec.loader is not None:
             load = spec.loader.exec_module
 
             def load_and_register(module: ModuleType) -> None:
                 load(module)
                 _register(module)
+                # Not before: who only asks where the module is has not imported it.
+                sys.meta_path.remove(self)
 
             spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
         return spec

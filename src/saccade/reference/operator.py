@@ -24,10 +24,11 @@ def execute(call: Call) -> Tensor:
     """The operator on an understood call: [B, Q, M * D] in the value's dtype."""
     if call.queries_per_map is not None:
         outputs = [execute(part) for part, _ in _maps(call)]
+        if outputs:
+            return torch.cat(outputs, 1)
         # Without maps there are no queries: those of a map that is not there.
         nothing = call.value.sum(0, keepdim=True)
-        none = call._replace(value=nothing, queries_per_map=None)
-        return torch.cat(outputs, 1) if outputs else execute(none)
+        return execute(call._replace(value=nothing, queries_per_map=None))
     batch_size, num_queries, num_heads = call.sampling_locations.shape[:3]
     slices = []
     for queries in _query_slices(call):
