@@ -205,13 +205,26 @@ def test_doctor_compares_forward_and_gradients(monkeypatch) -> None:
         "the gradient of value",
         "the gradient of sampling_locations",
         "the gradient of attention_weights",
+        "the gradient of reference_points",
+        "the gradient of sampling_offsets",
+        "the gradient of attention_logits",
     }
     assert max(errors.values()) < 1e-5
-    right = doctor.functional.deformable_attention
-    monkeypatch.setattr(
-        doctor.functional, "deformable_attention", lambda *a, **k: right(*a, **k) * 1.01
-    )
-    assert min(doctor.compare_with_reference().values()) > 5e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "of_points"),
+    [
+        ("deformable_attention", "sampling_locations"),
+        ("fused_deformable_attention", "sampling_offsets"),
+    ],
+)
+def test_doctor_notices_a_wrong_operator(monkeypatch, name, of_points) -> None:
+    right = getattr(doctor.functional, name)
+    monkeypatch.setattr(doctor.functional, name, lambda *a, **k: right(*a, **k) * 1.01)
+    errors = doctor.compare_with_reference()
+    for result in ("output", "the gradient of value", f"the gradient of {of_points}"):
+        assert errors[result] > 5e-3
 
 
 # --- detect -----------------------------------------------------------------------------------

@@ -127,8 +127,12 @@ def test_the_parts_of_a_module_reconstruct_its_output(make, options, dtype, tmp_
 
 
 def test_the_checks_notice_a_wrong_operator(monkeypatch) -> None:
-    right = saccade.nn.deformable_attention
-    monkeypatch.setattr("saccade.nn.deformable_attention", lambda *a, **k: right(*a, **k) * 1.01)
+    from saccade.nn import sampling_module
+
+    right = sampling_module.fused_deformable_attention
+    monkeypatch.setattr(
+        sampling_module, "fused_deformable_attention", lambda *a, **k: right(*a, **k) * 1.01
+    )
     module, inputs = multi_scale()
     assert [check.passed for check in explain_module(module, inputs).checks] == [False, False]
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 import saccade
-from saccade.benchmark.operator import grid_sample_call
+from saccade.benchmark.operator import grid_sample_call, saccade_call
 from saccade.benchmark.report import milliseconds, record, times, write_text
 from saccade.benchmark.timing import alternate
 from saccade.benchmark.workloads import OFFSET_PIXELS, WORKLOADS, Workload, reference_points
@@ -244,16 +244,25 @@ def _ragged_rows(workload: Workload, seconds: float) -> list[Row]:
             num_points=workload.points, reference_index=starts,
         )  # fmt: skip
 
-    def by_grid_sample(value: Tensor, anchors: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
-        locations = sampling_locations(
-            anchors, offsets, workload.shapes, workload.points, reference_index=starts
-        )
-        return grid_sample(value, locations, logits.softmax(-1))
+    def located_by(operator: Function) -> Function:
+        def attend(value: Tensor, anchors: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+            """As BEVFormer has it: locations and weights first."""
+            locations = sampling_locations(
+                anchors, offsets, workload.shapes, workload.points, reference_index=starts
+            )
+            return operator(value, locations, logits.softmax(-1))
 
+        return attend
+
+    inputs = (query, value)
     variants: dict[str, tuple[Function, Sequence[Tensor]]] = {
-        "ragged": (ragged, (query, value)),
-        "pad and rebatch, Saccade's fused operator": (padded_by(by_saccade), (query, value)),
-        "pad and rebatch, grid_sample": (padded_by(by_grid_sample), (query, value)),
+        "ragged": (ragged, inputs),
+        "pad and rebatch, Saccade's fused operator": (padded_by(by_saccade), inputs),
+        "pad and rebatch, Saccade's operator": (
+            padded_by(located_by(saccade_call(workload))),
+            inputs,
+        ),
+        "pad and rebatch, grid_sample": (padded_by(located_by(grid_sample)), inputs),
     }
     notes = {
         "ragged": f"{sum(counts)} pairs of camera and query: {', '.join(map(str, counts))}",
