@@ -65,11 +65,11 @@ class FusedPoints {
   // Points that are made together, for the first-level cache to hold them.
   static constexpr int64_t kTogether = 512;
 
-  // The points of a unit, look after look; zeros behind the last one, up to a whole vector. There
-  // is room for kRoom more (times N, of locations).
+  // The points of a unit, look after look; zeros behind the last one, up to a whole vector. `to`
+  // has room for kRoom more (times N, of locations).
   template <int N>
-  void make(const Problem& problem, const GivenPoints<T>& given, const Unit& unit, T* locations,
-            T* weights) {
+  void make(const Problem& problem, const GivenPoints<T>& given, const Unit& unit,
+            PointCopies<T>& to) {
     // What does not change is taken out of the problem: the numbers written might be a part of it.
     const int64_t total_points = problem.total_points, num_heads = unit.num_heads;
     const int64_t of_query = num_heads * total_points, numbers = N * total_points;
@@ -82,10 +82,9 @@ class FusedPoints {
     References<T> references(problem, given);
     last_offsets_.reserve(N * of_query + kWidth<T>);
     last_logits_.reserve(of_query + kWidth<T>);
-    const bool groups = in_groups<T>(total_points, [](auto) {});
-    T *location = locations, *weight = weights;
+    T *location = &to.locations[0], *weight = &to.attention_weights[0];
     for (int64_t query = 0; query < unit.num_queries; ++query, from += to_next) {
-      given.template fetch_ahead<N, 3>(problem, unit, from);
+      given.template fetch_ahead<N>(problem, unit, from);
       const T* offset = given.locations + N * from;
       const T* logit = given.attention_weights + from;
       if (from + of_query + kWidth<T> > all) {
@@ -93,29 +92,21 @@ class FusedPoints {
         offset = std::copy_n(offset, N * of_query, &last_offsets_[0]) - N * of_query;
         logit = std::copy_n(logit, of_query, &last_logits_[0]) - of_query;
       }
-      if (groups) {
-        copy_numbers_roughly(weight, logit, of_query, logit + of_query + kWidth<T>);
-        weight += of_query;
-      }
       references.of_query(unit.first_query + query);
-      for (int64_t head = 0; head < num_heads; ++head, offset += numbers, location += numbers) {
-        if (!groups) {
-          softmax_of_look(logit, weight, total_points);
-          logit += total_points;
-          weight += total_points;
-        }
+      for (int64_t head = 0; head < num_heads; ++head) {
         // Whole vectors: the numbers of the next look come afterwards.
+        softmax_of_look(logit, weight, total_points);
         for (int64_t at = 0; at < numbers; at += kWidth<T>) {
           store(location + at, located(references, load(offset + at), step, at, boxes));
         }
+        logit += total_points;
+        weight += total_points;
+        offset += numbers;
+        location += numbers;
       }
     }
-    std::fill_n(locations + N * count, N * kWidth<T>, T(0));
-    if (groups) {
-      std::fill_n(weights + count, kWidth<T>, T(0));
-      softmax_in_groups(weights, unit.num_looks(), total_points);
-    }
-    std::fill_n(weights + count, kWidth<T>, T(0));
+    std::fill_n(&to.locations[N * count], N * kWidth<T>, T(0));
+    std::fill_n(&to.attention_weights[count], kWidth<T>, T(0));
   }
 
   // Whether each vector of a unit's points holds whole looks of one query: then it is made and
@@ -182,10 +173,11 @@ class FusedPoints {
       gather_references<N>(problem, given, unit, &grads.locations[0], grad_references);
     }
     const int64_t count = N * unit.num_looks() * total_points;
+    const T* const step = point_table<T>(problem).offset_step.data();
     T* const grad = &grads.locations[0];
     InPeriod<T> in_period(N * total_points);
     for (int64_t at = 0; at < count; at += kWidth<T>) {
-      store(grad + at, load(grad + at) * load(&point_table<T>(problem).offset_step[in_period.at]));
+      store(grad + at, load(grad + at) * load(step + in_period.at));
       in_period.next();
     }
     if (problem.references_are_boxes) {

@@ -14,15 +14,15 @@ struct GivenPoints {
         attention_weights(static_cast<const T*>(inputs.weights)) {}
 
   // What a unit will read some queries after that one.
-  template <int N, int kLocality = 2>
+  template <int N>
   SACCADE_INLINE void fetch_ahead(const Problem& problem, const Unit& unit, int64_t point) const {
     const int64_t of_query = unit.num_heads * problem.total_points;
     const int64_t step = problem.num_heads * problem.total_points;
     const int64_t queries_ahead = std::max<int64_t>(kPointsAhead / of_query, 1);
     const int64_t last = problem.total_queries() * step - of_query;
     const int64_t ahead = std::min(point + queries_ahead * step, last);
-    prefetch<T, kLocality>(locations + N * ahead, N * of_query);
-    prefetch<T, kLocality>(attention_weights + ahead, of_query);
+    prefetch(locations + N * ahead, N * of_query);
+    prefetch(attention_weights + ahead, of_query);
   }
 };
 

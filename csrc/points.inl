@@ -178,12 +178,10 @@ struct Points {
     if (!problem.is_fused()) {
       return {given.locations + dims * row * points, given.attention_weights + row * points};
     }
-    copies_.locations.reserve(dims * (points + FusedPoints<T>::kRoom));
-    copies_.attention_weights.reserve(points + FusedPoints<T>::kRoom);
+    reserve_copies(dims, points);
     const Unit alone = {unit.batch, row % problem.num_heads, 1, row / problem.num_heads, 1};
     with_axes(problem, [&](auto axes) {
-      fused.template make<decltype(axes)::value>(problem, given, alone, &copies_.locations[0],
-                                                 &copies_.attention_weights[0]);
+      fused.template make<decltype(axes)::value>(problem, given, alone, copies_);
     });
     return {&copies_.locations[0], &copies_.attention_weights[0]};
   }
@@ -205,9 +203,7 @@ struct Points {
     slice_stride_ = stride;
     rows_.reserve(problem.num_slices() * stride);
     weights_.reserve(4 * problem.num_slices() * stride);
-    const bool batches = problem.is_fused() && !FusedPoints<T>::by_vectors(problem, unit);
-    const bool keep = !kWeights && !batches;
-    if (keep) {
+    if (!kWeights) {
       kept.locations.reserve(N * stride);
       kept.attention_weights.reserve(stride);
     }
@@ -229,12 +225,10 @@ struct Points {
       const V attention = load(attention_weights);
       zero_or_nan += attention - attention;
       if (!kWeights) {
-        if (keep) {
-          for (int n = 0; n < N; ++n) {
-            store(&kept.locations[N * at + n * kWidth<T>], load(locations + n * kWidth<T>));
-          }
-          store(&kept.attention_weights[at], attention);
+        for (int n = 0; n < N; ++n) {
+          store(&kept.locations[N * at + n * kWidth<T>], load(locations + n * kWidth<T>));
         }
+        store(&kept.attention_weights[at], attention);
         return;
       }
       const V* wx = point.axes[0].weights;
@@ -250,19 +244,17 @@ struct Points {
         }
       }
     };
-    if (batches) {
-      locate_batches<N, kWeights>(problem, given, unit, run);
-    } else if (problem.is_fused()) {
+    if (!problem.is_fused()) {
+      for_each_vector<T, N>(problem, given, unit, copies_, run);
+    } else if (FusedPoints<T>::by_vectors(problem, unit)) {
       fused.template for_each_vector<N>(problem, given, unit, run);
     } else {
-      for_each_vector<T, N>(problem, given, unit, copies_, run);
+      for_each_made_vector<N>(problem, given, unit, run);
     }
     if (!kWeights) {
       // The last vector of who goes on with these reads past the last point.
-      if (keep) {
-        std::fill_n(&kept.locations[N * count], N * kWidth<T>, T(0));
-        std::fill_n(&kept.attention_weights[count], kWidth<T>, T(0));
-      }
+      std::fill_n(&kept.locations[N * count], N * kWidth<T>, T(0));
+      std::fill_n(&kept.attention_weights[count], kWidth<T>, T(0));
       for (int64_t slice = 0; slice < problem.num_slices(); ++slice) {
         std::fill_n(weights(slice) + 4 * count, 4 * kWidth<T>, T(0));
       }
@@ -270,28 +262,28 @@ struct Points {
     weights_are_finite = !any(zero_or_nan != zero_or_nan);
   }
 
+  // Room in copies_ for so many points.
+  void reserve_copies(int64_t spatial_dims, int64_t count) {
+    copies_.locations.reserve(spatial_dims * (count + FusedPoints<T>::kRoom));
+    copies_.attention_weights.reserve(count + FusedPoints<T>::kRoom);
+  }
+
   // Where the points of a fused call do not fill vectors they are made some queries at a time,
-  // which the first-level cache holds until they are located: where they are kept, or else each
-  // time in the same place.
-  template <int N, bool kWeights, class Run>
-  SACCADE_INLINE void locate_batches(const Problem& problem, const GivenPoints<T>& given,
-                                     const Unit& unit, Run run) {
+  // which the first-level cache holds until they are located.
+  template <int N, class Run>
+  SACCADE_INLINE void for_each_made_vector(const Problem& problem, const GivenPoints<T>& given,
+                                           const Unit& unit, Run run) {
     const int64_t of_query = unit.num_heads * problem.total_points;
-    const int64_t queries = std::max<int64_t>(FusedPoints<T>::kTogether / of_query, 1);
-    PointCopies<T>& to = kWeights ? copies_ : kept;
-    const int64_t most = kWeights ? std::min(queries, unit.num_queries) : unit.num_queries;
-    to.locations.reserve(N * (most * of_query + FusedPoints<T>::kRoom));
-    to.attention_weights.reserve(most * of_query + FusedPoints<T>::kRoom);
-    for (int64_t query = 0; query < unit.num_queries; query += queries) {
+    const int64_t together = std::max<int64_t>(FusedPoints<T>::kTogether / of_query, 1);
+    reserve_copies(N, together * of_query);
+    const T *locations = &copies_.locations[0], *weights = &copies_.attention_weights[0];
+    for (int64_t query = 0; query < unit.num_queries; query += together) {
       const Unit part = {unit.batch, unit.first_head, unit.num_heads, unit.first_query + query,
-                         std::min(queries, unit.num_queries - query)};
-      const int64_t first = query * of_query;
-      T* const locations = &to.locations[kWeights ? 0 : N * first];
-      T* const weights = &to.attention_weights[kWeights ? 0 : first];
-      fused.template make<N>(problem, given, part, locations, weights);
+                         std::min(together, unit.num_queries - query)};
+      fused.template make<N>(problem, given, part, copies_);
       InPeriod<T> in_period(problem.total_points);
       for (int64_t at = 0; at < part.num_looks() * problem.total_points; at += kWidth<T>) {
-        run(locations + N * at, weights + at, in_period.at, first + at);
+        run(locations + N * at, weights + at, in_period.at, query * of_query + at);
         in_period.next();
       }
     }

@@ -116,19 +116,15 @@ SACCADE_INLINE Vector<T> within_row(Vector<T> v, int64_t at, int64_t count, Vect
   return load(kLanes) < splat(static_cast<T>(count - at)) ? v : rest;
 }
 
-template <class T, int Group>
-SACCADE_INLINE Vector<T> softmax_in_group(Vector<T> logits) {
-  const Vector<T> powers = exp_of_negative<T>(logits - maximum_across<T, Group>(logits));
-  return powers / sum_across<T, Group>(powers);
-}
-
-// From logits to weights, in place, if looks are groups; else false.
+// From logits to weights, in place, of looks that are groups.
 template <class T>
-bool softmax_in_groups(T* numbers, int64_t num_looks, int64_t total_points) {
-  return in_groups<T>(total_points, [&](auto group) SACCADE_INLINE_LAMBDA {
+void softmax_in_groups(T* numbers, int64_t num_looks, int64_t total_points) {
+  in_groups<T>(total_points, [&](auto group) SACCADE_INLINE_LAMBDA {
     constexpr int G = decltype(group)::value;
     for (int64_t at = 0; at < num_looks * total_points; at += kWidth<T>) {
-      store(numbers + at, softmax_in_group<T, G>(load(numbers + at)));
+      const Vector<T> logits = load(numbers + at);
+      const Vector<T> powers = exp_of_negative<T>(logits - maximum_across<T, G>(logits));
+      store(numbers + at, powers / sum_across<T, G>(powers));
     }
   });
 }

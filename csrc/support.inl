@@ -84,14 +84,14 @@ constexpr int64_t kQueriesAhead = 16;
 constexpr int64_t kPointsAhead = 256;
 
 // Fetches the lines in which the numbers lie, into the second-level cache, which has more requests
-// under way than the first, or into that.
-template <class S, int kLocality = 2>
+// under way than the first.
+template <class S>
 SACCADE_INLINE void prefetch(const S* from, int64_t count) {
   constexpr uintptr_t kLine = 64;
   const char* const end = reinterpret_cast<const char*>(from + count);
   const char* line = reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(from) & -kLine);
   for (; line < end; line += kLine) {
-    __builtin_prefetch(line, 0, kLocality);
+    __builtin_prefetch(line, 0, 2);
   }
 }
 

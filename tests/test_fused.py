@@ -9,7 +9,7 @@ import pytest
 import torch
 from fused_helpers import FusedCase, fused_loops, run_fused
 from helpers import assert_same
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import saccade
@@ -64,13 +64,16 @@ def test_sizes(native_backend, case, dtype):
     assert_same(found, reference(case, inputs, grad_output), tolerance)
 
 
-@pytest.mark.parametrize("interpolation", ["linear", "nearest", "discrete"])
-@pytest.mark.parametrize("padding", ["zeros", "border", "border_height"])
+RULES = [
+    *itertools.product(("linear", "nearest", "discrete"), ("zeros", "border")),
+    ("discrete", "border_height"),
+]
+
+
+@pytest.mark.parametrize(("interpolation", "padding"), RULES)
 @pytest.mark.parametrize("coordinates", ["normalized", "normalized_corners", "pixel"])
 @pytest.mark.parametrize("boxes", [False, True])
 def test_options(native_backend, interpolation, padding, coordinates, boxes):
-    if padding == "border_height" and interpolation != "discrete":
-        pytest.skip("border_height goes with discrete")
     case = FusedCase(
         shapes=[(4, 6), (3, 3), (1, 5)], boxes=boxes, references="levels", dtype=torch.float64,
         interpolation=interpolation, padding=padding, coordinates=coordinates,
@@ -370,3 +373,24 @@ def test_any_call_equals_the_reference(native_backend, case, seed):
     grad_output = torch.randn(*case.looks, case.num_heads * case.head_dim, dtype=case.dtype)
     found = run_fused(case, inputs, grad_output)
     assert_same(found, reference(case, inputs, grad_output), 2e-14)
+
+
+@settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(case=cases(), rule=st.sampled_from(RULES), seed=st.integers(0, 2**16))
+def test_any_small_call_equals_the_loops(native_backend, case, rule, seed):
+    torch.manual_seed(seed)
+    # Scalar loops in Python: what the kernel does at other sizes, it does as the reference.
+    small = {"num_queries": min(2, case.num_queries), "num_heads": 2, "head_dim": 2}
+    counts = case.queries_per_map and [min(2, count) for count in case.queries_per_map]
+    interpolation, padding = rule
+    if len(case.shapes[0]) != 2 and padding == "border_height":
+        padding = "border"
+    case = case.with_(**small, queries_per_map=counts, interpolation=interpolation, padding=padding)
+    assume(math.prod(case.looks))
+    inputs = case.draw()
+    expected = fused_loops(case, *inputs)
+    torch.testing.assert_close(case.call(*inputs), expected, rtol=0, atol=1e-12)

@@ -66,10 +66,7 @@ def understand_spatial_shapes(spatial_shapes: SpatialShapes) -> list[tuple[int, 
 
 def apply_value_padding_mask(value: Tensor, value_padding_mask: Tensor) -> Tensor:
     """`value` [B, S, ...] with the positions where the mask [B, S] is True (padding) set to 0."""
-    if not isinstance(value_padding_mask, Tensor):
-        raise TypeError(
-            f"value_padding_mask: expected a Tensor, got {type(value_padding_mask).__name__}"
-        )
+    check_tensor("value_padding_mask", value_padding_mask)
     if value_padding_mask.dtype != torch.bool:
         raise ValueError(
             f"value_padding_mask: expected torch.bool (True = padding), got {value_padding_mask.dtype}"
@@ -235,10 +232,16 @@ def as_int(number: int) -> int:
     return number if isinstance(number, int | torch.SymInt) else operator.index(number)
 
 
-def check_floating(name: str, tensor: object, dtypes: tuple[torch.dtype, ...]) -> None:
-    """Raises unless it is a dense tensor of one of these dtypes."""
+def check_tensor(name: str, tensor: object) -> Tensor:
+    """The tensor; a TypeError if it is none."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+    return tensor
+
+
+def check_floating(name: str, tensor: object, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raises unless it is a dense tensor of one of these dtypes."""
+    tensor = check_tensor(name, tensor)
     if tensor.dtype not in dtypes:
         raise ValueError(
             f"{name}: expected one of {', '.join(map(str, dtypes))}, got {tensor.dtype}"

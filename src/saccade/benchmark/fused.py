@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -106,8 +107,9 @@ def _measure(
     name: str,
     variants: dict[str, tuple[Function, Sequence[Tensor]]],
     seconds: float,
-    notes: dict[str, str] | None = None,
+    notes: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Row]:
+    """The variants in both directions; a ratio is the time over that of the first."""
     rows = []
     for direction in DIRECTIONS:
         functions = {
@@ -124,18 +126,17 @@ def _measure(
         timings = alternate(functions, seconds)
         ours = timings[next(iter(variants))].milliseconds
         for variant, timing in timings.items():
-            rows.append(
-                Row(
-                    name,
-                    direction,
-                    torch.get_num_threads(),
-                    variant,
-                    float(f"{timing.milliseconds / ours:.4g}"),
-                    float(f"{timing.milliseconds:.5g}"),
-                    (notes or {}).get(variant, ""),
-                )
-            )
+            ratio = timing.milliseconds / ours
+            note = notes.get(variant, "")
+            rows.append(_row(name, direction, variant, ratio, timing.milliseconds, note))
     return rows
+
+
+def _row(
+    name: str, direction: str, variant: str, ratio: float, milliseconds: float, note: str
+) -> Row:
+    rounded = float(f"{ratio:.4g}"), float(f"{milliseconds:.5g}")
+    return Row(name, direction, torch.get_num_threads(), variant, *rounded, note)
 
 
 def _call(function: Function, inputs: Sequence[Tensor], backward: bool) -> Callable[[], Tensor]:
@@ -148,20 +149,17 @@ def _call(function: Function, inputs: Sequence[Tensor], backward: bool) -> Calla
 
         return forward
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-    grad_output = torch.randn(forward_shape(function, inputs), generator=torch.Generator())
+    # Drawn by the first call, which is not timed: it tells the shape.
+    grad_output: list[Tensor] = []
 
     def both() -> Tensor:
         output = function(*leaves)
+        if not grad_output:
+            grad_output.append(torch.randn(output.shape, generator=torch.Generator()))
         torch.autograd.grad(output, leaves, grad_output)
         return output.detach()
 
     return both
-
-
-def forward_shape(function: Function, inputs: Sequence[Tensor]) -> torch.Size:
-    """Of the output."""
-    with torch.no_grad():
-        return function(*inputs).shape
 
 
 # --- ragged against padded queries ------------------------------------------------------------------
@@ -313,11 +311,8 @@ def _operator_rows(workload: Workload, counts: list[int], seconds: float) -> lis
         each = {name: timing.milliseconds / queries[name] for name, timing in timings.items()}
         for name, timing in timings.items():
             note = f"{queries[name]} queries, {1e6 * each[name]:.0f} ns each; ratio for each query"
-            ratio = float(f"{each[name] / each['operator, ragged']:.4g}")
-            took = float(f"{timing.milliseconds:.5g}")
-            rows.append(
-                Row(workload.name, direction, torch.get_num_threads(), name, ratio, took, note)
-            )
+            ratio = each[name] / each["operator, ragged"]
+            rows.append(_row(workload.name, direction, name, ratio, timing.milliseconds, note))
     return rows
 
 

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from saccade.checks import (
     Interpolation,
     Padding,
     SpatialShapes,
+    check_tensor,
     positive_int,
     understand_num_points,
 )
 from saccade.nn.sampling_module import (
-    SamplingModule,
+    MultiLevelModule,
     check_channels,
-    check_heads,
-    check_tensor,
 )
 from saccade.sampling import Sampling
 
 
-class MultiScaleDeformableAttention(SamplingModule):
+class MultiScaleDeformableAttention(MultiLevelModule):
     """Multi-scale deformable attention as in Deformable DETR and the detectors after it.
 
     Its state dict has the family's keys (`sampling_offsets`, `attention_weights`, `value_proj`,
@@ -83,11 +82,6 @@ class MultiScaleDeformableAttention(SamplingModule):
     ) -> None:
         points = understand_num_points(num_points, positive_int("num_levels", num_levels), 4)
         super().__init__(embed_dim, num_heads, points, spatial_dims, interpolation, padding)
-        check_heads(embed_dim, num_heads)
-        self.num_levels = num_levels
-        self.value_proj = nn.Linear(embed_dim, embed_dim)
-        self.output_proj = nn.Linear(embed_dim, embed_dim)
-        self.reset_parameters()
 
     def forward(
         self,
@@ -133,7 +127,7 @@ class MultiScaleDeformableAttention(SamplingModule):
                 f"value: expected a batch of {query.shape[0]} as in query, got {list(value.shape)}"
             )
         shapes = self.understand_shapes(spatial_shapes)
-        projected = self.value_proj(value).unflatten(-1, (self.num_heads, -1))
+        projected = self.project(value)
         return self.attend(
             query,
             reference_points,
@@ -142,11 +136,4 @@ class MultiScaleDeformableAttention(SamplingModule):
             value_padding_mask,
             return_sampling,
             queries_per_map,
-        )
-
-    def extra_repr(self) -> str:
-        return (
-            f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, "
-            f"num_levels={self.num_levels}, num_points={self.num_points}, "
-            f"spatial_dims={self.spatial_dims}"
         )

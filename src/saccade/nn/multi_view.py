@@ -6,29 +6,28 @@ from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from saccade.checks import (
     Interpolation,
     Padding,
     SpatialShapes,
     check_option,
+    check_tensor,
     positive_int,
     understand_num_points,
 )
 from saccade.functional import fused_deformable_attention
 from saccade.nn.sampling_module import (
-    SamplingModule,
+    MultiLevelModule,
     check_channels,
-    check_heads,
     check_shape,
-    check_tensor,
 )
 
 Reduction: TypeAlias = Literal["mean", "sum"]
 
 
-class MultiViewDeformableAttention(SamplingModule):
+class MultiViewDeformableAttention(MultiLevelModule):
     """Deformable attention over several views: a query attends in every view that sees it.
 
     BEVFormer's spatial cross attention. What a query finds in the views that see it is averaged (or
@@ -82,13 +81,8 @@ class MultiViewDeformableAttention(SamplingModule):
     ) -> None:
         points = understand_num_points(num_points, positive_int("num_levels", num_levels), 8)
         super().__init__(embed_dim, num_heads, points, spatial_dims, interpolation, padding)
-        check_heads(embed_dim, num_heads)
         check_option("reduction", reduction, Reduction)
-        self.num_levels = num_levels
         self.reduction: Reduction = reduction
-        self.value_proj = nn.Linear(embed_dim, embed_dim)
-        self.output_proj = nn.Linear(embed_dim, embed_dim)
-        self.reset_parameters()
 
     def forward(
         self,
@@ -152,7 +146,7 @@ class MultiViewDeformableAttention(SamplingModule):
         seen_by = batch * num_queries + number
         offsets, logits = self.predict(query.flatten(0, 1).index_select(0, seen_by))
         attended = fused_deformable_attention(
-            self.value_proj(value).flatten(0, 1).unflatten(-1, (self.num_heads, -1)),
+            self.project(value).flatten(0, 1),
             shapes,
             reference_points[visible].to(offsets.dtype),
             offsets,
@@ -174,8 +168,4 @@ class MultiViewDeformableAttention(SamplingModule):
         return output
 
     def extra_repr(self) -> str:
-        return (
-            f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, "
-            f"num_levels={self.num_levels}, num_points={self.num_points}, "
-            f"spatial_dims={self.spatial_dims}, reduction={self.reduction!r}"
-        )
+        return f"{super().extra_repr()}, reduction={self.reduction!r}"

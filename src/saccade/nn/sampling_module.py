@@ -14,6 +14,7 @@ from saccade.checks import (
     SpatialShapes,
     check_border_height,
     check_option,
+    check_tensor,
     positive_int,
     understand_spatial_shapes,
 )
@@ -129,18 +130,44 @@ class SamplingModule(nn.Module):
         return offsets.unflatten(-1, (*looks, self.spatial_dims)), logits.unflatten(-1, looks)
 
 
+class MultiLevelModule(SamplingModule):
+    """What the modules on several levels share: the projections of the value and of the result."""
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        num_points: list[int],
+        spatial_dims: int,
+        interpolation: Interpolation,
+        padding: Padding,
+    ) -> None:
+        super().__init__(embed_dim, num_heads, num_points, spatial_dims, interpolation, padding)
+        check_heads(embed_dim, num_heads)
+        self.num_levels = len(num_points)
+        self.value_proj = nn.Linear(embed_dim, embed_dim)
+        self.output_proj = nn.Linear(embed_dim, embed_dim)
+        self.reset_parameters()
+
+    def project(self, value: Tensor) -> Tensor:
+        """The value [..., S, C] by heads, [..., S, M, D]."""
+        projected: Tensor = self.value_proj(value).unflatten(-1, (self.num_heads, -1))
+        return projected
+
+    def extra_repr(self) -> str:
+        return (
+            f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, "
+            f"num_levels={self.num_levels}, num_points={self.num_points}, "
+            f"spatial_dims={self.spatial_dims}"
+        )
+
+
 def location_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def check_tensor(name: str, tensor: object) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
-
-
 def check_shape(name: str, tensor: object, *expected: Sequence[int]) -> None:
-    check_tensor(name, tensor)
-    assert isinstance(tensor, Tensor)
+    tensor = check_tensor(name, tensor)
     if list(tensor.shape) not in [list(shape) for shape in expected]:
         wanted = " or ".join(str(list(shape)) for shape in expected)
         raise ValueError(f"{name}: expected {wanted}, got {list(tensor.shape)}")
@@ -152,8 +179,7 @@ def check_heads(embed_dim: int, num_heads: int) -> None:
 
 
 def check_channels(name: str, tensor: object, axes: Sequence[str], embed_dim: int) -> None:
-    check_tensor(name, tensor)
-    assert isinstance(tensor, Tensor)
+    tensor = check_tensor(name, tensor)
     if tensor.dim() != len(axes) + 1 or tensor.shape[-1] != embed_dim:
         raise ValueError(
             f"{name}: expected [{', '.join(axes)}, {embed_dim}], got {list(tensor.shape)}"
