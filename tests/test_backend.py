@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import BACKENDS
 from helpers import python
 
 import saccade
 from saccade.ops import contract, native
 
 
-def test_which_backend_names_kernel_and_reason(backend):
-    found = saccade.which_backend(torch.zeros(1))
-    assert found.name == backend
+@pytest.mark.parametrize("name", BACKENDS)
+def test_which_backend_names_kernel_and_reason(name):
+    with saccade.use_backend(name):
+        found = saccade.which_backend(torch.zeros(1))
+    assert found.name == name
     assert found.reason
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from saccade.ops import native
+from saccade.ops import gpu, native
 
 _forced_reference = False
 
@@ -20,7 +20,7 @@ class Backend(NamedTuple):
     """What runs a call and why."""
 
     name: str
-    """"cpu-avx512", "cpu-avx2", "cpu-neon", "cpu-scalar" or "reference"."""
+    """"triton", "cpu-avx512", "cpu-avx2", "cpu-neon", "cpu-scalar" or "reference"."""
     reason: str
     """One sentence for a person."""
 
@@ -49,9 +49,11 @@ def which_backend(*tensors: Tensor) -> Backend:
     """
     if _forced_reference:
         return Backend("reference", 'chosen by saccade.use_backend("reference")')
-    devices = sorted({tensor.device.type for tensor in tensors} or {"cpu"})
-    if devices != ["cpu"]:
-        return Backend("reference", f"there is no native kernel for {' and '.join(devices)} yet")
+    devices = sorted({tensor.device for tensor in tensors}, key=str)
+    if len(devices) > 1:
+        return Backend("reference", f"no kernel takes tensors on {' and '.join(map(str, devices))}")
+    if devices and devices[0].type != "cpu":
+        return _of_device(devices[0])
     if native.failure is not None:
         return Backend("reference", native.failure)
     isa = native.isa()
@@ -61,6 +63,16 @@ def which_backend(*tensors: Tensor) -> Backend:
     available = native.available_isas()
     best = "the best this processor runs" if isa == available[0] else "chosen by use_backend"
     return Backend(f"cpu-{isa}", f"native library, {best} of {', '.join(available)}")
+
+
+def _of_device(device: torch.device) -> Backend:
+    refusal = gpu.refusal(device)
+    if refusal is not None:
+        return Backend("reference", refusal)
+    return Backend(
+        "triton",
+        f"forward on {torch.cuda.get_device_name(device)}; gradients by the reference",
+    )
 
 
 @contextmanager

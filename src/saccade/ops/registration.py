@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from saccade.ops import flops, native
+from saccade.ops import flops, gpu, native
 from saccade.ops.contract import FUSED, PLAIN
 from saccade.ops.gradients import autograd_kernel, backward_of_backward, save_for_second_order
 
@@ -21,6 +21,7 @@ def _register() -> torch.library.Library:
         ):
             library.impl(name, fallback, "CompositeExplicitAutograd")
             torch.library.register_fake(f"saccade::{name}", fake, lib=library)
+        library.impl(operator.name, gpu.kernel(operator), "CUDA")
         library.impl(operator.name, autograd_kernel(operator), "Autograd", with_keyset=True)
         torch.library.register_autograd(
             f"saccade::{operator.backward_name}",

@@ -1,0 +1,1 @@
+"""Kernels of device families, one folder each; none imports another."""

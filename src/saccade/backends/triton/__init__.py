@@ -1,0 +1,4 @@
+"""The GPU kernels. Importing this package imports Triton."""
+
+from saccade.backends.triton.launch import attend as attend
+from saccade.backends.triton.launch import attend_fused as attend_fused

@@ -1,0 +1,215 @@
+"""A call of an operator as launches of a kernel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from saccade.arguments import Call, FusedCall, Options, understand, understand_fused
+from saccade.backends.triton import kernels, tuning
+
+# Beyond this many plans, all are forgotten: sizes of a model are few, those of a fuzzer are not.
+MOST_REMEMBERED = 512
+
+_LARGEST_INT32 = 2**31 - 1
+
+
+class Launch(NamedTuple):
+    """One launch: some queries in a row that read the maps from `first_map` on."""
+
+    num_programs: int
+    num_queries: int
+    num_blocks: int
+    first_map: int
+    first_query: int
+
+
+class Plan(NamedTuple):
+    """What is found out from sizes, dtypes and options: everything but the tensors."""
+
+    output_shape: tuple[int, ...]
+    kernel: Any
+    launches: list[Launch]
+    sizes: tuple[int, ...]
+    num_positions: int
+    constants: dict[str, Any]
+
+
+_remembered: dict[Hashable, Plan] = {}
+
+
+def attend(*arguments: Any) -> Tensor:
+    """`saccade::deformable_attention` on a GPU; the arguments are those of the operator."""
+    value, shapes, locations, weights, *options = arguments
+    tensors = (value, locations, weights)
+    key = _key(tensors, shapes, options)
+    found = _remembered.get(key)
+    if found is None:
+        points = {"sampling_locations": locations, "attention_weights": weights}
+        given = _as_given(points, options)
+        call = understand(value, *given, _options(locations, shapes, options))
+        found = _remember(key, plan(call))
+    return _run(found, value, locations, weights, weights)
+
+
+def attend_fused(*arguments: Any) -> Tensor:
+    """`saccade::fused_deformable_attention` on a GPU; the arguments are those of the operator."""
+    value, shapes, references, offsets, logits, reference_index, *options = arguments
+    tensors = (value, references, offsets, logits)
+    key = _key(tensors, shapes, [reference_index, *options])
+    found = _remembered.get(key)
+    if found is None:
+        points = {
+            "reference_points": references,
+            "sampling_offsets": offsets,
+            "attention_logits": logits,
+        }
+        given = _as_given(points, options)
+        call = understand_fused(value, *given, _options(offsets, shapes, options), reference_index)
+        found = _remember(key, plan(call))
+    return _run(found, value, offsets, logits, references)
+
+
+def _key(tensors: Sequence[Tensor], shapes: Sequence[int], options: Sequence[Any]) -> Hashable:
+    return (
+        *(tensor.shape for tensor in tensors),
+        *(tensor.dtype for tensor in tensors),
+        *(tensor.device for tensor in tensors),
+        tuple(shapes),
+        *(tuple(option) if isinstance(option, list) else option for option in options),
+    )
+
+
+def _remember(key: Hashable, found: Plan) -> Plan:
+    if len(_remembered) >= MOST_REMEMBERED:
+        _remembered.clear()
+    _remembered[key] = found
+    return found
+
+
+def _as_given(points: dict[str, Tensor], options: Sequence[Any]) -> Sequence[Tensor]:
+    """The public form of ragged calls, which has no axis for the batch."""
+    if options[-1] is None:
+        return list(points.values())
+    for name, tensor in points.items():
+        if tensor.dim() < 1 or tensor.shape[0] != 1:
+            raise ValueError(
+                f"{name}: expected [1, queries of all maps, ...] with queries_per_map, "
+                f"got {list(tensor.shape)}"
+            )
+    return [tensor[0] for tensor in points.values()]
+
+
+def _options(locations: Tensor, shapes: Sequence[int], options: Sequence[Any]) -> Options:
+    axes = locations.shape[-1]
+    rows = [tuple(shapes[at : at + axes]) for at in range(0, len(shapes), max(axes, 1))]
+    return Options(rows, *options)
+
+
+def plan(call: Call | FusedCall) -> Plan:
+    value, locations = call.value, call[-8 if isinstance(call, FusedCall) else 2]
+    batch_size, num_positions, value_heads, head_dim = value.shape
+    *_, num_queries, num_heads, num_points, axes = locations.shape
+    queries_per_map = call.queries_per_map
+    # bfloat16 is read in words of two, which is an instruction less for each.
+    pairs = value.dtype == torch.bfloat16 and head_dim % 2 == 0
+    words = head_dim // 2 if pairs else head_dim
+    looks = math.prod(locations.shape[:3])
+    word_bytes = value.element_size() * (2 if pairs else 1)
+    form = tuning.choose(words, word_bytes, num_points, looks)
+    constants: dict[str, Any] = {
+        "KIND": "given",
+        "REFERENCE_INDEX": (0,),
+        "NUM_REFERENCES": 1,
+        "LEVEL_POINTS": tuple(call.num_points),
+        "POINTS": num_points,
+        "HEADS": num_heads,
+        "VALUE_HEADS": value_heads,
+        "HEAD_DIM": head_dim,
+        "AXES": axes,
+        "LEVELS": len(call.spatial_shapes),
+        "INTERPOLATION": call.interpolation,
+        "PADDING": call.padding,
+        "COORDINATES": call.coordinates,
+        "PAIRS": pairs,
+        # Within a map, and within a block of queries, places are counted in 32 bits where they fit.
+        "WIDE": max(
+            num_positions * value_heads * head_dim,
+            form.queries * num_heads * max(num_points * axes, head_dim),
+        ) > _LARGEST_INT32,
+        **form.constants(call.num_points, axes),
+        # The definition rounds a position twice, and Triton's default has changed.
+        "enable_fp_fusion": False,
+        "num_warps": form.warps,
+        "num_stages": 1,
+    }
+    if isinstance(call, FusedCall):
+        _, _, count, numbers = call.reference_points.shape
+        constants["KIND"] = "boxes" if numbers > axes else "points"
+        constants["NUM_REFERENCES"] = count
+        constants["REFERENCE_INDEX"] = tuple(call.reference_index)
+    return Plan(
+        (*locations.shape[:2], num_heads * head_dim),
+        form.kernel,
+        _launches(batch_size, num_queries, num_heads, form.queries, queries_per_map),
+        tuple(2 * size + 1 for shape in call.spatial_shapes for size in shape),
+        num_positions,
+        constants,
+    )
+
+
+def _launches(
+    batch_size: int, num_queries: int, num_heads: int, block: int, queries_per_map: list[int] | None
+) -> list[Launch]:
+    """One for a batch; one for each map where each has its own number of queries."""
+    if queries_per_map is None:
+        num_blocks = -(-num_queries // block)
+        launches = [Launch(num_blocks * num_heads * batch_size, num_queries, num_blocks, 0, 0)]
+    else:
+        launches, first_query = [], 0
+        for number, count in enumerate(queries_per_map):
+            num_blocks = -(-count // block)
+            launches.append(Launch(num_blocks * num_heads, count, num_blocks, number, first_query))
+            first_query += count
+    return [launch for launch in launches if launch.num_programs > 0]
+
+
+def _run(plan: Plan, value: Tensor, points: Tensor, weights: Tensor, references: Tensor) -> Tensor:
+    output = value.new_empty(plan.output_shape)
+    value, points = value.contiguous(), points.contiguous()
+    weights, references = weights.contiguous(), references.contiguous()
+    if plan.constants["PAIRS"] and value.data_ptr() % 4:
+        # Words of two numbers have to begin where words begin.
+        value = value.clone()
+    tensors = (output, value, points, weights, references)
+    _check_storage(value=value, points=points, weights=weights, references=references)
+    if value.is_cuda and value.device.index != torch.cuda.current_device():
+        with torch.cuda.device(value.device):
+            _launch(plan, tensors)
+    else:
+        _launch(plan, tensors)
+    return output
+
+
+def _check_storage(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.data_ptr() == 0 and tensor.numel() > 0:
+            raise ValueError(f"{name}: expected a tensor with memory, got one whose storage was freed")
+
+
+def _launch(plan: Plan, tensors: Sequence[Tensor]) -> None:
+    for programs, num_queries, num_blocks, first_map, first_query in plan.launches:
+        plan.kernel[(programs,)](
+            *tensors,
+            plan.sizes,
+            num_queries,
+            num_blocks,
+            plan.num_positions,
+            first_map,
+            first_query,
+            **plan.constants,
+        )
