@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
+from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -210,6 +211,14 @@ class Broken(peers.Saccade):
         raise RuntimeError("no kernel image\nis available")
 
 
+class OwnWrong(Wrong):
+    name = "saccade fused"
+
+
+class OwnBroken(Broken):
+    name = "saccade other"
+
+
 class NoGraph(peers.Saccade):
     name = "no graph"
 
@@ -245,10 +254,10 @@ def test_a_wrong_peer_is_flagged_and_a_broken_one_left_out(tiny, tmp_path, monke
     monkeypatch.setattr(Clock, "graph", refusing)
     results = Results(tmp_path / "gpu.json", {})
     setting = speed.Setting("detr-encoder", 2, "float32")
-    given = [peers.Saccade(), Wrong(), Broken(), NoGraph(), peers.DCNv4()]
+    given = [peers.Saccade(), Wrong(), Broken(), NoGraph(), peers.DCNv4(), OwnWrong(), OwnBroken()]
     speed.measure_setting(results, Clock(CPU), setting, given, seed=1)
     rows = {row["peer"]: row for row in results.rows("figures")}
-    assert rows.keys() == {"saccade", "wrong", "no graph"}
+    assert rows.keys() == {"saccade", "wrong", "no graph", "saccade fused"}
     assert rows["saccade"]["exact"]
     assert not rows["wrong"]["exact"]
     assert rows["wrong"]["times"].keys() == {COLD, WARM, SINGLE, EAGER}
@@ -261,7 +270,12 @@ def test_a_wrong_peer_is_flagged_and_a_broken_one_left_out(tiny, tmp_path, monke
     assert left["broken"] == "RuntimeError: no kernel image"
     assert "not permitted" in left["no graph"]
     assert left["DCNv4 FlashDeformAttn"] == "computes in float16 only"
-    assert not results.rows("checks")
+    # Saccade's own failures are failed checks.
+    names = [row["name"] for row in results.rows("checks") if not row["ok"]]
+    assert [name.split(", ")[0] for name in names] == [
+        "timed: saccade other",
+        "timed: saccade fused",
+    ]
 
 
 def test_time_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch):
@@ -277,8 +291,72 @@ def test_time_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch):
     assert found == {(1, "float32"), (1, "bfloat16"), (8, "bfloat16")}
     assert results.found["peers"] == {"saccade": "here 0.1.0", "grid_sample": "boom"}
     before = len(results.rows("figures"))
+
+    def no_memory(*given):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(speed, "input_sets", no_memory)
+    results.put("figures", results.rows("figures")[2:])
+    speed.measure_speed(results, CPU, Deadline(60), 1, cases=["detr-encoder"], quick=True)
+    assert results.rows("left_out")[-1]["reason"] == "OutOfMemoryError: CUDA out of memory"
+    assert "detr-encoder, float32, model-like" in results.rows("skipped")
+    before = len(results.rows("figures"))
     speed.measure_speed(results, CPU, Deadline(60), 1, cases=["detr-encoder"], quick=True)
     assert len(results.rows("figures")) == before
+
+
+def test_a_graph_that_cannot_be_captured_leaves_the_current_stream_as_it_was(monkeypatch):
+    """With stand-ins for what only a GPU has."""
+
+    class Stream:
+        def __init__(self, device=None):
+            self.waited = []
+
+        def wait_stream(self, other):
+            self.waited.append(other)
+
+        record = wait = synchronize = lambda self: None
+
+    class Event(Stream):
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def elapsed_time(self, other):
+            return 2.0
+
+    class Graph(Stream):
+        replay = lambda self: "replayed"  # noqa: E731
+
+    default, now = Stream(), []
+    now.append(default)
+
+    @contextmanager
+    def on(stream):
+        now.append(stream)
+        yield
+        now.pop()  # not where the block raises, as in torch's own
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now[-1])
+    monkeypatch.setattr(torch.cuda, "set_stream", now.append)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: on("capturing"))
+    clock, calls = Clock(torch.device("cuda")), []
+    assert clock.seconds(lambda: None) == pytest.approx(2e-3)
+    assert clock.graph([lambda: calls.append(now[-1])], keep=True)() == "replayed"
+    assert calls[-1] == "capturing"
+    assert len(calls) == 2
+
+    def refuse():
+        if now[-1] == "capturing":
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        clock.graph([refuse])
+    assert now[-1] is default
 
 
 def test_medians_and_quarters_in_turns(monkeypatch):

@@ -37,6 +37,9 @@ def print_report(found: dict[str, Any], console: Console, *, details: bool = Fal
     """What the results hold; with `details` a table for each setting too."""
     figures, floors = found.get("figures", []), found.get("floors", [])
     console.print(machine_line(found), style="bold", soft_wrap=True, markup=False)
+    console.print(
+        f"Saccade ran on {found.get('backend')}", style="bold", markup=False, soft_wrap=True
+    )
     console.print(METHOD + "\n", style="dim", soft_wrap=True)
     if figures:
         console.print(ratio_table(figures))

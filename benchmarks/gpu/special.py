@@ -12,6 +12,7 @@ from torch import Tensor
 import saccade
 from benchmarks.gpu.checks import allowed_error, checked, compare, poison, truth
 from benchmarks.gpu.results import Deadline, Results, memory_given_back
+from benchmarks.gpu.timing import Clock
 from benchmarks.gpu.variants import Inputs, Variant, call, draw, laid_out
 from saccade import reference
 from saccade.benchmark.operator import TOLERANCES, Truth
@@ -108,24 +109,18 @@ def _graph(form: str, device: torch.device, library: Any, seed: int) -> Found:
         return NEEDS_GPU
     variant = Variant("bfloat16", form)
     inputs = laid_out(variant, draw(variant, seed), device)
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
+    outputs: list[Tensor] = []
     with torch.no_grad():
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                call(variant, inputs, library)
-        torch.cuda.current_stream(device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            output = call(variant, inputs, library)
+        replay = Clock(device).graph([lambda: outputs.append(call(variant, inputs, library))])
+        output = outputs[-1]  # the ones before are of the calls that warm up
         result = (0.0, 0.0)
-        for replay in range(3):
-            drawn = draw(variant, seed + 1 + replay)
+        for number in range(3):
+            drawn = draw(variant, seed + 1 + number)
             inputs.value.copy_(drawn.value)
             for to, source in zip(inputs.points, drawn.points, strict=True):
                 to.copy_(source)
             output.fill_(math.nan)
-            graph.replay()
+            replay()
             torch.cuda.synchronize(device)
             result = max(result, _right(variant, drawn, output))
     return result

@@ -42,7 +42,7 @@ class Timing(NamedTuple):
 
 
 class Clock:
-    """Times what functions do on one device; on a CPU, for tests, by the wall."""
+    """Times what functions do on one device, on its current stream; on a CPU, for tests, by the wall."""
 
     def __init__(self, device: torch.device) -> None:
         """`device` is a GPU, or the CPU in tests."""
@@ -105,20 +105,24 @@ class Clock:
         """
         if not self.is_gpu:
             return lambda: [call() for call in calls]
+        current = torch.cuda.current_stream(self.device)
         stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
+        stream.wait_stream(current)
         with torch.cuda.stream(stream):
             for call in calls[:2]:
                 call()
-        torch.cuda.current_stream(self.device).wait_stream(stream)
+        current.wait_stream(stream)
         self.synchronize()
         graph = torch.cuda.CUDAGraph()
         kept = []
-        with torch.cuda.graph(graph):
-            for call in calls:
-                result = call()
-                if keep:
-                    kept.append(result)
+        try:
+            with torch.cuda.graph(graph):
+                for call in calls:
+                    result = call()
+                    if keep:
+                        kept.append(result)
+        finally:  # a capture that fails leaves its own stream behind as the current one
+            torch.cuda.set_stream(current)
         return graph.replay
 
 
