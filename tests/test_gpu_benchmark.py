@@ -173,6 +173,9 @@ def test_a_failed_check_is_a_row_and_makes_the_exit_code(tmp_path, monkeypatch, 
     words = ["--device", "cpu", "--json", str(given.json), "--plot", str(tmp_path / "gpu.png")]
     assert main(words) == 1
     printed = capsys.readouterr().out
+    Results(given.json, {"machine": {}})
+    assert main([*words, "--section", "time"]) == 0
+    assert main(words) == 1  # nothing was checked
     assert "WRONG: plain float32" in printed
     assert "no picture" in printed
 

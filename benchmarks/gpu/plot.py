@@ -149,7 +149,7 @@ def _floor_shares(
             panel.barh(
                 heights, shares, height=0.3, color=("#0072b2", "#e69f00")[index], label=dtype
             )
-    panel.set_xlim(0, 1.1)
+    panel.set_xlim(0, max(1.1, panel.get_xlim()[1]))
     panel.tick_params(axis="y", length=0)
     panel.set_axisbelow(True)
     panel.grid(axis="x", color="#e5e5e5")
