@@ -1,0 +1,159 @@
+"""The picture: how many times as fast as each peer, and how near the floor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.goals import (
+    COLD,
+    ENCODERS,
+    LEAST_OF_GATHER_FLOOR,
+    Row,
+    fastest_way,
+    of,
+    share_of_floor,
+    time_of,
+)
+from benchmarks.gpu.peers import SACCADE, all_peers
+from saccade.benchmark.plot import COLOURS
+
+DTYPES = ("float32", "bfloat16")
+# As many as there are peers; the colours come round again before the marks do.
+MARKERS = "oDs^vP*Xhd"
+
+
+def save_plot(found: dict[str, Any], path: Path) -> None:
+    """Draws ratios for both dtypes, and Saccade's share of the gather floor.
+
+    Raises:
+        ValueError: there is nothing to draw.
+    """
+    figures, floors = found.get("figures", []), found.get("floors", [])
+    cases = _cases(figures)
+    if not cases:
+        raise ValueError("figures: expected some of Saccade with model-like locations, got none")
+    from matplotlib.figure import Figure as Canvas
+
+    peers = [
+        name
+        for name in all_peers()
+        if name != SACCADE and any(row["peer"] == name and row["ratios"] for row in figures)
+    ]
+    canvas = Canvas(figsize=(14.5, 2.6 + 0.36 * len(cases)), layout="constrained")
+    panels = canvas.subplots(1, 3, sharey=True, width_ratios=(4, 4, 2.4))
+    rows = {case: -index for index, case in enumerate(cases)}
+    for panel, dtype in zip(panels, DTYPES, strict=False):
+        _ratios(panel, figures, rows, dtype, peers)
+    _floor_shares(panels[2], figures, floors, rows)
+    panels[0].set_yticks(list(rows.values()), [_label(case) for case in rows])
+    panels[0].set_ylim(-len(rows) + 0.4, 0.6)
+    handles = {}
+    for panel in panels[:2]:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    if handles:
+        canvas.legend(
+            handles.values(),
+            handles.keys(),
+            loc="outside lower center",
+            ncols=min(6, len(handles)),
+            frameon=False,
+        )
+    machine = found["machine"]
+    canvas.suptitle(
+        "Saccade's forward on a GPU, calls in a CUDA graph with a cold L2, model-like locations\n"
+        f"{machine['gpu']}, torch {machine['torch']}, triton {machine['triton']}",
+        fontsize=10,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.savefig(path, dpi=130)
+
+
+def _cases(figures: Sequence[Row]) -> list[tuple[str, int]]:
+    """Workloads and batches that Saccade has figures for."""
+    return list(
+        dict.fromkeys(
+            (row["workload"], row["batch_size"])
+            for row in figures
+            if row["peer"] == SACCADE
+            and row["locations"] == "model-like"
+            and row["dtype"] in DTYPES
+        )
+    )
+
+
+def _label(case: tuple[str, int]) -> str:
+    return case[0] if case[1] == 1 else f"{case[0]}, batch {case[1]}"
+
+
+def _ratios(
+    panel: Any,
+    figures: Sequence[Row],
+    rows: dict[tuple[str, int], int],
+    dtype: str,
+    peers: Sequence[str],
+) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    panel.axvline(1, color="black", linewidth=1.2)
+    for index, peer in enumerate(peers):
+        marks = []
+        for case, height in rows.items():
+            row = of(figures, *case, dtype).get(peer)
+            ratio = row["ratios"].get(fastest_way(row)) if row is not None else None
+            if ratio:
+                marks.append((ratio, height))
+        if marks:
+            colour = COLOURS[index % len(COLOURS)]
+            panel.scatter(
+                *zip(*marks, strict=True),
+                marker=MARKERS[index % len(MARKERS)],
+                facecolor="none" if peer.startswith(SACCADE) else colour,
+                edgecolor="black" if peer.startswith(SACCADE) else colour,
+                s=42,
+                label=peer,
+                zorder=3,
+            )
+    for case, height in rows.items():  # Saccade's own time, at the right of its row
+        time = time_of(of(figures, *case, dtype).get(SACCADE), COLD)
+        if time == time:
+            place = panel.get_yaxis_transform()
+            panel.text(1.01, height, f"{time:.3g} µs", transform=place, va="center", fontsize=8)
+    panel.set_xscale("log")
+    panel.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda ratio, _: f"{ratio:g} ×"))
+    panel.xaxis.set_minor_formatter(NullFormatter())
+    panel.tick_params(axis="x", labelsize=8)
+    panel.tick_params(axis="y", length=0)
+    panel.grid(axis="y", color="#e5e5e5")
+    panel.set_axisbelow(True)
+    panel.set_title(dtype, fontsize=11)
+    panel.set_xlabel("the peer's time divided by Saccade's\n(right: Saccade's time)", fontsize=9)
+
+
+def _floor_shares(
+    panel: Any, figures: Sequence[Row], floors: Sequence[Row], rows: dict[tuple[str, int], int]
+) -> None:
+    panel.axvline(LEAST_OF_GATHER_FLOOR, color="black", linewidth=1, linestyle=":")
+    for index, dtype in enumerate(DTYPES):
+        marks = [
+            (share, height + (0.17 if index == 0 else -0.17))
+            for case, height in rows.items()
+            if case[0] in ENCODERS
+            and (share := share_of_floor(figures, floors, *case, dtype)) == share
+        ]
+        if marks:
+            shares, heights = zip(*marks, strict=True)
+            panel.barh(
+                heights, shares, height=0.3, color=("#0072b2", "#e69f00")[index], label=dtype
+            )
+    panel.set_xlim(0, max(1.1, panel.get_xlim()[1]))
+    panel.tick_params(axis="y", length=0)
+    panel.set_axisbelow(True)
+    panel.grid(axis="x", color="#e5e5e5")
+    panel.set_title("encoders: share of the gather floor", fontsize=11)
+    panel.set_xlabel("the floor's time divided by Saccade's\n(goal: 0.5)", fontsize=9)
+    if panel.get_legend_handles_labels()[0]:
+        panel.legend(fontsize=8, loc="center right")
