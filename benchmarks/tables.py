@@ -17,7 +17,7 @@ from saccade.benchmark.report import Results, milliseconds, read, times
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/performance.md")
+PAGES = ("README.md", "docs/performance.md", "docs/gpu.md")
 MARKED = re.compile(
     r"(<!-- figures: (?P<name>\w+) -->\n).*?(<!-- end of figures -->)", flags=re.DOTALL
 )
@@ -154,6 +154,25 @@ def floors(found: dict, results: Results | None) -> list[str]:
     return lines
 
 
+def compiled(found: dict) -> list[str]:
+    """Warp instructions a sample and registers of the GPU kernels, as compiled."""
+    kinds = {"given": "operator", "points": "fused"}
+    heads = [f"{kinds[kind]}, {dtype}" for kind in kinds for dtype in ("fp32", "bf16")]
+    lines = [
+        f"`{found['command']}`, {found['target']}, Triton {found['triton']}. Warp instructions a "
+        "sample, registers of a thread, spills.\n",
+        _row(["workload", "kernel", *heads]),
+        _row(["---"] * 6),
+    ]
+    rows = {(row["case"], row["points"], row["dtype"]): row for row in found["readings"]}
+    for case in dict.fromkeys(case for case, _, _ in rows):
+        of_case = [rows[case, kind, dtype] for kind in kinds for dtype in ("fp32", "bf16")]
+        cells = [f"{row['per_sample']:.1f}, {row['registers']}, {row['spills']}" for row in of_case]
+        kernels = " / ".join(dict.fromkeys(f"`{row['kernel']}`" for row in of_case))
+        lines.append(_row([case, kernels, *cells]))
+    return lines
+
+
 def _by_setting(figures: Iterable[Figure]) -> dict[Setting, dict[str, Figure]]:
     found: dict[Setting, dict[str, Figure]] = {}
     for figure in figures:
@@ -193,6 +212,7 @@ TABLES: dict[str, tuple[str, Callable[[Path], list[str]]]] = {
     "cpu": ("cpu.json", lambda path: every(read(path))),
     "family": ("family.json", lambda path: every(read(path))),
     "fused": ("fused.json", lambda path: fused(json.loads(path.read_text()))),
+    "compiled": ("gpu_compile.json", lambda path: compiled(json.loads(path.read_text()))),
     "models": ("models.json", lambda path: models(json.loads(path.read_text()))),
     "floors": (
         "floors.json",

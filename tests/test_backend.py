@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import BACKENDS
-from helpers import python
+from conftest import BACKENDS, NO_TRITON
+from helpers import Case, python
 
 import saccade
-from saccade.ops import contract, native
+from saccade.ops import contract, gpu, native
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -83,3 +83,50 @@ def test_a_binary_that_does_not_load_is_reported_not_raised(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("reference (_native.so did not load into torch")
     assert done.stderr == ""
+
+
+@pytest.fixture
+def a_card(monkeypatch):
+    """A machine that says it has a card, of a name and a compute capability."""
+
+    def pretend(capability=(9, 0), triton=True, hip=None, **environment):
+        for function in (gpu._refusal_of_installation, gpu._refusal_of_card):
+            function.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card")
+        monkeypatch.setattr(torch.version, "hip", hip)
+        if not triton:
+            monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        return gpu.refusal(torch.device("cuda", 0))
+
+    yield pretend
+    for function in (gpu._refusal_of_installation, gpu._refusal_of_card):
+        function.cache_clear()
+
+
+def test_why_a_call_on_a_card_does_not_get_the_gpu_kernel(a_card):
+    assert "Card has compute capability 7.5, the GPU kernels need 8.0" in a_card((7, 5))
+    assert "SACCADE_DISABLE_TRITON" in a_card(SACCADE_DISABLE_TRITON="1")
+    assert "AMD" in a_card(SACCADE_DISABLE_TRITON="0", hip="6.4")
+    assert "Triton is not installed" in a_card(triton=False)
+    assert "no kernel for xpu" in gpu.refusal(torch.device("xpu"))
+
+
+@pytest.mark.triton
+@pytest.mark.skipif(NO_TRITON is not None, reason=f"no GPU kernels: {NO_TRITON}")
+def test_a_card_gets_the_gpu_kernel(a_card, monkeypatch):
+    assert a_card() is None
+    monkeypatch.setattr(gpu, "OLDEST_TRITON", (99, 0))
+    assert "is older than 99.0" in a_card()
+
+
+def test_a_call_that_is_refused_runs_on_the_reference(monkeypatch):
+    monkeypatch.setattr(gpu, "refusal", lambda device: "no reason")
+    case = Case()
+    inputs = case.draw()
+    arguments = contract.arguments_of(case.understood(*inputs))
+    found = gpu.kernel(contract.PLAIN)(*arguments)
+    with saccade.use_backend("reference"):
+        assert torch.equal(found, case.call(*inputs))

@@ -71,6 +71,22 @@ def test_counts_of_every_kind_agree(backend):
     assert torch.equal(found, expected)
 
 
+def test_the_reference_itself_gives_the_shape_of_the_public_function():
+    case = CASES["images"]
+    inputs = draw(case, COUNTS)
+    options = {**case.options, "queries_per_map": COUNTS}
+    for of in (saccade, saccade.reference):
+        found = of.deformable_attention(inputs[0], case.shapes, *inputs[1:], **options)
+        assert found.shape == (sum(COUNTS), case.num_heads * case.head_dim)
+    value, locations, weights = inputs
+    references = torch.rand(sum(COUNTS), 1, case.spatial_dims)
+    for of in (saccade, saccade.reference):
+        found = of.fused_deformable_attention(
+            value, case.shapes, references, locations, weights, **options
+        )
+        assert found.shape == (sum(COUNTS), case.num_heads * case.head_dim)
+
+
 @pytest.mark.parametrize(("maps", "counts"), [(0, []), (3, [0, 0, 0]), (1, [0])])
 def test_without_queries_or_maps(backend, maps, counts):
     case = Case(batch_size=maps)

@@ -7,7 +7,7 @@ import triton.language as tl
 
 
 @triton.jit
-def copy_kernel(source, target, count, BLOCK: tl.constexpr):  # noqa: N803
+def copy_kernel(source, target, count, BLOCK: tl.constexpr):
     """One block of a copy."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = index < count
@@ -21,9 +21,9 @@ def gather_kernel(
     output,
     num_looks,
     num_rows,
-    HEAD_DIM: tl.constexpr,  # noqa: N803
-    BLOCK: tl.constexpr,  # noqa: N803
-    AT_ONCE: tl.constexpr,  # noqa: N803
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
     """For each look the sum of the rows that it names, in registers; -1 names none.
 

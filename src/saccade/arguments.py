@@ -74,6 +74,13 @@ class FusedCall(NamedTuple):
     queries_per_map: list[int] | None = None
 
 
+def of_queries(call: Call | FusedCall, output: Tensor) -> Tensor:
+    """The operator's result as the caller gets it: of queries that belong to maps by themselves
+    without the operator's axis for the batch.
+    """
+    return output if call.queries_per_map is None else output[0]
+
+
 def flat(spatial_shapes: Sequence[Sequence[int]]) -> list[int]:
     """The spatial shapes one after the other, as the registered operators take them."""
     return list(itertools.chain.from_iterable(spatial_shapes))

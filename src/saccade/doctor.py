@@ -104,6 +104,7 @@ def examine() -> Iterator[Finding]:
     yield from _versions()
     yield from _processor()
     yield from _library()
+    yield from _gpus()
     yield from _self_check()
     yield from _installation()
 
@@ -154,6 +155,16 @@ def _library() -> Iterator[Finding]:
     yield Finding(section, "backend", f"{chosen.name}\n{chosen.reason}")
 
 
+def _gpus() -> Iterator[Finding]:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        yield Finding("GPU", "state", "torch sees none")
+    for device in (torch.device("cuda", index) for index in range(count)):
+        yield Finding("GPU", str(device), torch.cuda.get_device_name(device))
+        chosen = backend.which_backend(torch.empty(0, device=device))
+        yield Finding("GPU", "backend", f"{chosen.name}\n{chosen.reason}")
+
+
 def _self_check() -> Iterator[Finding]:
     section = "Self check"
     try:
@@ -173,6 +184,13 @@ def _self_check() -> Iterator[Finding]:
             yield Finding(section, kernel, f"failed: {_first_line(error)}", False)
             continue
         yield judge(kernel, errors)
+    if torch.cuda.is_available():
+        device = torch.device("cuda")
+        kernel = f"{backend.which_backend(torch.empty(0, device=device)).name} on {device}"
+        try:
+            yield judge(kernel, compare_with_reference(device))
+        except (RuntimeError, ValueError) as error:
+            yield Finding(section, kernel, f"failed: {_first_line(error)}", False)
 
 
 def judge(kernel: str, errors: dict[str, float]) -> Finding:
@@ -201,8 +219,11 @@ def _worked_example() -> float:
     return float(output)
 
 
-def compare_with_reference() -> dict[str, float]:
+def compare_with_reference(device: torch.device | None = None) -> dict[str, float]:
     """The errors of the kernel in force against the reference, on small random cases.
+
+    Args:
+        device: where the kernel runs, by default on the CPU, where the reference does.
 
     Returns:
         For "output" and the gradient of each input the largest difference, over head sizes that
@@ -244,7 +265,9 @@ def compare_with_reference() -> dict[str, float]:
             ("deformable_attention", inputs),
             ("fused_deformable_attention", fused_inputs),
         ):
-            for name, error in _errors(function, given, shapes, padding, grad_output).items():
+            for name, error in _errors(
+                function, given, shapes, padding, grad_output, device
+            ).items():
                 if error != error or error > worst.get(name, -1.0):
                     worst[name] = error
     return worst
@@ -256,13 +279,14 @@ def _errors(
     shapes: Sequence[tuple[int, ...]],
     padding: str,
     grad_output: Tensor,
+    device: torch.device | None,
 ) -> dict[str, float]:
-    results = []
-    for module in (functional, reference):
+    results, cpu = [], torch.device("cpu")
+    for module, place in ((functional, device or cpu), (reference, cpu)):
         leaves = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
-        value, *points = leaves.values()
+        value, *points = (leaf.to(place) for leaf in leaves.values())
         output = getattr(module, function)(value, shapes, *points, padding=padding)
-        output.backward(grad_output)
+        output.cpu().backward(grad_output)
         found: dict[str, Tensor] = {"output": output.detach()}
         for name, leaf in leaves.items():
             assert leaf.grad is not None

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from saccade import backend, reference
-from saccade.arguments import Call, FusedCall, Options, understand, understand_fused
+from saccade.arguments import (
+    Call,
+    FusedCall,
+    Options,
+    of_queries,
+    understand,
+    understand_fused,
+)
 from saccade.checks import Coordinates, Interpolation, Padding, SpatialShapes
 from saccade.ops import registration
 from saccade.ops.contract import arguments_of
@@ -106,9 +113,9 @@ def deformable_attention(
     )
     call = understand(value, sampling_locations, attention_weights, options, value_padding_mask)
     if backend.needs_reference():
-        return _of_queries(call, reference.execute(call))
+        return of_queries(call, reference.execute(call))
     points = (call.sampling_locations, call.attention_weights)
-    return _of_queries(call, _run(registration.PLAIN_OPERATOR, call, points))
+    return of_queries(call, _run(registration.PLAIN_OPERATOR, call, points))
 
 
 def fused_deformable_attention(
@@ -205,9 +212,9 @@ def fused_deformable_attention(
         value_padding_mask,
     )
     if backend.needs_reference():
-        return _of_queries(call, reference.execute_fused(call))
+        return of_queries(call, reference.execute_fused(call))
     points = (call.reference_points, call.sampling_offsets, call.attention_logits)
-    return _of_queries(call, _run(registration.FUSED_OPERATOR, call, points))
+    return of_queries(call, _run(registration.FUSED_OPERATOR, call, points))
 
 
 def _run(operator: Any, call: Call | FusedCall, points: tuple[Tensor, ...]) -> Tensor:
@@ -218,8 +225,3 @@ def _run(operator: Any, call: Call | FusedCall, points: tuple[Tensor, ...]) -> T
         with torch._C._AutoDispatchBelowAutograd():
             output = operator(*arguments)
     return output
-
-
-def _of_queries(call: Call | FusedCall, output: Tensor) -> Tensor:
-    """Without the operator's axis for the batch where queries belong to maps by themselves."""
-    return output if call.queries_per_map is None else output[0]

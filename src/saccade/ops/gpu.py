@@ -7,6 +7,7 @@ A GPU without them is no error: the reference does the work, and `saccade.which_
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from saccade.ops.contract import FUSED, Operator
 
-# What the Triton of torch 2.10 can do, and the cards that it compiles for.
+# That of torch 2.10: older ones pass tuples and compile loops in other ways.
 OLDEST_TRITON = (3, 6)
+# The oldest cards that it compiles for.
 OLDEST_CAPABILITY = (8, 0)
 
 
@@ -53,12 +55,9 @@ def _refusal_of_installation() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; torch's builds for NVIDIA cards on Linux bring it along"
     try:
-        import triton
-
-        version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-        if version < OLDEST_TRITON:
-            expected = ".".join(map(str, OLDEST_TRITON))
-            return f"Triton {triton.__version__} is older than {expected}"
+        version = importlib.import_module("triton").__version__
+        if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+            return f"Triton {version} is older than {'.'.join(map(str, OLDEST_TRITON))}"
         _attend(FUSED)
     except Exception as error:  # whatever a broken Triton raises: the reference is there
         return f"Triton did not load: {error}"

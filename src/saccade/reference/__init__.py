@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from saccade.arguments import Options, understand, understand_fused
+from saccade.arguments import Options, of_queries, understand, understand_fused
 from saccade.checks import Coordinates, Interpolation, Padding, SpatialShapes
 from saccade.reference.fused import execute_fused as execute_fused
 from saccade.reference.fused import execute_fused_backward as execute_fused_backward
@@ -48,9 +48,8 @@ def deformable_attention(
     options = Options(
         spatial_shapes, num_points, interpolation, padding, coordinates, queries_per_map
     )
-    return execute(
-        understand(value, sampling_locations, attention_weights, options, value_padding_mask)
-    )
+    call = understand(value, sampling_locations, attention_weights, options, value_padding_mask)
+    return of_queries(call, execute(call))
 
 
 def fused_deformable_attention(
@@ -86,14 +85,13 @@ def fused_deformable_attention(
     options = Options(
         spatial_shapes, num_points, interpolation, padding, coordinates, queries_per_map
     )
-    return execute_fused(
-        understand_fused(
-            value,
-            reference_points,
-            sampling_offsets,
-            attention_logits,
-            options,
-            reference_index,
-            value_padding_mask,
-        )
+    call = understand_fused(
+        value,
+        reference_points,
+        sampling_offsets,
+        attention_logits,
+        options,
+        reference_index,
+        value_padding_mask,
     )
+    return of_queries(call, execute_fused(call))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from saccade.arguments import Call, FusedCall, Options, understand, understand_fused
-from saccade.backends.triton import kernels, tuning
+from saccade.backends.triton import tuning
+from saccade.backends.triton.tuning import Form
 
 # Beyond this many plans, all are forgotten: sizes of a model are few, those of a fuzzer are not.
 MOST_REMEMBERED = 512
@@ -51,9 +52,9 @@ def attend(*arguments: Any) -> Tensor:
     if found is None:
         points = {"sampling_locations": locations, "attention_weights": weights}
         given = _as_given(points, options)
-        call = understand(value, *given, _options(locations, shapes, options))
+        call = understand(value, given[0], given[1], _options(locations, shapes, options))
         found = _remember(key, plan(call))
-    return _run(found, value, locations, weights, weights)
+    return run(found, value, locations, weights, weights)
 
 
 def attend_fused(*arguments: Any) -> Tensor:
@@ -69,9 +70,10 @@ def attend_fused(*arguments: Any) -> Tensor:
             "attention_logits": logits,
         }
         given = _as_given(points, options)
-        call = understand_fused(value, *given, _options(offsets, shapes, options), reference_index)
+        named = _options(offsets, shapes, options)
+        call = understand_fused(value, given[0], given[1], given[2], named, reference_index)
         found = _remember(key, plan(call))
-    return _run(found, value, offsets, logits, references)
+    return run(found, value, offsets, logits, references)
 
 
 def _key(tensors: Sequence[Tensor], shapes: Sequence[int], options: Sequence[Any]) -> Hashable:
@@ -110,21 +112,28 @@ def _options(locations: Tensor, shapes: Sequence[int], options: Sequence[Any]) -
     return Options(rows, *options)
 
 
-def plan(call: Call | FusedCall) -> Plan:
-    value, locations = call.value, call[-8 if isinstance(call, FusedCall) else 2]
+def plan(call: Call | FusedCall, form: Form | None = None) -> Plan:
+    """How a call is computed; by the table, unless a form is given."""
+    value = call.value
+    kind, num_references, numbers = "given", 1, 0
+    reference_index: tuple[int, ...] = (0,)
+    if isinstance(call, FusedCall):
+        locations = call.sampling_offsets
+        *_, num_references, numbers = call.reference_points.shape
+        kind = "points" if numbers == locations.shape[-1] else "boxes"
+        reference_index = tuple(call.reference_index)
+    else:
+        locations = call.sampling_locations
     batch_size, num_positions, value_heads, head_dim = value.shape
     *_, num_queries, num_heads, num_points, axes = locations.shape
-    queries_per_map = call.queries_per_map
-    # bfloat16 is read in words of two, which is an instruction less for each.
-    pairs = value.dtype == torch.bfloat16 and head_dim % 2 == 0
-    words = head_dim // 2 if pairs else head_dim
-    looks = math.prod(locations.shape[:3])
-    word_bytes = value.element_size() * (2 if pairs else 1)
-    form = tuning.choose(words, word_bytes, num_points, looks)
+    words, word_bytes = words_of(value)
+    if form is None:
+        looks = math.prod(locations.shape[:3])
+        form = tuning.choose(words, word_bytes, value.element_size(), num_points, looks)
     constants: dict[str, Any] = {
-        "KIND": "given",
-        "REFERENCE_INDEX": (0,),
-        "NUM_REFERENCES": 1,
+        "KIND": kind,
+        "NUM_REFERENCES": num_references,
+        "REFERENCE_INDEX": reference_index,
         "LEVEL_POINTS": tuple(call.num_points),
         "POINTS": num_points,
         "HEADS": num_heads,
@@ -135,31 +144,36 @@ def plan(call: Call | FusedCall) -> Plan:
         "INTERPOLATION": call.interpolation,
         "PADDING": call.padding,
         "COORDINATES": call.coordinates,
-        "PAIRS": pairs,
+        "PAIRS": words < head_dim,
         # Within a map, and within a block of queries, places are counted in 32 bits where they fit.
         "WIDE": max(
             num_positions * value_heads * head_dim,
             form.queries * num_heads * max(num_points * axes, head_dim),
-        ) > _LARGEST_INT32,
+            form.queries * num_references * numbers,
+        )
+        > _LARGEST_INT32,
         **form.constants(call.num_points, axes),
         # The definition rounds a position twice, and Triton's default has changed.
         "enable_fp_fusion": False,
         "num_warps": form.warps,
         "num_stages": 1,
     }
-    if isinstance(call, FusedCall):
-        _, _, count, numbers = call.reference_points.shape
-        constants["KIND"] = "boxes" if numbers > axes else "points"
-        constants["NUM_REFERENCES"] = count
-        constants["REFERENCE_INDEX"] = tuple(call.reference_index)
     return Plan(
         (*locations.shape[:2], num_heads * head_dim),
         form.kernel,
-        _launches(batch_size, num_queries, num_heads, form.queries, queries_per_map),
+        _launches(batch_size, num_queries, num_heads, form.queries, call.queries_per_map),
         tuple(2 * size + 1 for shape in call.spatial_shapes for size in shape),
         num_positions,
         constants,
     )
+
+
+def words_of(value: Tensor) -> tuple[int, int]:
+    """In how many loads of how many bytes a row of the value comes at least."""
+    if value.dtype == torch.bfloat16 and value.shape[3] % 2 == 0:
+        # In words of two numbers, which is an instruction less for each.
+        return value.shape[3] // 2, 4
+    return value.shape[3], value.element_size()
 
 
 def _launches(
@@ -178,7 +192,9 @@ def _launches(
     return [launch for launch in launches if launch.num_programs > 0]
 
 
-def _run(plan: Plan, value: Tensor, points: Tensor, weights: Tensor, references: Tensor) -> Tensor:
+def run(plan: Plan, value: Tensor, points: Tensor, weights: Tensor, references: Tensor) -> Tensor:
+    """The output of a planned call; `references` may be any tensor where there are none."""
+    _check_storage(value=value, points=points, weights=weights, references=references)
     output = value.new_empty(plan.output_shape)
     value, points = value.contiguous(), points.contiguous()
     weights, references = weights.contiguous(), references.contiguous()
@@ -186,7 +202,6 @@ def _run(plan: Plan, value: Tensor, points: Tensor, weights: Tensor, references:
         # Words of two numbers have to begin where words begin.
         value = value.clone()
     tensors = (output, value, points, weights, references)
-    _check_storage(value=value, points=points, weights=weights, references=references)
     if value.is_cuda and value.device.index != torch.cuda.current_device():
         with torch.cuda.device(value.device):
             _launch(plan, tensors)
@@ -198,7 +213,9 @@ def _run(plan: Plan, value: Tensor, points: Tensor, weights: Tensor, references:
 def _check_storage(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.data_ptr() == 0 and tensor.numel() > 0:
-            raise ValueError(f"{name}: expected a tensor with memory, got one whose storage was freed")
+            raise ValueError(
+                f"{name}: expected a tensor with memory, got one whose storage was freed"
+            )
 
 
 def _launch(plan: Plan, tensors: Sequence[Tensor]) -> None:

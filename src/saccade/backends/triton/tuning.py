@@ -1,8 +1,8 @@
-"""Which kernel a call gets, and how it is divided: a small table, made by `benchmarks/gpu_tune.py`.
+"""Which kernel a call gets, and how it is divided: a small table, made by `benchmarks/gpu/tune.py`.
 
-A choice goes by the bytes of a row of the value and by the number of looks (queries times heads): sizes
-of maps and numbers of queries are no part of it, so that a model of many resolutions compiles one
-kernel. Nothing is tried out at a first call.
+A choice goes by the bytes of a row of the value, the bits of its numbers, and whether there are few
+looks (queries times heads). Sizes of maps are no part of it, so that a model of many resolutions
+compiles one kernel. Nothing is tried out at a first call.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ TABLE = Path(__file__).with_name("tuning.json")
 
 # Points that `attend_points` reads at once, at most; beyond, its registers do not do.
 MOST_POINTS = 64
+# Its entries are for so many; with fewer points a program takes more queries.
+POINTS_OF_TABLE = 16
 
 
 class Form(NamedTuple):
@@ -49,23 +51,28 @@ class Form(NamedTuple):
         }
 
 
-def choose(words: int, word_bytes: int, num_points: int, looks: int) -> Form:
+def choose(words: int, word_bytes: int, number_bytes: int, num_points: int, looks: int) -> Form:
     """The form for rows of so many words, so many points of a head, and so many looks."""
     table = _table()
-    name = "attend_queries"
-    if looks <= table["few_looks"] and num_points <= MOST_POINTS:
-        name = "attend_points"
-    channels = triton.next_power_of_2(words)
-    row_bytes = channels * word_bytes
-    widths = [int(width) for width in table[name]]
+    few = looks <= table["few_looks"] and num_points <= MOST_POINTS
+    name = "attend_points" if few else "attend_queries"
+    # A number of 16 bits takes as many registers as one of 32 once it is read.
+    entries = table[name]["16 bits" if number_bytes == 2 else "32 bits"]
+    widths = [int(width) for width in entries]
+    row_bytes = triton.next_power_of_2(words) * word_bytes
     width = min(max(row_bytes, min(widths)), max(widths))
-    queries, warps, parts = table[name][str(width)]
+    queries, warps, parts = entries[str(width)]
     if row_bytes > width:
         # The sums of a query fill as many more registers.
         queries = max(1, queries * width // row_bytes)
-    if name == "attend_points":
-        # The table is for 16 points.
-        queries = max(1, queries * 16 // triton.next_power_of_2(num_points))
+    if few:
+        queries = max(1, queries * POINTS_OF_TABLE // triton.next_power_of_2(num_points))
+    return form(name, words, queries, warps, parts)
+
+
+def form(name: str, words: int, queries: int, warps: int, parts: int) -> Form:
+    """The form that an entry of the table means for rows of so many words."""
+    channels = triton.next_power_of_2(words)
     parts = min(parts, channels)
     return Form(getattr(kernels, name), queries, warps, channels // max(parts, 1), parts)
 

@@ -1,6 +1,6 @@
 """The GPU kernels compiled for a card that need not be there, and what came out.
 
-`python -m benchmarks.gpu_compile` compiles the kernels of the registry's workloads for sm_90 and prints
+`python -m benchmarks.gpu.compile` compiles the kernels of the registry's workloads for sm_90 and prints
 registers, spills, shared memory and warp instructions a sample (one point of one query and head, all
 its corners). Nothing is run: this says how much work a kernel issues, not how long it waits.
 """
@@ -33,7 +33,7 @@ from saccade.backends.triton import launch
 from saccade.backends.triton.launch import Plan
 from saccade.benchmark.workloads import WORKLOADS, Workload
 
-RESULTS = Path(__file__).resolve().parent / "results" / "gpu_compile.json"
+RESULTS = Path(__file__).resolve().parent.parent / "results" / "gpu_compile.json"
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {
@@ -80,6 +80,29 @@ def call_of(workload: Workload, dtype: torch.dtype, kind: str = "given") -> Call
 
 def read(plan: Plan, value_dtype: torch.dtype, points_dtype: torch.dtype) -> Reading:
     """Compiles the kernel of a plan as its launch would, and reads the machine code."""
+    compiled = _compiled(plan, value_dtype, points_dtype)
+    lines = _machine_code(compiled.asm["cubin"])
+    code = _without_labels(lines)
+    loop = _innermost_loop(lines)
+    per_warp = plan.constants["QUERIES"] / plan.constants["num_warps"]
+    together = plan.constants.get("TOGETHER", plan.constants["POINTS"])
+    loads = [int(width) for line in code for width in re.findall(r"LDG\.E\.(64|128)", line)]
+    return Reading(
+        registers=_registers(compiled.asm["cubin"]),
+        spills=sum("LDL" in line or "STL" in line for line in code),
+        shared_bytes=compiled.metadata.shared,
+        instructions=len(code),
+        per_sample=round(len(loop or code) / (per_warp * together), 2),
+        widest_value_load=max(loads, default=32),
+    )
+
+
+def machine_code(plan: Plan, value_dtype: torch.dtype, points_dtype: torch.dtype) -> list[str]:
+    """The instructions of the kernel of a plan."""
+    return _without_labels(_machine_code(_compiled(plan, value_dtype, points_dtype).asm["cubin"]))
+
+
+def _compiled(plan: Plan, value_dtype: torch.dtype, points_dtype: torch.dtype) -> Any:
     constants = {
         name: number
         for name, number in plan.constants.items()
@@ -93,21 +116,11 @@ def read(plan: Plan, value_dtype: torch.dtype, points_dtype: torch.dtype) -> Rea
     signature |= {"sizes": ("i32",) * len(plan.sizes)} | dict.fromkeys(constants, "constexpr")
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in POINTERS}
     source = ASTSource(plan.kernel, signature, constants, aligned)
-    compiled = triton.compile(source, target=TARGET, options=options)
-    lines = _machine_code(compiled.asm["cubin"])
-    code = [line for line in lines if not line.endswith(":")]
-    loop = _innermost_loop(lines)
-    per_warp = plan.constants["QUERIES"] / plan.constants["num_warps"]
-    together = plan.constants.get("TOGETHER", plan.constants["POINTS"])
-    loads = [int(width) for line in code for width in re.findall(r"LDG\.E\.(64|128)", line)]
-    return Reading(
-        registers=_registers(compiled.asm["cubin"]),
-        spills=sum("LDL" in line or "STL" in line for line in code),
-        shared_bytes=compiled.metadata.shared,
-        instructions=len(code),
-        per_sample=round(len(loop or code) / (per_warp * together), 2),
-        widest_value_load=max(loads, default=32),
-    )
+    return triton.compile(source, target=TARGET, options=options)
+
+
+def _without_labels(lines: list[str]) -> list[str]:
+    return [line for line in lines if not line.endswith(":")]
 
 
 def _machine_code(cubin: bytes) -> list[str]:
@@ -183,7 +196,7 @@ def main() -> None:
         table.add_row(*map(str, row.values()))
     Console(width=200).print(table)
     results = {
-        "command": "python -m benchmarks.gpu_compile",
+        "command": "python -m benchmarks.gpu.compile",
         "target": f"sm_{TARGET.arch}, compiled and read, not run",
         "triton": triton.__version__,
         "readings": rows,

@@ -1,0 +1,197 @@
+"""Stage one of the GPU kernels: from locations, or references and offsets, to cells of the value.
+
+Along each axis a point has a lower cell, a fraction, and knows which of its two cells lie inside the map
+(`axis_cells`); all coordinates, paddings and interpolations end there. Everything works on points of any
+shape: a block of queries, or queries and points.
+
+Products and sums are never fused here: the definition rounds a position twice.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def level_size(sizes, level, AXIS: tl.constexpr, AXES: tl.constexpr, LEVELS: tl.constexpr):
+    """Pixels of a level along an axis, 0 for x; `sizes` has (depth, height, width) of each level.
+
+    The sizes are arguments, not a table in memory: nothing is copied to the card before a call. Each
+    comes as 2 * size + 1, for Triton makes a kernel of its own for a number that is 1 or a multiple of
+    16, and shall not for every resolution.
+    """
+    found = sizes[AXES - 1 - AXIS]
+    for other in tl.static_range(1, LEVELS):
+        found = tl.where(level == other, sizes[other * AXES + AXES - 1 - AXIS], found)
+    return (found >> 1).to(tl.int32)
+
+
+@triton.jit
+def _last(sizes, level, AXIS: tl.constexpr, AXES: tl.constexpr, LEVELS: tl.constexpr,
+          PADDING: tl.constexpr):  # fmt: skip
+    """The last pixel that a position is clamped to."""
+    last = level_size(sizes, level, AXIS, AXES, LEVELS)
+    if PADDING == "border_height":
+        last = tl.minimum(last, level_size(sizes, level, 1, AXES, LEVELS))
+    return last - 1
+
+
+@triton.jit
+def entry(numbers: tl.constexpr, index, COUNT: tl.constexpr):
+    """The entry `index` of a tuple of constants; a constant if all are the same."""
+    found = numbers[0]
+    for other in tl.static_range(1, COUNT):
+        if numbers[other] != numbers[other - 1]:
+            found = tl.where(index >= other, numbers[other], found)
+    return found
+
+
+@triton.jit
+def _quotient(number: tl.constexpr, count, dtype: tl.constexpr):
+    """number / count, rounded once."""
+    divisor = (count + tl.zeros((), tl.int32)).to(dtype)
+    if dtype == tl.float32:
+        quotient = tl.div_rn(number, divisor)
+    else:
+        quotient = number / divisor
+    return quotient
+
+
+@triton.jit
+def _offset_step(size, points_of_level, dtype: tl.constexpr, COORDINATES: tl.constexpr,
+                 BOXES: tl.constexpr):  # fmt: skip
+    """What an offset is multiplied by: a pixel, or of boxes half of the box over the level's points."""
+    if BOXES:
+        step = _quotient(0.5, points_of_level, dtype)
+    elif COORDINATES == "normalized":
+        step = _quotient(1.0, size, dtype)
+    elif COORDINATES == "normalized_corners":
+        # Between the corners of a single pixel there is no way to go.
+        step = tl.where(size > 1, _quotient(1.0, tl.maximum(size - 1, 1), dtype), 0)
+    else:
+        step = 1.0
+    return step
+
+
+@triton.jit
+def _numbers(start, place, in_range, AXES: tl.constexpr, dtype: tl.constexpr):
+    """AXES numbers in a row from each `place` on, axis by axis; not finite where not in range, so that
+    such a point reads nothing.
+    """
+    NOTHING: tl.constexpr = float("nan")
+    if AXES == 1:
+        found = (tl.load(start + place, mask=in_range, other=NOTHING).to(dtype),)
+    elif AXES == 2:
+        # One load for both.
+        pairs = tl.expand_dims(start + place, -1) + tl.arange(0, 2)
+        x, y = tl.split(tl.load(pairs, mask=tl.expand_dims(in_range, -1), other=NOTHING))
+        found = (x.to(dtype), y.to(dtype))
+    else:
+        x = tl.load(start + place, mask=in_range, other=NOTHING)
+        y = tl.load(start + place + 1, mask=in_range, other=NOTHING)
+        z = tl.load(start + place + 2, mask=in_range, other=NOTHING)
+        found = (x.to(dtype), y.to(dtype), z.to(dtype))
+    return found
+
+
+@triton.jit
+def _coordinate(number, reference, box, size, points_of_level, KIND: tl.constexpr,
+                COORDINATES: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
+    """A coordinate of the location of a point, of what is given or of an offset."""
+    if KIND == "given":
+        location = number
+    else:
+        step = _offset_step(size, points_of_level, dtype, COORDINATES, KIND == "boxes")
+        moved = number * step
+        if KIND == "boxes":
+            moved = moved * box
+        location = reference + moved
+    return location
+
+
+@triton.jit
+def axis_cells(location, size, last, COORDINATES: tl.constexpr, PADDING: tl.constexpr,
+          INTERPOLATION: tl.constexpr):  # fmt: skip
+    """The lower cell that a point reads along an axis, the share of the upper one, and whether each
+    lies inside the map. `last` is where `PADDING` clamps to.
+
+    Far outside, or not finite: the cell is -2, so that neither is inside, and the share is finite.
+    """
+    position = location
+    if COORDINATES == "normalized":
+        # Of cells counted from the edge the discrete rule rounds up what linear takes off.
+        position = location * size.to(location.dtype) + (
+            0.5 if INTERPOLATION == "discrete" else -0.5
+        )
+    else:
+        if COORDINATES == "normalized_corners":
+            position = location * (size - 1).to(location.dtype)
+        if INTERPOLATION == "discrete":
+            position = position + 1
+    if PADDING == "zeros":
+        # Compared before anything is converted to an integer, which has no such numbers.
+        near = (position > -1) & (position < size.to(location.dtype))
+    else:
+        near = location - location == 0
+        position = tl.minimum(tl.maximum(position, 0), last.to(location.dtype))
+    position = tl.where(near, position, -2)
+    floor = tl.floor(position)
+    fraction = position - floor
+    cell = floor.to(tl.int32)
+    if INTERPOLATION == "nearest":
+        # Half to even.
+        cell += ((fraction > 0.5) | ((fraction == 0.5) & (cell % 2 != 0))).to(tl.int32)
+    # As unsigned numbers negative ones are large.
+    inside = cell.to(tl.uint32, bitcast=True) < size.to(tl.uint32)
+    above_inside = (cell + 1).to(tl.uint32, bitcast=True) < size.to(tl.uint32)
+    return cell, fraction, inside, above_inside
+
+
+@triton.jit
+def cells_of_points(points, place, references, reference, in_range, sizes, level, points_of_level,
+           KIND: tl.constexpr, COORDINATES: tl.constexpr, PADDING: tl.constexpr,
+           INTERPOLATION: tl.constexpr, AXES: tl.constexpr, LEVELS: tl.constexpr,
+           dtype: tl.constexpr):  # fmt: skip
+    """Stage one for the points whose number is `place`: along each axis what `axis_cells` finds, and the
+    sizes of the level. `reference` is the number of their reference point.
+    """
+    numbers = _numbers(points, place * AXES, in_range, AXES, dtype)
+    start, box = numbers, numbers
+    if KIND == "points":
+        start = _numbers(references, reference * AXES, in_range, AXES, dtype)
+    if KIND == "boxes":
+        start = _numbers(references, reference * 2 * AXES, in_range, AXES, dtype)
+        box = _numbers(references + AXES, reference * 2 * AXES, in_range, AXES, dtype)
+    cells = ()
+    sizes_of_level = ()
+    for axis in tl.static_range(AXES):
+        size = level_size(sizes, level, axis, AXES, LEVELS)
+        location = _coordinate(numbers[axis], start[axis], box[axis], size, points_of_level, KIND,
+                               COORDINATES, dtype)  # fmt: skip
+        last = _last(sizes, level, axis, AXES, LEVELS, PADDING)
+        cells = cells + (axis_cells(location, size, last, COORDINATES, PADDING, INTERPOLATION),)
+        sizes_of_level = sizes_of_level + (size,)
+    return cells, sizes_of_level
+
+
+@triton.jit
+def softmax_terms(logits, place, in_range, POINTS: tl.constexpr, QUERIES: tl.constexpr,
+             dtype: tl.constexpr):  # fmt: skip
+    """The largest logit of each look, and the sum of the powers: weight = exp(logit - largest) / sum."""
+    MOST: tl.constexpr = 16
+    BLOCK: tl.constexpr = triton.next_power_of_2(POINTS) if POINTS < MOST else MOST
+    row = tl.expand_dims(logits + place, -1)
+    point = tl.arange(0, BLOCK)
+    in_row = tl.expand_dims(in_range, -1)
+    largest = tl.full((QUERIES,), float("-inf"), dtype)
+    for first in range(0, POINTS, BLOCK):
+        some = tl.load(row + (first + point), mask=in_row & (first + point < POINTS),
+                       other=float("-inf")).to(dtype)  # fmt: skip
+        largest = tl.maximum(largest, tl.max(some, 1))
+    total = tl.zeros((QUERIES,), dtype)
+    for first in range(0, POINTS, BLOCK):
+        some = tl.load(row + (first + point), mask=in_row & (first + point < POINTS),
+                       other=float("-inf")).to(dtype)  # fmt: skip
+        total += tl.sum(tl.exp(some - tl.expand_dims(largest, -1)), 1)
+    return largest, total
