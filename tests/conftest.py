@@ -94,6 +94,13 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@pytest.fixture(params=BACKENDS)
+def cpu_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Without the GPU kernels: for gradients, which are the reference's there, and for long tests."""
+    with saccade.use_backend(request.param):
+        yield request.param
+
+
 @pytest.fixture(params=NATIVE_BACKENDS)
 def native_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once on each native kernel of this processor."""

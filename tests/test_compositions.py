@@ -129,7 +129,7 @@ def test_multi_camera_reads_strictly_inside_only(backend):
         assert torch.allclose(weights.grad.flatten(), expected, atol=1e-5)
 
 
-def test_first_derivatives(backend):
+def test_first_derivatives(cpu_backend):
     depth_inputs = [t.requires_grad_() for t in draw_depth_weighted(batch=1, queries=2)]
     assert torch.autograd.gradcheck(
         lambda v, d, p, w: depth_weighted(v, d, SHAPES, p, w), depth_inputs
@@ -138,7 +138,7 @@ def test_first_derivatives(backend):
     assert torch.autograd.gradcheck(lambda v, p, w: multi_camera(v, CAMERAS, p, w), inputs)
 
 
-def test_second_derivatives(backend):
+def test_second_derivatives(cpu_backend):
     depth_inputs = draw_depth_weighted(
         shapes=[(2, 2)], bins=2, batch=1, queries=1, points=2, head_dim=1
     )

@@ -75,7 +75,7 @@ IMAGES, LINES, VOLUMES = [(3, 4), (2, 2)], [(9,), (1,)], [(2, 3, 4), (1, 2, 1)]
         *((1, LINES), (32, LINES), (1, VOLUMES), (32, VOLUMES)),
     ],
 )
-def test_gradcheck(backend, head_dim, shapes):
+def test_gradcheck(cpu_backend, head_dim, shapes):
     case = Case(
         shapes=shapes,
         num_points=[1, 2],

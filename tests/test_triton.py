@@ -70,10 +70,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_sizes(kernel, case, dtype):
-    case = case.with_(dtype=dtype)
+def test_sizes(kernel, case):
     assert_equals_reference(case, case.draw())
 
 
@@ -217,10 +215,8 @@ FUSED = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("case", FUSED.values(), ids=FUSED)
-def test_fused_sizes(kernel, case, dtype):
-    case = case.with_(dtype=dtype)
+def test_fused_sizes(kernel, case):
     assert_equals_reference(case, case.draw())
 
 
