@@ -108,6 +108,27 @@ def native_backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+# Rows of so many channels, or so many points, are not read at once.
+TOO_WIDE = ("slices-of-rows", "wide-rows", "many-points")
+
+
+@pytest.fixture(params=("attend_queries", "attend_points"))
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Each GPU kernel: each of the two kernels by turns, whatever the number of looks."""
+    from saccade.backends.triton import launch, tuning
+
+    most = {"attend_queries": -1, "attend_points": 2**62}[request.param]
+    table = {**tuning._table(), "few_looks": most}
+    monkeypatch.setattr(tuning, "_table", lambda: table)
+    launch._remembered.clear()
+    with use(TRITON):
+        yield request.param
+    ran = {plan.kernel.__name__ for plan in launch._remembered.values()}
+    launch._remembered.clear()
+    # What does not fit into registers at once is left to the other one.
+    assert request.param in ran or request.node.callspec.id.endswith(TOO_WIDE)
+
+
 def pytest_report_header() -> str:
     kernels = ", ".join([*BACKENDS, TRITON if NO_TRITON is None else f"no Triton ({NO_TRITON})"])
     return f"saccade: {saccade.which_backend()}; kernels under test: {kernels}"

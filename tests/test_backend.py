@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import BACKENDS, NO_TRITON
@@ -89,7 +91,7 @@ def test_a_binary_that_does_not_load_is_reported_not_raised(tmp_path):
 def a_card(monkeypatch):
     """A machine that says it has a card, of a name and a compute capability."""
 
-    def pretend(capability=(9, 0), triton=True, hip=None, **environment):
+    def pretend(capability=(9, 0), triton=True, hip=None, driver=True, **environment):
         for function in (gpu._refusal_of_installation, gpu._refusal_of_card):
             function.cache_clear()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -99,6 +101,11 @@ def a_card(monkeypatch):
             monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
+        active = SimpleNamespace(utils=None) if driver else SimpleNamespace()
+        installed = SimpleNamespace(
+            __version__="3.6.0", runtime=SimpleNamespace(driver=SimpleNamespace(active=active))
+        )
+        monkeypatch.setattr(gpu.importlib, "import_module", lambda name: installed)
         return gpu.refusal(torch.device("cuda", 0))
 
     yield pretend
@@ -118,8 +125,9 @@ def test_why_a_call_on_a_card_does_not_get_the_gpu_kernel(a_card):
 @pytest.mark.skipif(NO_TRITON is not None, reason=f"no GPU kernels: {NO_TRITON}")
 def test_a_card_gets_the_gpu_kernel(a_card, monkeypatch):
     assert a_card() is None
+    assert "Triton cannot launch kernels here" in a_card(driver=False)
     monkeypatch.setattr(gpu, "OLDEST_TRITON", (99, 0))
-    assert "is older than 99.0" in a_card()
+    assert "Triton 3.6.0 is older than 99.0" in a_card()
 
 
 def test_a_call_that_is_refused_runs_on_the_reference(monkeypatch):
@@ -130,3 +138,9 @@ def test_a_call_that_is_refused_runs_on_the_reference(monkeypatch):
     found = gpu.kernel(contract.PLAIN)(*arguments)
     with saccade.use_backend("reference"):
         assert torch.equal(found, case.call(*inputs))
+
+
+def test_transforms_that_only_the_reference_knows_are_named():
+    with torch.autograd.forward_ad.dual_level():
+        assert saccade.which_backend().name == "reference"
+        assert "forward-mode" in saccade.which_backend().reason

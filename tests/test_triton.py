@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
-from conftest import NO_TRITON, TRITON, WITH_TRITON, use
-from fused_helpers import FusedCase, fused_loops
+from conftest import NO_TRITON, TRITON, WITH_TRITON
 from helpers import (
     Case,
     assert_16_bit_is_as_good_as_naive,
@@ -15,28 +15,13 @@ from helpers import (
     grid_sample_path,
     loops,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 import saccade
+from saccade.ops import contract
 
 pytestmark = WITH_TRITON
 if NO_TRITON is None:
     from saccade.backends.triton import launch, tuning
-
-KERNELS = ("attend_queries", "attend_points")
-
-
-@pytest.fixture(params=KERNELS)
-def kernel(request, monkeypatch):
-    """Each of the two kernels by turns, whatever the number of looks."""
-    most = {"attend_queries": -1, "attend_points": 2**62}[request.param]
-    table = {**tuning._table(), "few_looks": most}
-    monkeypatch.setattr(tuning, "_table", lambda: table)
-    launch._remembered.clear()
-    with use(TRITON):
-        yield request.param
-    launch._remembered.clear()
 
 
 def reference(case, inputs, dtype=None):
@@ -54,7 +39,7 @@ CASES = {
     "odd-head-dim": Case(head_dim=7, num_points=[1, 5]),
     "one-channel": Case(head_dim=1, num_heads=5),
     "wide-rows": Case(head_dim=300, num_heads=1, num_queries=3),
-    "very-wide-rows": Case(head_dim=2100, num_heads=1, num_queries=2, num_points=1, batch_size=1),
+    "slices-of-rows": Case(head_dim=2100, num_heads=2, num_queries=2, num_points=1, batch_size=1),
     "single-cells": Case(shapes=[(1, 1), (1, 6), (5, 1)]),
     "lists": Case(shapes=[(8, 8), (4, 4), (2, 2)], num_points=[3, 6, 3]),
     "nine-levels": Case(shapes=[(n, 10 - n) for n in range(1, 10)], num_points=1),
@@ -76,12 +61,19 @@ def test_sizes(kernel, case):
 
 
 @pytest.mark.parametrize("coordinates", ["normalized", "normalized_corners", "pixel"])
-@pytest.mark.parametrize("padding", ["zeros", "border", "border_height"])
-@pytest.mark.parametrize("interpolation", ["linear", "nearest", "discrete"])
-@pytest.mark.parametrize("name", ["one-level", "lists", "lines", "volumes"])
+@pytest.mark.parametrize(
+    ("name", "interpolation", "padding"),
+    [
+        *itertools.product(
+            ("one-level", "lists", "lines", "volumes"),
+            ("linear", "nearest", "discrete"),
+            ("zeros", "border"),
+        ),
+        ("one-level", "discrete", "border_height"),
+        ("lists", "discrete", "border_height"),
+    ],
+)
 def test_options_by_scalar_loops(kernel, name, interpolation, padding, coordinates):
-    if padding == "border_height" and (interpolation != "discrete" or name in ("lines", "volumes")):
-        return  # refused for every kernel
     case = CASES[name].with_(
         interpolation=interpolation, padding=padding, coordinates=coordinates,
         num_queries=3, num_heads=2, head_dim=2, dtype=torch.float64,
@@ -142,22 +134,43 @@ def test_16_bit_values(kernel, name, dtype, location_dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_16_bit_number_is_read_and_written_as_it_is(kernel, dtype):
-    bits = torch.arange(-(2**15), 2**15, 2, dtype=torch.int32).to(torch.int16)
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     values = bits.view(dtype)
-    values = values[~values.isnan()][: 2**14].view(1, 1, 2, -1)
+    values = values[~values.isnan()]
+    values = values[: len(values) // 64 * 64].view(1, -1, 1, 64)
+    positions = values.shape[1]
     found = saccade.deformable_attention(
-        values, [(1, 1)], torch.zeros(1, 1, 2, 1, 1, 2), torch.ones(1, 1, 2, 1, 1),
-        coordinates="pixel",
+        values, [(positions,)], torch.arange(float(positions)).view(1, -1, 1, 1, 1, 1),
+        torch.ones(1, positions, 1, 1, 1), coordinates="pixel", interpolation="nearest",
     )  # fmt: skip
     assert torch.equal(found.flatten(), values.flatten())
 
 
-def test_words_of_two_numbers_that_do_not_begin_where_words_begin(kernel):
+def test_words_of_two_numbers_begin_where_words_begin(kernel, monkeypatch):
     case = Case(dtype=torch.bfloat16, head_dim=4)
     value, locations, weights = case.draw()
     moved = torch.empty(value.numel() + 1, dtype=value.dtype)[1:].view(value.shape).copy_(value)
     assert moved.data_ptr() % 4
-    assert torch.equal(case.call(moved, locations, weights), case.call(value, locations, weights))
+    given, run = [], launch._launch
+    monkeypatch.setattr(
+        launch, "_launch", lambda plan, tensors: given.append(tensors[1]) or run(plan, tensors)
+    )
+    arguments = contract.arguments_of(case.understood(moved, locations, weights))
+    found = (
+        launch.attend(*arguments) if TRITON != "triton" else case.call(moved, locations, weights)
+    )
+    assert given[0].data_ptr() % 4 == 0
+    assert torch.equal(found, case.call(value, locations, weights))
+
+
+def test_the_last_pixel_of_a_map_that_is_wider_than_numbers_are_exact(kernel):
+    size = 2**24 + 4
+    value = torch.zeros(1, size, 1, 1)
+    value[:, -5:] = 1
+    far = torch.tensor([1.0, 3.0, 1e30]).view(1, 3, 1, 1, 1, 1)
+    arguments = (value, [(size,)], far, torch.ones(1, 3, 1, 1, 1))
+    assert (saccade.deformable_attention(*arguments, padding="border") == 1).all()
+    assert (saccade.reference.deformable_attention(*arguments, padding="border") == 1).all()
 
 
 @pytest.mark.parametrize("padding", ["zeros", "border"])
@@ -197,116 +210,6 @@ def test_strides_do_not_matter(kernel):
     assert not any(tensor.is_contiguous() for tensor in strided)
     expected = case.call(*(tensor.contiguous() for tensor in strided))
     assert torch.equal(case.call(*strided), expected)
-
-
-FUSED = {
-    "standard": FusedCase(),
-    "boxes": FusedCase(boxes=True, references="levels"),
-    "lists": FusedCase(shapes=[(8, 8), (4, 4), (2, 2)], num_points=[3, 6, 3], references="levels"),
-    "many-points": FusedCase(num_points=37, num_queries=2, num_heads=1, batch_size=1, references=5),
-    "shared-head": FusedCase(shared_head=True, num_heads=4, head_dim=33, references=7),
-    "single-cells": FusedCase(shapes=[(1, 1), (1, 4)], boxes=True),
-    "lines": FusedCase(shapes=[(13,), (1,), (6,)], num_points=[3, 1, 5], boxes=True),
-    "volumes": FusedCase(shapes=[(4, 5, 6), (2, 1, 3)], num_points=[4, 3], references="levels"),
-    "boxes-in-volumes": FusedCase(shapes=[(4, 5, 6), (2, 1, 3)], references=4, boxes=True),
-    "ragged": FusedCase(batch_size=4, queries_per_map=[3, 0, 70, 1], references="levels"),
-    "ragged-boxes": FusedCase(batch_size=2, queries_per_map=[0, 17], boxes=True, num_points=8),
-    "ragged-nobody": FusedCase(batch_size=2, queries_per_map=[0, 0]),
-}
-
-
-@pytest.mark.parametrize("case", FUSED.values(), ids=FUSED)
-def test_fused_sizes(kernel, case):
-    assert_equals_reference(case, case.draw())
-
-
-@pytest.mark.parametrize("coordinates", ["normalized", "normalized_corners", "pixel"])
-@pytest.mark.parametrize("name", ["standard", "boxes", "lists", "lines", "volumes", "ragged-boxes"])
-def test_fused_by_scalar_loops(kernel, name, coordinates):
-    case = FUSED[name].with_(
-        dtype=torch.float64, coordinates=coordinates, head_dim=2, num_heads=2, num_queries=3
-    )
-    inputs = case.draw()
-    torch.testing.assert_close(case.call(*inputs), fused_loops(case, *inputs), rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", ["standard", "boxes", "volumes"])
-def test_fused_16_bit_values(kernel, name, dtype):
-    case = FUSED[name].with_(dtype=dtype)
-    value, *points = case.draw()
-    truth = reference(case, (value, *points), torch.float64)
-    found = case.call(value, *points)
-    assert ((found.double() - truth).abs() <= torch.finfo(dtype).eps * (truth.abs() + 1e-2)).all()
-
-
-def test_fused_locations_are_those_of_the_operator_to_the_last_bit(kernel):
-    # A map that holds its own coordinate, read by one point with weight 1: the position comes out.
-    size, queries = 77, 4000
-    value = torch.arange(float(size)).view(1, size, 1, 1)
-    references, offsets = torch.rand(1, queries, 1, 1), torch.randn(1, queries, 1, 1, 1, 1)
-    shapes, logits = [(size,)], torch.zeros(1, queries, 1, 1, 1)
-    found = saccade.fused_deformable_attention(
-        value, shapes, references, offsets, logits, interpolation="nearest", padding="border"
-    )
-    locations = references[:, :, None, None] + offsets * (1 / torch.tensor(float(size)))
-    expected = saccade.deformable_attention(
-        value, shapes, locations, torch.ones_like(logits), interpolation="nearest", padding="border"
-    )
-    assert torch.equal(found, expected)
-
-
-@pytest.mark.parametrize("points", [1, 5, 40])
-def test_softmax_of_odd_logits_is_that_of_torch(kernel, points):
-    logits = torch.randn(9, points) * 30
-    inf, nan = math.inf, math.nan
-    logits[0], logits[1, 0], logits[2, -1], logits[3, 0] = -inf, inf, nan, -inf
-    logits[4], logits[5] = 1e30, -1e30
-    value = torch.randn(1, 30, 1, 3)
-    references, offsets = torch.rand(1, 9, 1, 2), torch.randn(1, 9, 1, 1, points, 2)
-    arguments = (value, [(5, 6)], references, offsets, logits.view(1, 9, 1, 1, points))
-    torch.testing.assert_close(
-        saccade.fused_deformable_attention(*arguments),
-        saccade.reference.fused_deformable_attention(*arguments),
-        equal_nan=True,
-    )
-
-
-@st.composite
-def calls(draw):
-    spatial_dims = draw(st.integers(1, 3))
-    shape = st.tuples(*[st.integers(1, (30, 9, 5)[spatial_dims - 1])] * spatial_dims)
-    levels = draw(st.integers(1, 3))
-    batch_size = draw(st.integers(0, 2))
-    counts = st.lists(st.integers(0, 9), min_size=batch_size, max_size=batch_size)
-    return FusedCase(
-        shapes=draw(st.lists(shape, min_size=levels, max_size=levels)),
-        num_points=draw(st.lists(st.integers(1, 5), min_size=levels, max_size=levels)),
-        batch_size=batch_size,
-        num_queries=draw(st.integers(0, 20)),
-        queries_per_map=draw(st.none() | counts),
-        num_heads=draw(st.integers(1, 3)),
-        head_dim=draw(st.integers(1, 40)),
-        shared_head=draw(st.booleans()),
-        references=draw(st.sampled_from([1, "levels", 2, 9])),
-        boxes=draw(st.booleans()),
-        interpolation=draw(st.sampled_from(["linear", "nearest", "discrete"])),
-        padding=draw(st.sampled_from(["zeros", "border"])),
-        coordinates=draw(st.sampled_from(["normalized", "normalized_corners", "pixel"])),
-        dtype=torch.float64,
-    )
-
-
-@settings(
-    max_examples=40,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-@given(case=calls(), seed=st.integers(0, 2**16))
-def test_any_call_equals_the_reference(kernel, case, seed):
-    torch.manual_seed(seed)
-    inputs = case.draw()
-    assert_same([case.call(*inputs)], [reference(case, inputs)], 2e-14)
 
 
 def test_gradients_are_those_of_the_reference(kernel):
@@ -359,5 +262,39 @@ def test_the_operator_itself_checks_what_could_read_out_of_bounds(
 def test_freed_storage_is_an_error_not_a_crash(kernel):
     inputs = Case().draw()
     inputs[0].untyped_storage().resize_(0)
-    with pytest.raises((ValueError, RuntimeError), match="value: .*storage"):
+    with pytest.raises((ValueError, RuntimeError), match="storage"):
         Case().call(*inputs)
+
+
+def test_a_kernel_that_was_found_is_kept_for_what_it_was_compiled_for():
+    case, found, launched = Case(), [], []
+
+    class Compiled:
+        def __getitem__(self, grid):
+            return lambda *arguments: launched.append((grid, arguments))
+
+    class Kernel:
+        arg_names = tuning.kernels.attend_queries.arg_names
+
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: (
+                found.append((arguments, constants)) or Compiled()
+            )
+
+    value, locations, weights = case.draw()
+    plan = launch.plan(case.understood(value, locations, weights))._replace(kernel=Kernel())
+    moved = torch.empty(value.numel() + 1)[1:].view(value.shape)
+    for given_value in (value, value, moved, moved, value):
+        launch.run(plan, given_value, locations, weights, weights)
+    # One for aligned memory, one for what is not; after that as they are, constants in their order.
+    assert [arguments[1].data_ptr() for arguments, _ in found] == [
+        value.data_ptr(),
+        moved.data_ptr(),
+    ]
+    assert len(launched) == 3
+    grid, arguments = launched[0]
+    assert grid == (plan.launches[0].num_programs, 1, 1)
+    assert [id(each) for each in arguments[1:5]] == [id(each) for each in found[0][0][1:5]]
+    constants = [name for name in Kernel.arg_names if name in plan.constants]
+    assert arguments[11:] == tuple(plan.constants[name] for name in constants)
+    assert arguments[5:11] == found[0][0][5:]

@@ -49,6 +49,10 @@ def which_backend(*tensors: Tensor) -> Backend:
     """
     if _forced_reference:
         return Backend("reference", 'chosen by saccade.use_backend("reference")')
+    if needs_reference():
+        return Backend(
+            "reference", "a transform of torch.func or forward-mode derivatives are active"
+        )
     devices = sorted({tensor.device for tensor in tensors}, key=str)
     if len(devices) > 1:
         return Backend("reference", f"no kernel takes tensors on {' and '.join(map(str, devices))}")

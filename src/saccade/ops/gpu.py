@@ -73,6 +73,11 @@ def _refusal_of_card(device: torch.device) -> str | None:
             f"{name} has compute capability {'.'.join(map(str, capability))}, "
             f"the GPU kernels need {'.'.join(map(str, OLDEST_CAPABILITY))}"
         )
+    try:
+        # Triton builds its own way to the driver with the C compiler of the machine, when first used.
+        _ = importlib.import_module("triton").runtime.driver.active.utils
+    except Exception as error:  # compilers fail in many ways
+        return f"Triton cannot launch kernels here: {error}"
     return None
 
 

@@ -194,8 +194,7 @@ def _corners(level: _Level, call: Call) -> Iterator[_Corner]:
         inside, row, weight = finite, torch.zeros_like(finite, dtype=torch.int64), None
         for cell, size in zip(reversed(cells), level.shape, strict=True):
             inside = inside & (cell.number >= 0) & (cell.number <= size - 1)
-            in_range = torch.where(inside, cell.number, 0).to(torch.int64)
-            row = row * size + in_range
+            row = row * size + torch.where(inside, cell.number, 0)
             weight = cell.weight if weight is None else weight * cell.weight
         assert weight is not None
         gradients = [
@@ -211,9 +210,9 @@ def _corners(level: _Level, call: Call) -> Iterator[_Corner]:
 
 
 class _Cell(NamedTuple):
-    """A cell along one axis: its number (a whole number in floating point) and weight."""
+    """A cell along one axis: its number and weight."""
 
-    number: Tensor
+    number: Tensor  # int64
     weight: Tensor
     slope: Tensor  # derivative of the weight by the location
 
@@ -221,7 +220,7 @@ class _Cell(NamedTuple):
 def _axis_cells(
     location: Tensor,
     size: int,
-    last: int | None,
+    last: float | None,
     interpolation: Interpolation,
     coordinates: Coordinates,
 ) -> list[_Cell]:
@@ -235,6 +234,7 @@ def _axis_cells(
     pixel = location * scale + shift
     slope = torch.full_like(pixel, scale)
     if last is not None:
+        last = _representable(last, pixel.dtype)
         # As grid_sample has it: no gradient at or beyond the centres of the border pixels.
         moves = (pixel > 0) & (pixel < last)
         pixel = torch.where(moves, pixel, pixel.detach().clamp(0, last))
@@ -246,10 +246,18 @@ def _axis_cells(
         found = pixel.detach()
         index = found.round() if interpolation == "nearest" else found.floor()  # half to even
         # 0 * pixel: a gradient of zeros to the locations, not none.
-        return [_Cell(index, 1 + 0 * pixel, torch.zeros_like(index))]
+        return [_Cell(index.to(torch.int64), 1 + 0 * pixel, torch.zeros_like(index))]
     lower = pixel.detach().floor()
     fraction = pixel - lower
-    return [_Cell(lower, 1 - fraction, -slope), _Cell(lower + 1, fraction, slope)]
+    cell = lower.to(torch.int64)
+    return [_Cell(cell, 1 - fraction, -slope), _Cell(cell + 1, fraction, slope)]
+
+
+def _representable(last: float, dtype: torch.dtype) -> float:
+    """The last pixel, or of a map that is wider than numbers are exact the one that has a number."""
+    number = torch.tensor(last, dtype=dtype)
+    below = number.item() <= last  # as float64: the tensor would round it again
+    return (number if below else number.nextafter(torch.zeros_like(number))).item()
 
 
 def _batch_and_head(value: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:

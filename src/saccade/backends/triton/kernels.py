@@ -32,7 +32,7 @@ def _read(address, mask, PAIRS: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def _sampled(rows, first_channel, channels, cells, sizes_of_level, ROW: tl.constexpr, WORDS: tl.constexpr,
+def _sampled(rows, first_channel, channels, cells, sizes_of_level, words, ROW: tl.constexpr,
              MASKED: tl.constexpr, PAIRS: tl.constexpr, LINEAR: tl.constexpr, WIDE: tl.constexpr,
              dtype: tl.constexpr):  # fmt: skip
     """z(p): rows of the value around each point, blended. `rows` points to a level, for each point
@@ -44,10 +44,10 @@ def _sampled(rows, first_channel, channels, cells, sizes_of_level, ROW: tl.const
     """
     AXES: tl.constexpr = len(cells)
     row = cells[AXES - 1][0]
-    for axis in tl.static_range(AXES - 2, -1, -1):
-        row = row * sizes_of_level[axis] + cells[axis][0]
     if WIDE:
         row = row.to(tl.int64)
+    for axis in tl.static_range(AXES - 2, -1, -1):
+        row = row * sizes_of_level[axis] + cells[axis][0]
     first = rows + (row * ROW + first_channel)
     blended = ()
     for corner in tl.static_range(2**AXES if LINEAR else 1):
@@ -66,7 +66,7 @@ def _sampled(rows, first_channel, channels, cells, sizes_of_level, ROW: tl.const
                 address += step * ROW
         mask = tl.expand_dims(inside, -1)
         if MASKED:
-            mask = mask & (tl.expand_dims(first_channel, -1) + channels < WORDS)
+            mask = mask & (tl.expand_dims(first_channel, -1) + channels < words)
         numbers = _read(tl.expand_dims(address, -1) + channels, mask, PAIRS, dtype)
         weight = tl.expand_dims(weight, -1)
         if not LINEAR:
@@ -96,14 +96,18 @@ def _added(sums, weight, numbers):
 
 
 @triton.jit
-def _place(first_query, num_queries, num_blocks, HEADS: tl.constexpr, QUERIES: tl.constexpr):
-    """Of this program: the map, the head, the first query, and how many there are from it on."""
+def _place(first_query, num_queries, num_blocks, HEADS: tl.constexpr, SLICES: tl.constexpr,
+           QUERIES: tl.constexpr):  # fmt: skip
+    """Of this program: the map, the head, the slice of its rows, the first query, and how many queries
+    there are from it on.
+    """
     program = tl.program_id(0)
     block = (program % num_blocks).to(tl.int64)
-    head = program // num_blocks % HEADS
-    item = (program // num_blocks // HEADS).to(tl.int64)
+    slice_ = program // num_blocks % SLICES
+    head = program // num_blocks // SLICES % HEADS
+    item = (program // num_blocks // SLICES // HEADS).to(tl.int64)
     remaining = tl.minimum(num_queries - block * QUERIES, QUERIES).to(tl.int32)
-    return item, head, first_query + item * num_queries + block * QUERIES, remaining
+    return item, head, slice_, first_query + item * num_queries + block * QUERIES, remaining
 
 
 @triton.jit
@@ -128,13 +132,18 @@ def attend_queries(
     VALUE_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, AXES: tl.constexpr, LEVELS: tl.constexpr,
     INTERPOLATION: tl.constexpr, PADDING: tl.constexpr, COORDINATES: tl.constexpr,
     WIDE: tl.constexpr, PAIRS: tl.constexpr, QUERIES: tl.constexpr, CHANNELS: tl.constexpr,
-    PARTS: tl.constexpr, TOGETHER: tl.constexpr,
+    PARTS: tl.constexpr, TOGETHER: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
-    """A block of QUERIES queries of one head, point after point; rows in PARTS of CHANNELS words."""
+    """A block of QUERIES queries of one head, point after point; rows in PARTS of CHANNELS words.
+
+    Of rows that are wider, in SLICES, a program takes one slice.
+    """
     dtype: tl.constexpr = tl.float64 if value.dtype.element_ty == tl.float64 else tl.float32
     WORDS: tl.constexpr = HEAD_DIM // 2 if PAIRS else HEAD_DIM
     ROW: tl.constexpr = VALUE_HEADS * WORDS
-    item, head, query, remaining = _place(first_query, num_queries, num_blocks, HEADS, QUERIES)
+    item, head, slice_, query, remaining = _place(
+        first_query, num_queries, num_blocks, HEADS, SLICES, QUERIES
+    )
     look = query * HEADS + head
     points += look * POINTS * AXES
     weights += look * POINTS
@@ -142,13 +151,19 @@ def attend_queries(
     if KIND != "given":
         references += query * NUM_REFERENCES * (2 * AXES if KIND == "boxes" else AXES)
     rows = _rows(value, first_map + item, head, num_positions, ROW, WORDS, PAIRS)
+    SLICE: tl.constexpr = PARTS * CHANNELS
+    words = WORDS
+    if SLICES > 1:
+        rows += slice_ * SLICE
+        output += slice_ * (SLICE * 2 if PAIRS else SLICE)
+        words = WORDS - slice_ * SLICE
 
     local = tl.arange(0, QUERIES)
     in_range = local < remaining
     if WIDE:
         local = local.to(tl.int64)
     if KIND != "given":
-        largest, total = softmax_terms(
+        largest, share = softmax_terms(
             weights, local * HEADS * POINTS, in_range, POINTS, QUERIES, dtype
         )
     channels = tl.arange(0, CHANNELS)
@@ -171,12 +186,12 @@ def attend_queries(
                 )  # fmt: skip
                 weight = tl.load(weights + place, mask=in_range, other=0).to(dtype)
                 if KIND != "given":
-                    weight = tl.exp(weight - largest)
+                    weight = tl.exp(weight - largest) * share
                 sampled = ()
                 for part in tl.static_range(PARTS):
                     sampled = sampled + _sampled(
                         rows, _first_channel(local, part, CHANNELS, PARTS), channels, cells,
-                        sizes_of_level, ROW, WORDS, PARTS * CHANNELS > WORDS, PAIRS,
+                        sizes_of_level, words, ROW, SLICES * SLICE > WORDS, PAIRS,
                         INTERPOLATION == "linear", WIDE, dtype
                     )  # fmt: skip
                 sums = _added(sums, tl.expand_dims(weight, -1), sampled)
@@ -186,9 +201,7 @@ def attend_queries(
             positions *= level_size(sizes, level, axis, AXES, LEVELS)
         rows += positions * ROW
 
-    if KIND != "given":
-        sums = _scaled(sums, tl.expand_dims(1 / total, -1))
-    _store(output, local, in_range, sums, HEADS, HEAD_DIM, CHANNELS, PARTS, PAIRS)
+    _store(output, local, in_range, sums, words, HEADS * HEAD_DIM, CHANNELS, PARTS, PAIRS)
 
 
 @triton.jit
@@ -202,10 +215,11 @@ def _first_channel(query, part: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.
 
 
 @triton.jit
-def _store(output, query, in_range, sums, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-           CHANNELS: tl.constexpr, PARTS: tl.constexpr, PAIRS: tl.constexpr):  # fmt: skip
-    """The sums of each query, in the dtype of the output."""
-    row = tl.expand_dims(output + query * (HEADS * HEAD_DIM), -1)
+def _store(output, query, in_range, sums, words, ROW: tl.constexpr, CHANNELS: tl.constexpr,
+           PARTS: tl.constexpr, PAIRS: tl.constexpr):  # fmt: skip
+    """The sums of each query, in the dtype of the output; `words` of them, where there are so many."""
+    row = tl.expand_dims(output + query * ROW, -1)
+    numbers_of_row = 2 * words if PAIRS else words
     for part in tl.static_range(PARTS):
         first = tl.expand_dims(_first_channel(query, part, CHANNELS, PARTS), -1)
         if PAIRS:
@@ -214,7 +228,7 @@ def _store(output, query, in_range, sums, HEADS: tl.constexpr, HEAD_DIM: tl.cons
         else:
             numbers = sums[part]
             channels = first + tl.arange(0, CHANNELS)
-        mask = tl.expand_dims(in_range, -1) & (channels < HEAD_DIM)
+        mask = tl.expand_dims(in_range, -1) & (channels < numbers_of_row)
         tl.store(row + channels, numbers.to(output.dtype.element_ty), mask=mask)
 
 
@@ -230,11 +244,13 @@ def attend_points(
     WIDE: tl.constexpr, PAIRS: tl.constexpr, QUERIES: tl.constexpr, CHANNELS: tl.constexpr,
     LEVEL_OF_POINT: tl.constexpr, POINTS_OF_POINT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """All points of QUERIES queries of one head at once, BLOCK of them at least."""
+    """All points of QUERIES queries of one head at once; BLOCK is a power of two that holds them."""
     dtype: tl.constexpr = tl.float64 if value.dtype.element_ty == tl.float64 else tl.float32
     WORDS: tl.constexpr = HEAD_DIM // 2 if PAIRS else HEAD_DIM
     ROW: tl.constexpr = VALUE_HEADS * WORDS
-    item, head, query, remaining = _place(first_query, num_queries, num_blocks, HEADS, QUERIES)
+    item, head, _, query, remaining = _place(
+        first_query, num_queries, num_blocks, HEADS, 1, QUERIES
+    )
     look = query * HEADS + head
     points += look * POINTS * AXES
     weights += look * POINTS
@@ -277,9 +293,9 @@ def attend_points(
         weight = power * tl.expand_dims(1 / tl.sum(power, 1), 1)
     sampled = _sampled(
         rows + first_row * ROW, tl.zeros((BLOCK,), tl.int32), tl.arange(0, CHANNELS), cells,
-        sizes_of_level, ROW, WORDS, CHANNELS > WORDS, PAIRS, INTERPOLATION == "linear", WIDE, dtype
+        sizes_of_level, WORDS, ROW, CHANNELS > WORDS, PAIRS, INTERPOLATION == "linear", WIDE, dtype
     )  # fmt: skip
     sums = ()
     for part in tl.static_range(len(sampled)):
         sums = sums + (tl.sum(tl.expand_dims(weight, -1) * sampled[part], 1),)
-    _store(output, local, in_block, sums, HEADS, HEAD_DIM, CHANNELS, 1, PAIRS)
+    _store(output, local, in_block, sums, WORDS, HEADS * HEAD_DIM, CHANNELS, 1, PAIRS)

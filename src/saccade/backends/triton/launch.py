@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
@@ -16,7 +17,14 @@ from saccade.backends.triton.tuning import Form
 # Beyond this many plans, all are forgotten: sizes of a model are few, those of a fuzzer are not.
 MOST_REMEMBERED = 512
 
-_LARGEST_INT32 = 2**31 - 1
+# Numbers that places are counted in 32 bits up to. A point beside a map may be as far from its beginning
+# as the last cell is, and more: a map of one line has a line above and one below.
+_MOST_NUMBERS_OF_32_BITS = (2**31 - 1) // 8
+
+
+class _Compiled(NamedTuple):
+    kernel: Any
+    constants_in_order: tuple[Any, ...]
 
 
 class Launch(NamedTuple):
@@ -38,6 +46,8 @@ class Plan(NamedTuple):
     sizes: tuple[int, ...]
     num_positions: int
     constants: dict[str, Any]
+    compiled: dict[Hashable, Any]
+    """The compiled kernel, by what Triton compiles another one for: the device and the alignment."""
 
 
 _remembered: dict[Hashable, Plan] = {}
@@ -129,7 +139,8 @@ def plan(call: Call | FusedCall, form: Form | None = None) -> Plan:
     words, word_bytes = words_of(value)
     if form is None:
         looks = math.prod(locations.shape[:3])
-        form = tuning.choose(words, word_bytes, value.element_size(), num_points, looks)
+        form = tuning.choose(words, word_bytes, value.element_size(), num_points, axes, looks)
+    changes = sum(one != other for one, other in itertools.pairwise(reference_index))
     constants: dict[str, Any] = {
         "KIND": kind,
         "NUM_REFERENCES": num_references,
@@ -151,8 +162,8 @@ def plan(call: Call | FusedCall, form: Form | None = None) -> Plan:
             form.queries * num_heads * max(num_points * axes, head_dim),
             form.queries * num_references * numbers,
         )
-        > _LARGEST_INT32,
-        **form.constants(call.num_points, axes),
+        > _MOST_NUMBERS_OF_32_BITS,
+        **form.constants(call.num_points, changes, axes),
         # The definition rounds a position twice, and Triton's default has changed.
         "enable_fp_fusion": False,
         "num_warps": form.warps,
@@ -161,15 +172,18 @@ def plan(call: Call | FusedCall, form: Form | None = None) -> Plan:
     return Plan(
         (*locations.shape[:2], num_heads * head_dim),
         form.kernel,
-        _launches(batch_size, num_queries, num_heads, form.queries, call.queries_per_map),
+        _launches(
+            batch_size, num_queries, num_heads * form.slices, form.queries, call.queries_per_map
+        ),
         tuple(2 * size + 1 for shape in call.spatial_shapes for size in shape),
         num_positions,
         constants,
+        {},
     )
 
 
 def words_of(value: Tensor) -> tuple[int, int]:
-    """In how many loads of how many bytes a row of the value comes at least."""
+    """The words that a row of the value is read in, and the bytes of one."""
     if value.dtype == torch.bfloat16 and value.shape[3] % 2 == 0:
         # In words of two numbers, which is an instruction less for each.
         return value.shape[3] // 2, 4
@@ -177,32 +191,39 @@ def words_of(value: Tensor) -> tuple[int, int]:
 
 
 def _launches(
-    batch_size: int, num_queries: int, num_heads: int, block: int, queries_per_map: list[int] | None
+    batch_size: int,
+    num_queries: int,
+    of_block: int,
+    block: int,
+    queries_per_map: list[int] | None,
 ) -> list[Launch]:
-    """One for a batch; one for each map where each has its own number of queries."""
+    """One for a batch; one for each map where each has its own number of queries. `of_block` programs
+    share a block of queries.
+    """
     if queries_per_map is None:
         num_blocks = -(-num_queries // block)
-        launches = [Launch(num_blocks * num_heads * batch_size, num_queries, num_blocks, 0, 0)]
+        launches = [Launch(num_blocks * of_block * batch_size, num_queries, num_blocks, 0, 0)]
     else:
         launches, first_query = [], 0
         for number, count in enumerate(queries_per_map):
             num_blocks = -(-count // block)
-            launches.append(Launch(num_blocks * num_heads, count, num_blocks, number, first_query))
+            launches.append(Launch(num_blocks * of_block, count, num_blocks, number, first_query))
             first_query += count
     return [launch for launch in launches if launch.num_programs > 0]
 
 
 def run(plan: Plan, value: Tensor, points: Tensor, weights: Tensor, references: Tensor) -> Tensor:
     """The output of a planned call; `references` may be any tensor where there are none."""
-    _check_storage(value=value, points=points, weights=weights, references=references)
-    output = value.new_empty(plan.output_shape)
-    value, points = value.contiguous(), points.contiguous()
-    weights, references = weights.contiguous(), references.contiguous()
+    given = (value, points, weights, references)
+    if not all(tensor.data_ptr() for tensor in given):
+        _check_storage(given)
+    value, points, weights, references = (tensor.contiguous() for tensor in given)
     if plan.constants["PAIRS"] and value.data_ptr() % 4:
         # Words of two numbers have to begin where words begin.
         value = value.clone()
+    output = value.new_empty(plan.output_shape)
     tensors = (output, value, points, weights, references)
-    if value.is_cuda and value.device.index != torch.cuda.current_device():
+    if value.is_cuda and value.get_device() != torch.cuda.current_device():
         with torch.cuda.device(value.device):
             _launch(plan, tensors)
     else:
@@ -210,23 +231,27 @@ def run(plan: Plan, value: Tensor, points: Tensor, weights: Tensor, references: 
     return output
 
 
-def _check_storage(**tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
+def _check_storage(tensors: Sequence[Tensor]) -> None:
+    for tensor in tensors:
         if tensor.data_ptr() == 0 and tensor.numel() > 0:
             raise ValueError(
-                f"{name}: expected a tensor with memory, got one whose storage was freed"
+                f"a tensor {list(tensor.shape)}: expected one with memory, its storage was freed"
             )
 
 
 def _launch(plan: Plan, tensors: Sequence[Tensor]) -> None:
-    for programs, num_queries, num_blocks, first_map, first_query in plan.launches:
-        plan.kernel[(programs,)](
-            *tensors,
-            plan.sizes,
-            num_queries,
-            num_blocks,
-            plan.num_positions,
-            first_map,
-            first_query,
-            **plan.constants,
-        )
+    key = (tensors[0].get_device(), *[tensor.data_ptr() % 16 == 0 for tensor in tensors])
+    for programs, *numbers_of_queries, first_map, first_query in plan.launches:
+        numbers = (*numbers_of_queries, plan.num_positions, first_map, first_query)
+        # What Triton does to find the kernel takes many times as long as the launch.
+        compiled = plan.compiled.get(key)
+        if compiled is not None:
+            constants = compiled.constants_in_order
+            compiled.kernel[(programs, 1, 1)](*tensors, plan.sizes, *numbers, *constants)
+            continue
+        kernel = plan.kernel[(programs,)](*tensors, plan.sizes, *numbers, **plan.constants)
+        # The interpreter compiles nothing. Numbers beyond 32 bits are of another type.
+        if kernel is not None and max(numbers) < 2**31:
+            names = plan.kernel.arg_names
+            constants = tuple(plan.constants[name] for name in names if name in plan.constants)
+            plan.compiled[key] = _Compiled(kernel, constants)

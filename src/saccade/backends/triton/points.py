@@ -139,6 +139,9 @@ def axis_cells(location, size, last, COORDINATES: tl.constexpr, PADDING: tl.cons
     floor = tl.floor(position)
     fraction = position - floor
     cell = floor.to(tl.int32)
+    if PADDING != "zeros":
+        # Of a map that is wider than numbers are exact, the last pixel may have been rounded up.
+        cell = tl.minimum(cell, last)
     if INTERPOLATION == "nearest":
         # Half to even.
         cell += ((fraction > 0.5) | ((fraction == 0.5) & (cell % 2 != 0))).to(tl.int32)
@@ -177,21 +180,26 @@ def cells_of_points(points, place, references, reference, in_range, sizes, level
 
 @triton.jit
 def softmax_terms(logits, place, in_range, POINTS: tl.constexpr, QUERIES: tl.constexpr,
-             dtype: tl.constexpr):  # fmt: skip
-    """The largest logit of each look, and the sum of the powers: weight = exp(logit - largest) / sum."""
+                  dtype: tl.constexpr):  # fmt: skip
+    """The largest logit of each look, and 1 / the sum of the powers: weight = exp(logit - largest) * it.
+
+    The blocks of a look are gone through element by element and reduced once, at the end: Triton 3.6
+    does not compile a reduction that a loop carries.
+    """
     MOST: tl.constexpr = 16
     BLOCK: tl.constexpr = triton.next_power_of_2(POINTS) if POINTS < MOST else MOST
     row = tl.expand_dims(logits + place, -1)
     point = tl.arange(0, BLOCK)
     in_row = tl.expand_dims(in_range, -1)
-    largest = tl.full((QUERIES,), float("-inf"), dtype)
+    most = tl.full((QUERIES, BLOCK), float("-inf"), dtype)
     for first in range(0, POINTS, BLOCK):
         some = tl.load(row + (first + point), mask=in_row & (first + point < POINTS),
                        other=float("-inf")).to(dtype)  # fmt: skip
-        largest = tl.maximum(largest, tl.max(some, 1))
-    total = tl.zeros((QUERIES,), dtype)
+        most = tl.maximum(most, some)
+    largest = tl.max(most, 1)
+    powers = tl.zeros((QUERIES, BLOCK), dtype)
     for first in range(0, POINTS, BLOCK):
         some = tl.load(row + (first + point), mask=in_row & (first + point < POINTS),
                        other=float("-inf")).to(dtype)  # fmt: skip
-        total += tl.sum(tl.exp(some - tl.expand_dims(largest, -1)), 1)
-    return largest, total
+        powers += tl.exp(some - tl.expand_dims(largest, -1))
+    return largest, 1 / tl.sum(powers, 1)

@@ -19,10 +19,14 @@ from saccade.backends.triton import kernels
 
 TABLE = Path(__file__).with_name("tuning.json")
 
-# Points that `attend_points` reads at once, at most; beyond, its registers do not do.
-MOST_POINTS = 64
-# Its entries are for so many; with fewer points a program takes more queries.
+# Numbers of the value that a thread of `attend_points` holds of one corner: with more, registers do not do.
+MOST_NUMBERS = 32
+# Its entries in the table are for so many points.
 POINTS_OF_TABLE = 16
+# Bytes of a row that a program of `attend_queries` reads; of wider ones each program takes a slice.
+WIDEST_SLICE = 4096
+# Times that the reference point changes from one point to the next, for code that is written out.
+MOST_CHANGES = 8
 
 
 class Form(NamedTuple):
@@ -37,11 +41,17 @@ class Form(NamedTuple):
     parts: int
     """In which a row is read; 0 for `attend_points`, which knows none."""
 
-    def constants(self, num_points: list[int], spatial_dims: int) -> dict[str, Any]:
-        """The kernel's own constants."""
+    slices: int = 1
+    """Of a wide row, each read by a program of its own."""
+
+    def constants(self, num_points: list[int], changes: int, spatial_dims: int) -> dict[str, Any]:
+        """The kernel's own constants; `changes` says how often the reference point changes."""
         common = {"QUERIES": self.queries, "CHANNELS": self.channels}
         if self.parts:
-            return {**common, "PARTS": self.parts, "TOGETHER": together(num_points, spatial_dims)}
+            written_out = 1 if changes > MOST_CHANGES else together(num_points, spatial_dims)
+            return {
+                **common, "PARTS": self.parts, "TOGETHER": written_out, "SLICES": self.slices
+            }  # fmt: skip
         levels = [level for level, count in enumerate(num_points) for _ in range(count)]
         return {
             **common,
@@ -51,23 +61,39 @@ class Form(NamedTuple):
         }
 
 
-def choose(words: int, word_bytes: int, number_bytes: int, num_points: int, looks: int) -> Form:
+def choose(
+    words: int, word_bytes: int, number_bytes: int, num_points: int, spatial_dims: int, looks: int
+) -> Form:
     """The form for rows of so many words, so many points of a head, and so many looks."""
     table = _table()
-    few = looks <= table["few_looks"] and num_points <= MOST_POINTS
-    name = "attend_points" if few else "attend_queries"
     # A number of 16 bits takes as many registers as one of 32 once it is read.
-    entries = table[name]["16 bits" if number_bytes == 2 else "32 bits"]
+    bits = "16 bits" if number_bytes == 2 else "32 bits"
+    channels = triton.next_power_of_2(words)
+    row_bytes = channels * word_bytes
+    if looks <= table["few_looks"]:
+        queries, warps, _ = _entry(table["attend_points"][bits], row_bytes)
+        points = triton.next_power_of_2(num_points)
+        # The entry is for 16 points on an image.
+        most = MOST_NUMBERS * 32 * (2 if spatial_dims < 3 else 1) // 2
+        of_query = (
+            points * channels * max(1, word_bytes // number_bytes) * max(1, number_bytes // 4)
+        )
+        queries = min(max(1, queries * POINTS_OF_TABLE // points), most * warps // of_query)
+        if queries:
+            queries = 2 ** (queries.bit_length() - 1)
+            return form("attend_points", words, queries, warps, 0)
+    entry = _entry(table["attend_queries"][bits], row_bytes)
+    return form("attend_queries", min(words, WIDEST_SLICE // word_bytes), *entry)._replace(
+        slices=-(-words * word_bytes // WIDEST_SLICE)
+    )
+
+
+def _entry(entries: dict[str, list[int]], row_bytes: int) -> tuple[int, int, int]:
     widths = [int(width) for width in entries]
-    row_bytes = triton.next_power_of_2(words) * word_bytes
     width = min(max(row_bytes, min(widths)), max(widths))
     queries, warps, parts = entries[str(width)]
-    if row_bytes > width:
-        # The sums of a query fill as many more registers.
-        queries = max(1, queries * width // row_bytes)
-    if few:
-        queries = max(1, queries * POINTS_OF_TABLE // triton.next_power_of_2(num_points))
-    return form(name, words, queries, warps, parts)
+    # Of a row that is wider than any in the table the sums of a query fill as many more registers.
+    return max(1, queries * width // min(max(row_bytes, width), WIDEST_SLICE)), warps, parts
 
 
 def form(name: str, words: int, queries: int, warps: int, parts: int) -> Form:
