@@ -132,3 +132,15 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 def pytest_report_header() -> str:
     kernels = ", ".join([*BACKENDS, TRITON if NO_TRITON is None else f"no Triton ({NO_TRITON})"])
     return f"saccade: {saccade.which_backend()}; kernels under test: {kernels}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many tests ran the GPU kernels, and where."""
+    place = "on this card" if ON_A_CARD else "in the interpreter of Triton, or compiled for sm_90"
+    counted = {
+        outcome: sum("triton" in report.keywords for report in terminalreporter.getreports(outcome))
+        for outcome in ("passed", "failed", "skipped")
+    }
+    if any(counted.values()):
+        found = ", ".join(f"{number} {outcome}" for outcome, number in counted.items() if number)
+        terminalreporter.write_line(f"GPU kernels: {found}, {place}")
