@@ -23,8 +23,9 @@ TABLE = Path(__file__).with_name("tuning.json")
 MOST_NUMBERS = 32
 # Its entries in the table are for so many points.
 POINTS_OF_TABLE = 16
-# Bytes of a row that a program of `attend_queries` reads; of wider ones each program takes a slice.
-WIDEST_SLICE = 4096
+# Of a row that a program of `attend_queries` reads; of wider ones each program takes a slice.
+MOST_BYTES = 4096
+MOST_WORDS = 1024
 # Times that the reference point changes from one point to the next, for code that is written out.
 MOST_CHANGES = 8
 
@@ -82,10 +83,11 @@ def choose(
         if queries:
             queries = 2 ** (queries.bit_length() - 1)
             return form("attend_points", words, queries, warps, 0)
-    entry = _entry(table["attend_queries"][bits], row_bytes)
-    return form("attend_queries", min(words, WIDEST_SLICE // word_bytes), *entry)._replace(
-        slices=-(-words * word_bytes // WIDEST_SLICE)
-    )
+    slice_words = min(words, MOST_WORDS, MOST_BYTES // word_bytes)
+    slice_bytes = triton.next_power_of_2(slice_words) * word_bytes
+    entry = _entry(table["attend_queries"][bits], slice_bytes)
+    whole = form("attend_queries", slice_words, *entry)
+    return whole._replace(slices=-(-words // slice_words))
 
 
 def _entry(entries: dict[str, list[int]], row_bytes: int) -> tuple[int, int, int]:
@@ -93,7 +95,7 @@ def _entry(entries: dict[str, list[int]], row_bytes: int) -> tuple[int, int, int
     width = min(max(row_bytes, min(widths)), max(widths))
     queries, warps, parts = entries[str(width)]
     # Of a row that is wider than any in the table the sums of a query fill as many more registers.
-    return max(1, queries * width // min(max(row_bytes, width), WIDEST_SLICE)), warps, parts
+    return max(1, queries * width // max(row_bytes, width)), warps, parts
 
 
 def form(name: str, words: int, queries: int, warps: int, parts: int) -> Form:
