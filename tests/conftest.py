@@ -19,7 +19,7 @@ from saccade.ops import contract, gpu, native
 
 ON_A_CARD = torch.cuda.is_available()
 TRITON = "triton" if ON_A_CARD else "triton-interpreter"
-NO_TRITON = gpu._refusal_of_installation()
+NO_TRITON = gpu.refusal_of_installation()
 NATIVE_BACKENDS = [f"cpu-{isa}" for isa in native.available_isas()]
 BACKENDS = ["reference", *NATIVE_BACKENDS]
 
@@ -76,7 +76,7 @@ if not ON_A_CARD and NO_TRITON is None:
 
 
 def _through_triton(operator):
-    attend = gpu._attend(operator)
+    attend = gpu.implementation(operator)
 
     def run(*arguments):
         if not ON_A_CARD:

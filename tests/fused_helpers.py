@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from helpers import Case, loops
+from hypothesis import strategies as st
 from torch import Tensor
 
 import saccade
@@ -114,3 +115,30 @@ def run_fused(case: FusedCase, inputs: tuple[Tensor, ...], grad_output: Tensor) 
     output = case.call(*leaves)
     output.backward(grad_output)
     return [output.detach(), *(leaf.grad for leaf in leaves)]
+
+
+@st.composite
+def fused_calls(draw, *, most_queries, most_of_a_map, most_points, most_maps, most_heads):
+    """Fused calls of any kind, in float64, up to so many queries, queries of a map, points, …"""
+    spatial_dims = draw(st.integers(1, 3))
+    shape = st.tuples(*[st.integers(1, (30, 9, 5)[spatial_dims - 1])] * spatial_dims)
+    levels = draw(st.integers(1, 3))
+    batch_size = draw(st.integers(0, most_maps))
+    counts = st.lists(st.integers(0, most_of_a_map), min_size=batch_size, max_size=batch_size)
+    points = st.integers(1, most_points)
+    return FusedCase(
+        shapes=draw(st.lists(shape, min_size=levels, max_size=levels)),
+        num_points=draw(st.lists(points, min_size=levels, max_size=levels)),
+        batch_size=batch_size,
+        num_queries=draw(st.integers(0, most_queries)),
+        queries_per_map=draw(st.none() | counts),
+        num_heads=draw(st.integers(1, most_heads)),
+        head_dim=draw(st.integers(1, 40)),
+        shared_head=draw(st.booleans()),
+        references=draw(st.sampled_from([1, "levels", 2, 9])),
+        boxes=draw(st.booleans()),
+        interpolation=draw(st.sampled_from(["linear", "nearest", "discrete"])),
+        padding=draw(st.sampled_from(["zeros", "border"])),
+        coordinates=draw(st.sampled_from(["normalized", "normalized_corners", "pixel"])),
+        dtype=torch.float64,
+    )

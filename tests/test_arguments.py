@@ -7,7 +7,7 @@ import torch
 from helpers import Case
 
 import saccade
-from saccade import arguments
+from saccade import argument_key, arguments
 
 CASE = Case()
 VALUE, LOCATIONS, WEIGHTS = CASE.draw()
@@ -230,13 +230,13 @@ def test_what_was_found_good_does_not_hide_what_is_almost_the_same(change, error
 
 def test_what_is_remembered_of_calls_is_bounded_and_holds_no_tensor():
     arguments._remembered.clear()
-    for num_queries in range(1, arguments.MOST_REMEMBERED + 20):
+    for num_queries in range(1, argument_key.MOST_REMEMBERED + 20):
         arguments.understand(
             VALUE, LOCATIONS[:, :1].expand(-1, num_queries, -1, -1, -1),
             WEIGHTS[:, :1].expand(-1, num_queries, -1, -1),
             arguments.Options(CASE.shapes, 3, "linear", "zeros", "normalized", None),
         )  # fmt: skip
-    assert 0 < len(arguments._remembered) <= arguments.MOST_REMEMBERED
+    assert 0 < len(arguments._remembered) <= argument_key.MOST_REMEMBERED
     for key, sizes in arguments._remembered.items():
         assert not any(isinstance(part, torch.Tensor) for part in (*key, *sizes))
 

@@ -92,7 +92,7 @@ def a_card(monkeypatch):
     """A machine that says it has a card, of a name and a compute capability."""
 
     def pretend(capability=(9, 0), triton=True, hip=None, driver=True, **environment):
-        for function in (gpu._refusal_of_installation, gpu._refusal_of_card):
+        for function in (gpu.refusal_of_installation, gpu.refusal_of_card):
             function.cache_clear()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card")
@@ -109,7 +109,7 @@ def a_card(monkeypatch):
         return gpu.refusal(torch.device("cuda", 0))
 
     yield pretend
-    for function in (gpu._refusal_of_installation, gpu._refusal_of_card):
+    for function in (gpu.refusal_of_installation, gpu.refusal_of_card):
         function.cache_clear()
 
 

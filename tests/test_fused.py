@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from fused_helpers import FusedCase, fused_loops, run_fused
+from fused_helpers import FusedCase, fused_calls, fused_loops, run_fused
 from helpers import assert_same
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -336,29 +336,7 @@ def test_strides_do_not_matter(native_backend):
         assert torch.equal(got, want)
 
 
-@st.composite
-def cases(draw):
-    levels = draw(st.integers(1, 3))
-    spatial_dims = draw(st.integers(1, 3))
-    shape = st.tuples(*[st.integers(1, (30, 9, 5)[spatial_dims - 1])] * spatial_dims)
-    batch_size = draw(st.integers(0, 3))
-    counts = st.lists(st.integers(0, 60), min_size=batch_size, max_size=batch_size)
-    return FusedCase(
-        shapes=draw(st.lists(shape, min_size=levels, max_size=levels)),
-        num_points=draw(st.lists(st.integers(1, 9), min_size=levels, max_size=levels)),
-        batch_size=batch_size,
-        num_queries=draw(st.integers(0, 90)),
-        queries_per_map=draw(st.none() | counts),
-        num_heads=draw(st.integers(1, 4)),
-        head_dim=draw(st.integers(1, 40)),
-        shared_head=draw(st.booleans()),
-        references=draw(st.sampled_from([1, "levels", 2, 9])),
-        boxes=draw(st.booleans()),
-        interpolation=draw(st.sampled_from(["linear", "nearest", "discrete"])),
-        padding=draw(st.sampled_from(["zeros", "border"])),
-        coordinates=draw(st.sampled_from(["normalized", "normalized_corners", "pixel"])),
-        dtype=torch.float64,
-    )
+CALLS = fused_calls(most_queries=90, most_of_a_map=60, most_points=9, most_maps=3, most_heads=4)
 
 
 @settings(
@@ -366,7 +344,7 @@ def cases(draw):
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-@given(case=cases(), seed=st.integers(0, 2**16))
+@given(case=CALLS, seed=st.integers(0, 2**16))
 def test_any_call_equals_the_reference(native_backend, case, seed):
     torch.manual_seed(seed)
     inputs = case.draw()
@@ -380,7 +358,7 @@ def test_any_call_equals_the_reference(native_backend, case, seed):
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-@given(case=cases(), rule=st.sampled_from(RULES), seed=st.integers(0, 2**16))
+@given(case=CALLS, rule=st.sampled_from(RULES), seed=st.integers(0, 2**16))
 def test_any_small_call_equals_the_loops(native_backend, case, rule, seed):
     torch.manual_seed(seed)
     # Scalar loops in Python: what the kernel does at other sizes, it does as the reference.

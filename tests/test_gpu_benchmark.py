@@ -326,7 +326,7 @@ def test_report_and_picture_of_made_up_figures(tmp_path):
         save_plot({"machine": {}}, tmp_path / "none.png")
 
 
-def test_dry_run_and_the_sentence_without_a_gpu(capsys, monkeypatch):
+def test_dry_run_and_the_sentence_without_a_gpu(capsys, monkeypatch, tmp_path):
     assert main(["--dry-run", "--case", "tadtr-1d"]) == 0
     printed = capsys.readouterr().out
     for part in ("variants: 90 s", "tadtr-1d, bfloat16", "upstream CUDA: ", "≤ 60 µs (aim 45)"):
@@ -339,7 +339,7 @@ def test_dry_run_and_the_sentence_without_a_gpu(capsys, monkeypatch):
         with pytest.raises(SystemExit, match="2"):
             main(words)
     command = command_of(
-        ["--quick", "--json", "/tmp/x.json", "--peer-path=/home/me", "--seed", "1"]
+        ["--quick", "--json", str(tmp_path / "x.json"), f"--peer-path={tmp_path}", "--seed", "1"]
     )
     assert command == "python -m benchmarks.gpu --quick --seed 1"
 

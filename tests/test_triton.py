@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import NO_TRITON, TRITON, WITH_TRITON
+from conftest import NO_TRITON, ON_A_CARD, WITH_TRITON
 from helpers import (
     Case,
     assert_16_bit_is_as_good_as_naive,
@@ -148,19 +148,20 @@ def test_every_16_bit_number_is_read_and_written_as_it_is(kernel, dtype):
 
 def test_words_of_two_numbers_begin_where_words_begin(kernel, monkeypatch):
     case = Case(dtype=torch.bfloat16, head_dim=4)
-    value, locations, weights = case.draw()
-    moved = torch.empty(value.numel() + 1, dtype=value.dtype)[1:].view(value.shape).copy_(value)
+    device = "cuda" if ON_A_CARD else "cpu"
+    value, locations, weights = (tensor.to(device) for tensor in case.draw())
+    moved = value.new_empty(value.numel() + 1)[1:].view(value.shape).copy_(value)
     assert moved.data_ptr() % 4
     given, run = [], launch._launch
     monkeypatch.setattr(
         launch, "_launch", lambda plan, tensors: given.append(tensors[1]) or run(plan, tensors)
     )
-    arguments = contract.arguments_of(case.understood(moved, locations, weights))
-    found = (
-        launch.attend(*arguments) if TRITON != "triton" else case.call(moved, locations, weights)
+    found, expected = (
+        launch.attend(*contract.arguments_of(case.understood(each, locations, weights)))
+        for each in (moved, value)
     )
-    assert given[0].data_ptr() % 4 == 0
-    assert torch.equal(found, case.call(value, locations, weights))
+    assert [tensor.data_ptr() % 4 for tensor in given] == [0, 0]
+    assert torch.equal(found, expected)
 
 
 def test_the_last_pixel_of_a_map_that_is_wider_than_numbers_are_exact(kernel):

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from conftest import NO_TRITON, WITH_TRITON
-from fused_helpers import FusedCase, fused_loops
+from fused_helpers import FusedCase, fused_calls, fused_loops
 from helpers import assert_same
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -93,29 +93,7 @@ def test_softmax_of_odd_logits_is_that_of_torch(kernel, points):
     )
 
 
-@st.composite
-def calls(draw):
-    spatial_dims = draw(st.integers(1, 3))
-    shape = st.tuples(*[st.integers(1, (30, 9, 5)[spatial_dims - 1])] * spatial_dims)
-    levels = draw(st.integers(1, 3))
-    batch_size = draw(st.integers(0, 2))
-    counts = st.lists(st.integers(0, 9), min_size=batch_size, max_size=batch_size)
-    return FusedCase(
-        shapes=draw(st.lists(shape, min_size=levels, max_size=levels)),
-        num_points=draw(st.lists(st.integers(1, 5), min_size=levels, max_size=levels)),
-        batch_size=batch_size,
-        num_queries=draw(st.integers(0, 20)),
-        queries_per_map=draw(st.none() | counts),
-        num_heads=draw(st.integers(1, 3)),
-        head_dim=draw(st.integers(1, 40)),
-        shared_head=draw(st.booleans()),
-        references=draw(st.sampled_from([1, "levels", 2, 9])),
-        boxes=draw(st.booleans()),
-        interpolation=draw(st.sampled_from(["linear", "nearest", "discrete"])),
-        padding=draw(st.sampled_from(["zeros", "border"])),
-        coordinates=draw(st.sampled_from(["normalized", "normalized_corners", "pixel"])),
-        dtype=torch.float64,
-    )
+CALLS = fused_calls(most_queries=20, most_of_a_map=9, most_points=5, most_maps=2, most_heads=3)
 
 
 @settings(
@@ -123,7 +101,7 @@ def calls(draw):
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-@given(case=calls(), seed=st.integers(0, 2**16))
+@given(case=CALLS, seed=st.integers(0, 2**16))
 def test_any_call_equals_the_reference(kernel, case, seed):
     torch.manual_seed(seed)
     inputs = case.draw()

@@ -60,6 +60,11 @@ class Reading(NamedTuple):
     """Bits of the widest load."""
 
 
+def options_of(workload: Workload) -> Options:
+    """What detectors use."""
+    return Options(workload.shapes, workload.points, "linear", "zeros", "normalized", None)
+
+
 def call_of(workload: Workload, dtype: torch.dtype, kind: str = "given") -> Call | FusedCall:
     """A call with tensors that have sizes and nothing else."""
     batch, queries, heads = workload.batch_size, workload.queries, workload.num_heads
@@ -70,7 +75,7 @@ def call_of(workload: Workload, dtype: torch.dtype, kind: str = "given") -> Call
     )  # fmt: skip
     locations = torch.empty(batch, queries, heads, points, axes, device="meta")
     weights = torch.empty(batch, queries, heads, points, device="meta")
-    options = Options(workload.shapes, workload.points, "linear", "zeros", "normalized", None)
+    options = options_of(workload)
     if kind == "given":
         return understand(value, locations, weights, options)
     numbers = 2 * axes if kind == "boxes" else axes

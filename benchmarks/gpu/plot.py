@@ -17,7 +17,7 @@ from benchmarks.gpu.goals import (
     time_of,
 )
 from benchmarks.gpu.peers import SACCADE, all_peers
-from saccade.benchmark.plot import COLOURS
+from saccade.benchmark.plot import COLOURS, ratios_along
 
 DTYPES = ("float32", "bfloat16")
 # As many as there are peers; the colours come round again before the marks do.
@@ -95,7 +95,6 @@ def _ratios(
     dtype: str,
     peers: Sequence[str],
 ) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     panel.axvline(1, color="black", linewidth=1.2)
     for index, peer in enumerate(peers):
@@ -121,12 +120,7 @@ def _ratios(
         if time == time:
             place = panel.get_yaxis_transform()
             panel.text(1.01, height, f"{time:.3g} µs", transform=place, va="center", fontsize=8)
-    panel.set_xscale("log")
-    panel.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda ratio, _: f"{ratio:g} ×"))
-    panel.xaxis.set_minor_formatter(NullFormatter())
-    panel.tick_params(axis="x", labelsize=8)
-    panel.tick_params(axis="y", length=0)
+    ratios_along(panel)
     panel.grid(axis="y", color="#e5e5e5")
     panel.set_axisbelow(True)
     panel.set_title(dtype, fontsize=11)

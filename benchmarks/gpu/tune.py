@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.gpu import compile
 from benchmarks.gpu.timing import Clock, card, replayed
-from saccade.arguments import Call
+from saccade.arguments import Call, understand
 from saccade.backends.triton import launch, tuning
 from saccade.benchmark.workloads import WORKLOADS, Workload, draw
 
@@ -102,10 +102,8 @@ def runs_of(workload: Workload, dtype: torch.dtype, clock: Clock) -> list[tuple[
     for seed in range(SETS):
         inputs = draw(workload, dtype=dtype, uniform=False, seed=seed)
         tensors = [tensor.to(clock.device) for tensor in inputs[:3]]
-        options = compile.Options(
-            workload.shapes, workload.points, "linear", "zeros", "normalized", None
-        )
-        found.append((compile.understand(*tensors, options), tensors))
+        call = understand(*tensors, compile.options_of(workload))
+        found.append((call, tensors))
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -42,6 +42,20 @@ def key_of(
         # sizes are not plain numbers.
         return None
     return key
+
+
+# Sizes of a model are few, those of a fuzzer are not: emptied when it holds so many.
+MOST_REMEMBERED = 512
+
+_Found = TypeVar("_Found")
+
+
+def remember(known: dict[Hashable, _Found], key: Hashable, found: _Found) -> _Found:
+    """Keeps what was found out for a key, and gives it back."""
+    if len(known) >= MOST_REMEMBERED:
+        known.clear()
+    known[key] = found
+    return found
 
 
 # Only these are remembered: of anything else (1.0 and True are equal to 1; an object may change), the

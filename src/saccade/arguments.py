@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from saccade.argument_key import key_of
+from saccade.argument_key import key_of, remember
 from saccade.checks import (
     VALUE_DTYPES,
     Coordinates,
@@ -86,6 +86,13 @@ def flat(spatial_shapes: Sequence[Sequence[int]]) -> list[int]:
     return list(itertools.chain.from_iterable(spatial_shapes))
 
 
+def unflattened(shapes: Sequence[int], spatial_dims: int) -> list[tuple[int, ...]]:
+    """The sizes one after the other as spatial shapes again."""
+    # Without an axis for coordinates there are none; that is for the checks to say.
+    step = max(spatial_dims, 1)
+    return [tuple(shapes[start : start + step]) for start in range(0, len(shapes), step)]
+
+
 class Options(NamedTuple):
     """What both kinds of calls can be told, as it was written."""
 
@@ -107,8 +114,7 @@ class Sizes(NamedTuple):
 
 
 # The checks take longer than a small kernel, and a model calls with few different sizes: what was
-# found good is remembered by everything that was looked at. Emptied when it holds this many.
-MOST_REMEMBERED = 512
+# found good is remembered by everything that was looked at.
 _remembered: dict[Hashable, Sizes] = {}
 
 
@@ -204,9 +210,7 @@ def _sizes(
     if sizes is None:
         sizes = _check(tensors, options, reference_index)
         if key:
-            if len(_remembered) >= MOST_REMEMBERED:
-                _remembered.clear()
-            _remembered[key] = sizes
+            remember(_remembered, key, sizes)
     return sizes
 
 

@@ -189,8 +189,9 @@ def _self_check() -> Iterator[Finding]:
         kernel = f"{backend.which_backend(torch.empty(0, device=device)).name} on {device}"
         try:
             # Few queries and many: the kernels differ.
-            yield judge(kernel, compare_with_reference(device))
-            yield judge(kernel, compare_with_reference(device, num_queries=1500))
+            for num_queries in (50, 1500):
+                errors = compare_with_reference(device, num_queries)
+                yield judge(f"{kernel}, {num_queries} queries", errors)
         except Exception as error:  # a compiler's may be of any kind
             yield Finding(section, kernel, f"failed: {_first_line(error)}", False)
 

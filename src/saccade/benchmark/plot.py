@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from saccade.benchmark.report import Results, milliseconds
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Colour-blind safe (Okabe and Ito); the peers in the order of the registry.
 COLOURS = ("#d55e00", "#e69f00", "#0072b2", "#009e73", "#56b4e9", "#999999", "#cc79a7")
@@ -23,7 +27,6 @@ def save_plot(found: Results, path: Path) -> None:
     if not found.figures:
         raise ValueError("figures: expected at least one, got none")
     from matplotlib.figure import Figure as Canvas
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     first = found.figures[0].setting
     shown = [
@@ -73,12 +76,7 @@ def save_plot(found: Results, path: Path) -> None:
                 va="center",
                 fontsize=8,
             )
-        panel.set_xscale("log")
-        panel.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
-        panel.xaxis.set_major_formatter(FuncFormatter(lambda ratio, _: f"{ratio:g} ×"))
-        panel.xaxis.set_minor_formatter(NullFormatter())
-        panel.tick_params(axis="x", labelsize=8)
-        panel.tick_params(axis="y", length=0)
+        ratios_along(panel)
         panel.set_title(direction, fontsize=11)
         panel.set_xlabel(
             "the peer's time divided by Saccade's\n(right: Saccade's time)", fontsize=9
@@ -96,3 +94,15 @@ def save_plot(found: Results, path: Path) -> None:
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.savefig(path, dpi=130)
+
+
+def ratios_along(panel: Axes) -> None:
+    """Makes the axis to the right one of ratios, and that upwards one of names."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    panel.set_xscale("log")
+    panel.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda ratio, _: f"{ratio:g} ×"))
+    panel.xaxis.set_minor_formatter(NullFormatter())
+    panel.tick_params(axis="x", labelsize=8)
+    panel.tick_params(axis="y", length=0)

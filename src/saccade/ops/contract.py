@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor
 
 from saccade import reference
-from saccade.arguments import Call, FusedCall, flat
+from saccade.arguments import Call, FusedCall, flat, unflattened
 
 _OPTIONS = (
     "int[] num_points, str interpolation, str padding, str coordinates, SymInt[]? queries_per_map"
@@ -73,12 +73,8 @@ class Operator(NamedTuple):
     def understood(self, arguments: Sequence[Any]) -> Any:
         """The operator's arguments as a call for the reference."""
         spatial_dims = arguments[self._locations_at].shape[-1]
-        shapes = arguments[1]
-        rows = [
-            tuple(shapes[start : start + spatial_dims])
-            for start in range(0, len(shapes), spatial_dims)
-        ]
-        return self.call(arguments[0], rows, *arguments[2:])
+        shapes = unflattened(arguments[1], spatial_dims)
+        return self.call(arguments[0], shapes, *arguments[2:])
 
     @property
     def _locations_at(self) -> int:

@@ -28,7 +28,7 @@ def refusal(device: torch.device) -> str | None:
     """Why calls with tensors on this device do not get the GPU kernels, or None."""
     if device.type != "cuda":
         return f"there is no kernel for {device.type} yet"
-    return _refusal_of_installation() or _refusal_of_card(device)
+    return refusal_of_installation() or refusal_of_card(device)
 
 
 def kernel(operator: Operator) -> Callable[..., Tensor]:
@@ -40,14 +40,15 @@ def kernel(operator: Operator) -> Callable[..., Tensor]:
         attend = chosen.get(device)
         if attend is None:
             refused = refusal(device) is not None
-            attend = chosen[device] = operator.fallback if refused else _attend(operator)
+            attend = chosen[device] = operator.fallback if refused else implementation(operator)
         return attend(*arguments)
 
     return run
 
 
 @functools.cache
-def _refusal_of_installation() -> str | None:
+def refusal_of_installation() -> str | None:
+    """Why no card gets them here, or None."""
     if os.environ.get("SACCADE_DISABLE_TRITON", "0") not in ("", "0"):
         return "SACCADE_DISABLE_TRITON is set"
     if torch.version.hip is not None:
@@ -58,14 +59,15 @@ def _refusal_of_installation() -> str | None:
         version = importlib.import_module("triton").__version__
         if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
             return f"Triton {version} is older than {'.'.join(map(str, OLDEST_TRITON))}"
-        _attend(FUSED)
+        implementation(FUSED)
     except Exception as error:  # whatever a broken Triton raises: the reference is there
         return f"Triton did not load: {error}"
     return None
 
 
 @functools.cache
-def _refusal_of_card(device: torch.device) -> str | None:
+def refusal_of_card(device: torch.device) -> str | None:
+    """Why this card does not get them, or None."""
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_CAPABILITY:
         name = torch.cuda.get_device_name(device)
@@ -81,7 +83,8 @@ def _refusal_of_card(device: torch.device) -> str | None:
     return None
 
 
-def _attend(operator: Operator) -> Callable[..., Tensor]:
+def implementation(operator: Operator) -> Callable[..., Tensor]:
+    """The GPU kernels of an operator; imports Triton."""
     from saccade.backends import triton
 
     return triton.attend_fused if operator is FUSED else triton.attend

@@ -96,10 +96,13 @@ def _added(sums, weight, numbers):
 
 
 @triton.jit
-def _place(first_query, num_queries, num_blocks, HEADS: tl.constexpr, SLICES: tl.constexpr,
+def _begin(output, value, points, weights, references, num_queries, num_blocks, num_positions,
+           first_map, first_query, KIND: tl.constexpr, NUM_REFERENCES: tl.constexpr,
+           POINTS: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, AXES: tl.constexpr,
+           ROW: tl.constexpr, WORDS: tl.constexpr, PAIRS: tl.constexpr, SLICES: tl.constexpr,
            QUERIES: tl.constexpr):  # fmt: skip
-    """Of this program: the map, the head, the slice of its rows, the first query, and how many queries
-    there are from it on.
+    """Where this program begins in output, points, weights and references, the first row that it reads
+    (one head of the value serves all), the number of its slice, and how many queries there are for it.
     """
     program = tl.program_id(0)
     block = (program % num_blocks).to(tl.int64)
@@ -107,19 +110,19 @@ def _place(first_query, num_queries, num_blocks, HEADS: tl.constexpr, SLICES: tl
     head = program // num_blocks // SLICES % HEADS
     item = (program // num_blocks // SLICES // HEADS).to(tl.int64)
     remaining = tl.minimum(num_queries - block * QUERIES, QUERIES).to(tl.int32)
-    return item, head, slice_, first_query + item * num_queries + block * QUERIES, remaining
-
-
-@triton.jit
-def _rows(value, item, head, num_positions, ROW: tl.constexpr, WORDS: tl.constexpr,
-          PAIRS: tl.constexpr):  # fmt: skip
-    """The first row of a map for a head; one head serves all."""
+    query = first_query + item * num_queries + block * QUERIES
+    look = query * HEADS + head
+    if KIND != "given":
+        references += query * NUM_REFERENCES * (2 * AXES if KIND == "boxes" else AXES)
     if PAIRS:
         value = value.to(tl.pointer_type(tl.int32))
-    rows = value + item * num_positions * ROW
+    rows = value + (first_map + item) * num_positions * ROW
     if ROW > WORDS:
         rows += head * WORDS
-    return rows
+    return (
+        output + look * HEAD_DIM, points + look * POINTS * AXES, weights + look * POINTS,
+        references, rows, slice_, remaining,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=("num_queries", "num_blocks", "num_positions", "first_map",
@@ -141,16 +144,11 @@ def attend_queries(
     dtype: tl.constexpr = tl.float64 if value.dtype.element_ty == tl.float64 else tl.float32
     WORDS: tl.constexpr = HEAD_DIM // 2 if PAIRS else HEAD_DIM
     ROW: tl.constexpr = VALUE_HEADS * WORDS
-    item, head, slice_, query, remaining = _place(
-        first_query, num_queries, num_blocks, HEADS, SLICES, QUERIES
-    )
-    look = query * HEADS + head
-    points += look * POINTS * AXES
-    weights += look * POINTS
-    output += look * HEAD_DIM
-    if KIND != "given":
-        references += query * NUM_REFERENCES * (2 * AXES if KIND == "boxes" else AXES)
-    rows = _rows(value, first_map + item, head, num_positions, ROW, WORDS, PAIRS)
+    output, points, weights, references, rows, slice_, remaining = _begin(
+        output, value, points, weights, references, num_queries, num_blocks, num_positions,
+        first_map, first_query, KIND, NUM_REFERENCES, POINTS, HEADS, HEAD_DIM, AXES, ROW, WORDS,
+        PAIRS, SLICES, QUERIES
+    )  # fmt: skip
     SLICE: tl.constexpr = PARTS * CHANNELS
     words = WORDS
     if SLICES > 1:
@@ -238,7 +236,7 @@ def attend_points(
     output, value, points, weights, references, sizes, num_queries, num_blocks, num_positions,
     first_map, first_query,
     KIND: tl.constexpr, REFERENCE_INDEX: tl.constexpr, NUM_REFERENCES: tl.constexpr,
-    LEVEL_POINTS: tl.constexpr, POINTS: tl.constexpr, HEADS: tl.constexpr,
+    POINTS: tl.constexpr, HEADS: tl.constexpr,
     VALUE_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, AXES: tl.constexpr, LEVELS: tl.constexpr,
     INTERPOLATION: tl.constexpr, PADDING: tl.constexpr, COORDINATES: tl.constexpr,
     WIDE: tl.constexpr, PAIRS: tl.constexpr, QUERIES: tl.constexpr, CHANNELS: tl.constexpr,
@@ -248,16 +246,11 @@ def attend_points(
     dtype: tl.constexpr = tl.float64 if value.dtype.element_ty == tl.float64 else tl.float32
     WORDS: tl.constexpr = HEAD_DIM // 2 if PAIRS else HEAD_DIM
     ROW: tl.constexpr = VALUE_HEADS * WORDS
-    item, head, _, query, remaining = _place(
-        first_query, num_queries, num_blocks, HEADS, 1, QUERIES
-    )
-    look = query * HEADS + head
-    points += look * POINTS * AXES
-    weights += look * POINTS
-    output += look * HEAD_DIM
-    if KIND != "given":
-        references += query * NUM_REFERENCES * (2 * AXES if KIND == "boxes" else AXES)
-    rows = _rows(value, first_map + item, head, num_positions, ROW, WORDS, PAIRS)
+    output, points, weights, references, rows, _, remaining = _begin(
+        output, value, points, weights, references, num_queries, num_blocks, num_positions,
+        first_map, first_query, KIND, NUM_REFERENCES, POINTS, HEADS, HEAD_DIM, AXES, ROW, WORDS,
+        PAIRS, 1, QUERIES
+    )  # fmt: skip
 
     point = tl.arange(0, BLOCK)
     level = tl.zeros((BLOCK,), tl.int32) + entry(LEVEL_OF_POINT, point, POINTS)

@@ -10,12 +10,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from saccade.arguments import Call, FusedCall, Options, understand, understand_fused
+from saccade.argument_key import remember
+from saccade.arguments import (
+    Call,
+    FusedCall,
+    Options,
+    understand,
+    understand_fused,
+    unflattened,
+)
 from saccade.backends.triton import tuning
 from saccade.backends.triton.tuning import Form
-
-# Beyond this many plans, all are forgotten: sizes of a model are few, those of a fuzzer are not.
-MOST_REMEMBERED = 512
 
 # Numbers that places are counted in 32 bits up to. A point beside a map may be as far from its beginning
 # as the last cell is, and more: a map of one line has a line above and one below.
@@ -56,22 +61,18 @@ _remembered: dict[Hashable, Plan] = {}
 def attend(*arguments: Any) -> Tensor:
     """`saccade::deformable_attention` on a GPU; the arguments are those of the operator."""
     value, shapes, locations, weights, *options = arguments
-    tensors = (value, locations, weights)
-    key = _key(tensors, shapes, options)
+    key = _key((value, locations, weights), shapes, options)
     found = _remembered.get(key)
     if found is None:
         points = {"sampling_locations": locations, "attention_weights": weights}
-        given = _as_given(points, options)
-        call = understand(value, given[0], given[1], _options(locations, shapes, options))
-        found = _remember(key, plan(call))
+        found = remember(_remembered, key, plan(_understood(value, shapes, points, options)))
     return run(found, value, locations, weights, weights)
 
 
 def attend_fused(*arguments: Any) -> Tensor:
     """`saccade::fused_deformable_attention` on a GPU; the arguments are those of the operator."""
-    value, shapes, references, offsets, logits, reference_index, *options = arguments
-    tensors = (value, references, offsets, logits)
-    key = _key(tensors, shapes, [reference_index, *options])
+    value, shapes, references, offsets, logits, index, *options = arguments
+    key = _key((value, references, offsets, logits), shapes, [index, *options])
     found = _remembered.get(key)
     if found is None:
         points = {
@@ -79,10 +80,7 @@ def attend_fused(*arguments: Any) -> Tensor:
             "sampling_offsets": offsets,
             "attention_logits": logits,
         }
-        given = _as_given(points, options)
-        named = _options(offsets, shapes, options)
-        call = understand_fused(value, given[0], given[1], given[2], named, reference_index)
-        found = _remember(key, plan(call))
+        found = remember(_remembered, key, plan(_understood(value, shapes, points, options, index)))
     return run(found, value, offsets, logits, references)
 
 
@@ -96,30 +94,29 @@ def _key(tensors: Sequence[Tensor], shapes: Sequence[int], options: Sequence[Any
     )
 
 
-def _remember(key: Hashable, found: Plan) -> Plan:
-    if len(_remembered) >= MOST_REMEMBERED:
-        _remembered.clear()
-    _remembered[key] = found
-    return found
-
-
-def _as_given(points: dict[str, Tensor], options: Sequence[Any]) -> Sequence[Tensor]:
-    """The public form of ragged calls, which has no axis for the batch."""
-    if options[-1] is None:
-        return list(points.values())
-    for name, tensor in points.items():
-        if tensor.dim() < 1 or tensor.shape[0] != 1:
-            raise ValueError(
-                f"{name}: expected [1, queries of all maps, ...] with queries_per_map, "
-                f"got {list(tensor.shape)}"
-            )
-    return [tensor[0] for tensor in points.values()]
-
-
-def _options(locations: Tensor, shapes: Sequence[int], options: Sequence[Any]) -> Options:
-    axes = locations.shape[-1]
-    rows = [tuple(shapes[at : at + axes]) for at in range(0, len(shapes), max(axes, 1))]
-    return Options(rows, *options)
+def _understood(
+    value: Tensor,
+    shapes: Sequence[int],
+    points: dict[str, Tensor],
+    options: Sequence[Any],
+    reference_index: Sequence[int] | None = None,
+) -> Call | FusedCall:
+    """The operator's arguments, checked; `points` are its other tensors by name."""
+    tensors = list(points.values())
+    if options[-1] is not None:
+        # The public form of ragged calls has no axis for the batch.
+        for name, tensor in points.items():
+            if tensor.dim() < 1 or tensor.shape[0] != 1:
+                raise ValueError(
+                    f"{name}: expected [1, queries of all maps, ...] with queries_per_map, "
+                    f"got {list(tensor.shape)}"
+                )
+        tensors = [tensor[0] for tensor in tensors]
+    *references, locations, weights = tensors
+    named = Options(unflattened(shapes, locations.shape[-1]), *options)
+    if not references:
+        return understand(value, locations, weights, named)
+    return understand_fused(value, references[0], locations, weights, named, reference_index)
 
 
 def plan(call: Call | FusedCall, form: Form | None = None) -> Plan:
@@ -145,7 +142,6 @@ def plan(call: Call | FusedCall, form: Form | None = None) -> Plan:
         "KIND": kind,
         "NUM_REFERENCES": num_references,
         "REFERENCE_INDEX": reference_index,
-        "LEVEL_POINTS": tuple(call.num_points),
         "POINTS": num_points,
         "HEADS": num_heads,
         "VALUE_HEADS": value_heads,

@@ -51,8 +51,12 @@ class Form(NamedTuple):
         if self.parts:
             written_out = 1 if changes > MOST_CHANGES else together(num_points, spatial_dims)
             return {
-                **common, "PARTS": self.parts, "TOGETHER": written_out, "SLICES": self.slices
-            }  # fmt: skip
+                **common,
+                "PARTS": self.parts,
+                "TOGETHER": written_out,
+                "SLICES": self.slices,
+                "LEVEL_POINTS": tuple(num_points),
+            }
         levels = [level for level, count in enumerate(num_points) for _ in range(count)]
         return {
             **common,
@@ -74,12 +78,11 @@ def choose(
     if looks <= table["few_looks"]:
         queries, warps, _ = _entry(table["attend_points"][bits], row_bytes)
         points = triton.next_power_of_2(num_points)
-        # The entry is for 16 points on an image.
-        most = MOST_NUMBERS * 32 * (2 if spatial_dims < 3 else 1) // 2
-        of_query = (
-            points * channels * max(1, word_bytes // number_bytes) * max(1, number_bytes // 4)
-        )
-        queries = min(max(1, queries * POINTS_OF_TABLE // points), most * warps // of_query)
+        # A pair of numbers, and a float64, takes two registers.
+        registers = max(word_bytes // number_bytes, number_bytes // 4, 1)
+        most = MOST_NUMBERS if spatial_dims < 3 else MOST_NUMBERS // 2
+        fitting = warps * 32 * most // (points * channels * registers)
+        queries = min(max(1, queries * POINTS_OF_TABLE // points), fitting)
         if queries:
             queries = 2 ** (queries.bit_length() - 1)
             return form("attend_points", words, queries, warps, 0)
