@@ -155,16 +155,44 @@ def floors(found: dict, results: Results | None) -> list[str]:
 
 
 def compiled(found: dict) -> list[str]:
-    """Warp instructions a sample and registers of the GPU kernels, as compiled."""
+    """Warp instructions a sample and registers of the GPU kernels of the forward, as compiled."""
+    rows = [row for row in found["readings"] if row["value_gradient"] == "no"]
+    return [*_about_compiled(found, "a sample"), *_compiled_rows(rows)]
+
+
+def compiled_backward(found: dict) -> list[str]:
+    """The same of the backward: the kernel of the points, in both modes, and those that sum in order."""
+    lines = _about_compiled(found, "a sample, or a step of a piece or a row")
+    ways = {"add": "atomic additions", "sort": "in order"}
+    rows = [row for row in found["readings"] if row["value_gradient"] != "no"]
+    summing = ("sum_pieces", "sum_rows")
+    for way, title in ways.items():
+        of_way = [row for row in rows if row["value_gradient"] == way]
+        lines.append(f"\n**{title}**\n")
+        lines += _compiled_rows([row for row in of_way if row["kernel"] not in summing])
+    for kernel in summing:
+        of_kernel = [row for row in rows if row["kernel"] == kernel and row["points"] == "given"]
+        cells = [
+            f"{row['case']} {row['dtype']} {row['per_sample']:.1f}, {row['registers']}, {row['spills']}"
+            for row in of_kernel
+            if row["case"] in ("detr-encoder", "medical-3d")
+        ]
+        lines.append(f"\n`{kernel}`: {'; '.join(cells)}.")
+    return lines
+
+
+def _about_compiled(found: dict, of: str) -> list[str]:
+    return [
+        f"`{found['command']}`, {found['target']}, Triton {found['triton']}. Warp instructions {of}, "
+        "registers of a thread, spills.\n"
+    ]
+
+
+def _compiled_rows(readings: list[dict]) -> list[str]:
     kinds = {"given": "operator", "points": "fused"}
     heads = [f"{kinds[kind]}, {dtype}" for kind in kinds for dtype in ("fp32", "bf16")]
-    lines = [
-        f"`{found['command']}`, {found['target']}, Triton {found['triton']}. Warp instructions a "
-        "sample, registers of a thread, spills.\n",
-        _row(["workload", "kernel", *heads]),
-        _row(["---"] * 6),
-    ]
-    rows = {(row["case"], row["points"], row["dtype"]): row for row in found["readings"]}
+    lines = [_row(["workload", "kernel", *heads]), _row(["---"] * 6)]
+    rows = {(row["case"], row["points"], row["dtype"]): row for row in readings}
     for case in dict.fromkeys(case for case, _, _ in rows):
         of_case = [rows[case, kind, dtype] for kind in kinds for dtype in ("fp32", "bf16")]
         cells = [f"{row['per_sample']:.1f}, {row['registers']}, {row['spills']}" for row in of_case]
@@ -213,6 +241,10 @@ TABLES: dict[str, tuple[str, Callable[[Path], list[str]]]] = {
     "family": ("family.json", lambda path: every(read(path))),
     "fused": ("fused.json", lambda path: fused(json.loads(path.read_text()))),
     "compiled": ("gpu_compile.json", lambda path: compiled(json.loads(path.read_text()))),
+    "compiled-backward": (
+        "gpu_compile.json",
+        lambda path: compiled_backward(json.loads(path.read_text())),
+    ),
     "models": ("models.json", lambda path: models(json.loads(path.read_text()))),
     "floors": (
         "floors.json",

@@ -45,10 +45,9 @@ def use(name: str) -> Iterator[str]:
     library = torch.library.Library("saccade", "IMPL")
     try:
         for operator in (contract.PLAIN, contract.FUSED):
-            library.impl(operator.name, _through_triton(operator), "CPU", allow_override=True)
-            library.impl(
-                operator.backward_name, operator.backward_fallback, "CPU", allow_override=True
-            )
+            names = (operator.name, operator.backward_name)
+            for kernel_name, run in zip(names, gpu.implementations(operator), strict=True):
+                library.impl(kernel_name, _on_the_card(run), "CPU", allow_override=True)
         yield name
     finally:
         library._destroy()
@@ -75,14 +74,13 @@ if not ON_A_CARD and NO_TRITON is None:
     _round_as_a_card_does()
 
 
-def _through_triton(operator):
-    attend = gpu.implementation(operator)
-
+def _on_the_card(kernel):
     def run(*arguments):
         if not ON_A_CARD:
-            return attend(*arguments)
+            return kernel(*arguments)
         moved = (each.cuda() if isinstance(each, torch.Tensor) else each for each in arguments)
-        return attend(*moved).cpu()
+        found = kernel(*moved)
+        return found.cpu() if isinstance(found, torch.Tensor) else tuple(x.cpu() for x in found)
 
     return run
 
@@ -112,21 +110,44 @@ def native_backend(request: pytest.FixtureRequest) -> Iterator[str]:
 TOO_WIDE = ("slices-of-rows", "wide-rows", "many-points")
 
 
-@pytest.fixture(params=("attend_queries", "attend_points"))
-def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Each GPU kernel: each of the two kernels by turns, whatever the number of looks."""
-    from saccade.backends.triton import launch, tuning
+@contextmanager
+def table(monkeypatch: pytest.MonkeyPatch, **entries: int) -> Iterator[list[str]]:
+    """The GPU kernels, chosen by other entries of the table; gives the names of those that ran."""
+    from saccade.backends.triton import backward, launch, tuning
 
-    most = {"attend_queries": -1, "attend_points": 2**62}[request.param]
-    table = {**tuning._table(), "few_looks": most}
-    monkeypatch.setattr(tuning, "_table", lambda: table)
-    launch._remembered.clear()
+    changed = {**tuning._table(), **entries}
+    monkeypatch.setattr(tuning, "_table", lambda: changed)
+    remembered = (launch._remembered, backward._remembered)
+    for plans in remembered:
+        plans.clear()
+    ran: list[str] = []
     with use(TRITON):
+        yield ran
+    ran += [plan.prepared.kernel.__name__ for plans in remembered for plan in plans.values()]
+    for plans in remembered:
+        plans.clear()
+
+
+FEW_LOOKS = {"queries": -1, "points": 2**62}
+MANY_SAMPLES = {"added": 2**62, "in-order": 0}
+
+
+@pytest.fixture(params=FEW_LOOKS)
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The GPU kernels: those for many queries and those for few by turns, whatever the number of looks."""
+    with table(monkeypatch, few_looks=FEW_LOOKS[request.param]) as ran:
         yield request.param
-    ran = {plan.kernel.__name__ for plan in launch._remembered.values()}
-    launch._remembered.clear()
     # What does not fit into registers at once is left to the other one.
-    assert request.param in ran or request.node.callspec.id.endswith(TOO_WIDE)
+    assert f"attend_{request.param}" in ran or request.node.callspec.id.endswith(TOO_WIDE)
+
+
+@pytest.fixture(params=MANY_SAMPLES)
+def summed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Both ways to sum up the gradient of the value, by the GPU kernels for many queries."""
+    chosen = {"few_looks": -1, "many_samples": MANY_SAMPLES[request.param]}
+    with table(monkeypatch, **chosen) as ran:
+        yield request.param
+    assert "differentiate_queries" in ran
 
 
 def pytest_report_header() -> str:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import BACKENDS, NO_TRITON
-from helpers import Case, python
+from helpers import Case, python, run
 
 import saccade
 from saccade.ops import contract, gpu, native
@@ -135,9 +135,14 @@ def test_a_call_that_is_refused_runs_on_the_reference(monkeypatch):
     case = Case()
     inputs = case.draw()
     arguments = contract.arguments_of(case.understood(*inputs))
-    found = gpu.kernel(contract.PLAIN)(*arguments)
+    grad_output = torch.randn(case.batch_size, case.num_queries, case.num_heads * case.head_dim)
+    forward, backward = gpu.kernels(contract.PLAIN).values()
+    found = forward(*arguments)
+    gradients = backward(grad_output, *arguments, [True, True, False])
     with saccade.use_backend("reference"):
-        assert torch.equal(found, case.call(*inputs))
+        expected = run(case, inputs, grad_output)
+    assert all(map(torch.equal, [found, *gradients[:2]], expected))
+    assert gradients[2].numel() == 0
 
 
 def test_transforms_that_only_the_reference_knows_are_named():

@@ -34,7 +34,8 @@ BOUNDS = {
 def readings(tmp_path_factory):
     """In a process of its own: here the kernels are those of the interpreter."""
     output = tmp_path_factory.mktemp("compiled") / "readings.json"
-    command = [sys.executable, "-m", "benchmarks.gpu.compile", "--output", str(output)]
+    command = [sys.executable, "-m", "benchmarks.gpu.compile", "--forward"]
+    command += ["--output", str(output)]
     for case in sorted({case for case, _, _ in BOUNDS}):
         command += ["--case", case]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -75,8 +76,8 @@ from benchmarks.gpu import compile
 from saccade.backends.triton import launch
 for case in ("detr-encoder", "detr-decoder"):
     found = launch.plan(compile.call_of(compile.WORKLOADS[case], torch.float32))
-    assert found.constants["enable_fp_fusion"] is False
-    code = compile.machine_code(found, torch.float32, torch.float32)
+    assert found.prepared.constants["enable_fp_fusion"] is False
+    code = compile.machine_code(compile.forward_kernel(found, torch.float32, torch.float32))
     halves = [line for line in code if "-0.5" in line]
     assert halves, "the shift by half a pixel is not found"
     assert not any("FFMA" in line for line in halves), halves
@@ -98,12 +99,13 @@ for shapes, queries, batch_size in (
 ):
     sizes = {"shapes": shapes, "num_queries": queries, "batch_size": batch_size}
     plan = launch.plan(compile.call_of(workload._replace(**sizes), torch.bfloat16))
-    kernel, launched = plan.kernel, plan.launches[0]
+    kernel, launched = plan.prepared.kernel, plan.launches[0]
     bind = create_function_from_signature(
         kernel.signature, kernel.params, make_backend(compile.TARGET)
     )
     options = {"num_warps", "num_stages", "enable_fp_fusion"}
-    constants = {name: plan.constants[name] for name in plan.constants if name not in options}
+    constants = plan.prepared.constants
+    constants = {name: constants[name] for name in constants if name not in options}
     tensors = [torch.empty(1)] * 5
     _, specialized, _ = bind(
         *tensors, plan.sizes, *launched[1:3], plan.num_positions, *launched[3:], **constants

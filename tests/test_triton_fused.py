@@ -117,7 +117,7 @@ def test_places_counted_in_64_bits(kernel, name, fused, monkeypatch):
     launch._remembered.clear()
     monkeypatch.setattr(launch, "_MOST_NUMBERS_OF_32_BITS", 0)
     assert torch.equal(case.call(*inputs), narrow)
-    assert all(plan.constants["WIDE"] for plan in launch._remembered.values())
+    assert all(plan.prepared.constants["WIDE"] for plan in launch._remembered.values())
 
 
 def test_powers_do_not_overflow(kernel):

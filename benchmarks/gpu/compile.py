@@ -29,8 +29,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from saccade.arguments import Call, FusedCall, Options, understand, understand_fused
-from saccade.backends.triton import launch
-from saccade.backends.triton.launch import Plan
+from saccade.backends.triton import backward, launch
+from saccade.backends.triton.backward import GradientPlan, Wanted
+from saccade.backends.triton.launch import Plan, Prepared
 from saccade.benchmark.workloads import WORKLOADS, Workload
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "gpu_compile.json"
@@ -41,8 +42,9 @@ TYPES = {
     torch.float64: "fp64",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
+    torch.int32: "i32",
+    torch.int64: "i64",
 }
-POINTERS = ("output", "value", "points", "weights", "references")
 
 
 class Reading(NamedTuple):
@@ -58,6 +60,8 @@ class Reading(NamedTuple):
     """Warp instructions for each sample: of the innermost loop, or of the whole where there is none."""
     widest_value_load: int
     """Bits of the widest load."""
+    widest_addition: int
+    """Numbers that the widest atomic addition adds; 0 without any."""
 
 
 def options_of(workload: Workload) -> Options:
@@ -83,44 +87,105 @@ def call_of(workload: Workload, dtype: torch.dtype, kind: str = "given") -> Call
     return understand_fused(value, references, locations, weights, options)
 
 
-def read(plan: Plan, value_dtype: torch.dtype, points_dtype: torch.dtype) -> Reading:
-    """Compiles the kernel of a plan as its launch would, and reads the machine code."""
-    compiled = _compiled(plan, value_dtype, points_dtype)
+# How the gradient of the value is summed up; "no" is the forward.
+GRADIENTS = ("no", "add", "sort")
+# What a program of each kernel takes at once.
+BLOCKS = ("QUERIES", "PIECES", "ROWS")
+
+
+class Kernel(NamedTuple):
+    """A kernel of a plan, and what its arguments point to."""
+
+    prepared: Prepared
+    pointers: dict[str, torch.dtype]
+    sizes: tuple[int, ...] = ()
+    samples: int = 0
+    """That a program works on each time around its innermost loop, or in all where it has none."""
+
+    @property
+    def name(self) -> str:
+        """As in the sources."""
+        return str(self.prepared.kernel.__name__)
+
+
+def forward_kernel(plan: Plan, value: torch.dtype, points: torch.dtype) -> Kernel:
+    """The kernel of a call."""
+    pointers = dict.fromkeys(("output", "value"), value)
+    pointers |= dict.fromkeys(("points", "weights", "references"), points)
+    return Kernel(plan.prepared, pointers, plan.sizes, _samples(plan.prepared.constants))
+
+
+def backward_kernels(plan: GradientPlan, value: torch.dtype, points: torch.dtype) -> list[Kernel]:
+    """The kernels of a backward: that of the points, then those that sum up in order."""
+    constants, compute = plan.prepared.constants, plan.compute_dtype
+    added = constants["VALUE_GRADIENT"] == "add"
+    pointers = {
+        "grad_value": compute if added else value,
+        "grad_weights": compute if plan.fused else points,
+        **dict.fromkeys(("grad_points", "grad_logits", "points", "weights", "references"), points),
+        **dict.fromkeys(("grad_output", "value"), value),
+        **dict.fromkeys(("grad_locations", "records"), compute),
+        "keys": torch.int32,
+    }
+    found = [Kernel(plan.prepared, pointers, plan.sizes, _samples(constants))]
+    if plan.in_order is not None:
+        pieces, rows = plan.in_order.pieces, plan.in_order.rows
+        counts = dict.fromkeys(
+            ("order", "first_points", "first_pieces", "cell_of_piece"), torch.int64
+        )
+        given = {"sums": compute, "grad_output": value, "records": compute, **counts}
+        found.append(Kernel(pieces, given, (), pieces.constants["PIECES"]))
+        given = {"grad_value": value, "sums": compute, "first_pieces": torch.int64}
+        found.append(Kernel(rows, given, plan.sizes, rows.constants["ROWS"]))
+    return found
+
+
+def _samples(constants: dict[str, Any]) -> int:
+    return int(constants["QUERIES"] * constants.get("TOGETHER", constants["POINTS"]))
+
+
+def read(kernel: Kernel) -> Reading:
+    """Compiles a kernel as its launch would, and reads the machine code."""
+    compiled = _compiled(kernel)
     lines = _machine_code(compiled.asm["cubin"])
     code = _without_labels(lines)
     loop = _innermost_loop(lines)
-    per_warp = plan.constants["QUERIES"] / plan.constants["num_warps"]
-    together = plan.constants.get("TOGETHER", plan.constants["POINTS"])
     loads = [int(width) for line in code for width in re.findall(r"LDG\.E\.(64|128)", line)]
+    additions = re.findall(r"red\.[.\w]*?add\.(?:(v\d)\.)?(?:noftz\.)?f\d+", compiled.asm["ptx"])
     return Reading(
         registers=_registers(compiled.asm["cubin"]),
         spills=sum("LDL" in line or "STL" in line for line in code),
         shared_bytes=compiled.metadata.shared,
         instructions=len(code),
-        per_sample=round(len(loop or code) / (per_warp * together), 2),
+        per_sample=round(
+            len(loop or code) * kernel.prepared.constants["num_warps"] / kernel.samples, 2
+        ),
         widest_value_load=max(loads, default=32),
+        widest_addition=max((int(width[1:] or 1) for width in additions), default=0),
     )
 
 
-def machine_code(plan: Plan, value_dtype: torch.dtype, points_dtype: torch.dtype) -> list[str]:
-    """The instructions of the kernel of a plan."""
-    return _without_labels(_machine_code(_compiled(plan, value_dtype, points_dtype).asm["cubin"]))
+def machine_code(kernel: Kernel) -> list[str]:
+    """The instructions of a kernel."""
+    return _without_labels(_machine_code(_compiled(kernel).asm["cubin"]))
 
 
-def _compiled(plan: Plan, value_dtype: torch.dtype, points_dtype: torch.dtype) -> Any:
-    constants = {
-        name: number
-        for name, number in plan.constants.items()
-        if name not in ("num_warps", "num_stages", "enable_fp_fusion")
+def _compiled(kernel: Kernel) -> Any:
+    options = {
+        name: kernel.prepared.constants[name]
+        for name in ("num_warps", "num_stages", "enable_fp_fusion")
     }
-    options = {name: plan.constants[name] for name in plan.constants if name not in constants}
-    names = plan.kernel.arg_names
+    constants = {
+        name: number for name, number in kernel.prepared.constants.items() if name not in options
+    }
+    names = kernel.prepared.kernel.arg_names
     signature: dict[str, Any] = dict.fromkeys(names, "i32")
-    signature |= dict.fromkeys(POINTERS, "*" + TYPES[points_dtype])
-    signature |= dict.fromkeys(("output", "value"), "*" + TYPES[value_dtype])
-    signature |= {"sizes": ("i32",) * len(plan.sizes)} | dict.fromkeys(constants, "constexpr")
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in POINTERS}
-    source = ASTSource(plan.kernel, signature, constants, aligned)
+    signature |= {name: f"*{TYPES[dtype]}" for name, dtype in kernel.pointers.items()}
+    if kernel.sizes:
+        signature["sizes"] = ("i32",) * len(kernel.sizes)
+    signature |= dict.fromkeys(constants, "constexpr")
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in kernel.pointers}
+    source = ASTSource(kernel.prepared.kernel, signature, constants, aligned)
     return triton.compile(source, target=TARGET, options=options)
 
 
@@ -173,29 +238,52 @@ def _innermost_loop(lines: list[str]) -> list[str]:
     return largest
 
 
-def readings(names: Iterable[str], kinds: Iterable[str]) -> Iterable[dict[str, Any]]:
+def kernels_of(workload: Workload, dtype: torch.dtype, kind: str, gradient: str) -> list[Kernel]:
+    """The kernels of a workload: of its forward ("no"), or of its backward with value gradients that are
+    added up by atomic operations ("add") or in order ("sort").
+    """
+    call = call_of(workload, dtype, kind)
+    if gradient == "no":
+        return [forward_kernel(launch.plan(call), dtype, torch.float32)]
+    batch, queries, heads, _, _ = launch.points_of(call).shape
+    grad_output = call.value.new_empty(batch, queries, heads * workload.head_dim)
+    wanted = Wanted(True, False, True, True)
+    plan = backward.gradient_plan(call, wanted, grad_output, in_order=gradient == "sort")
+    return backward_kernels(plan, dtype, torch.float32)
+
+
+def readings(
+    names: Iterable[str], kinds: Iterable[str], gradients: Iterable[str] = ("no",)
+) -> Iterable[dict[str, Any]]:
     """Each workload in float32 and bfloat16."""
-    for name, kind, dtype in itertools.product(names, kinds, (torch.float32, torch.bfloat16)):
-        plan = launch.plan(call_of(WORKLOADS[name], dtype, kind))
-        found = read(plan, dtype, torch.float32)
-        yield {
-            "case": name,
-            "points": kind,
-            "dtype": TYPES[dtype],
-            "kernel": plan.kernel.__name__,
-            "queries": plan.constants["QUERIES"],
-            "warps": plan.constants["num_warps"],
-            **found._asdict(),
-        }
+    dtypes = (torch.float32, torch.bfloat16)
+    for name, gradient, kind, dtype in itertools.product(names, gradients, kinds, dtypes):
+        for kernel in kernels_of(WORKLOADS[name], dtype, kind, gradient):
+            constants = kernel.prepared.constants
+            yield {
+                "case": name,
+                "points": kind,
+                "dtype": TYPES[dtype],
+                "value_gradient": gradient,
+                "kernel": kernel.name,
+                "block": next(constants[one] for one in BLOCKS if one in constants),
+                "warps": constants["num_warps"],
+                **read(kernel)._asdict(),
+            }
 
 
 def main() -> None:
     """Compiles, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--case", action="append", choices=list(WORKLOADS))
+    parser.add_argument("--backward", action="store_true", help="only the backward's kernels")
+    parser.add_argument("--forward", action="store_true", help="only the forward's kernels")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    rows = list(readings(arguments.case or WORKLOADS, ("given", "points")))
+    gradients = (
+        ("no",) if arguments.forward else ("add", "sort") if arguments.backward else GRADIENTS
+    )
+    rows = list(readings(arguments.case or WORKLOADS, ("given", "points"), gradients))
     table = Table(*rows[0])
     for row in rows:
         table.add_row(*map(str, row.values()))

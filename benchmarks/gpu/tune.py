@@ -1,14 +1,16 @@
 """Makes the table of `saccade.backends.triton.tuning`: `python -m benchmarks.gpu.tune --write`.
 
 On a card, candidates are timed in turns, by replayed graphs on inputs that do not fit its L2, and the
-fastest is taken. With `--offline`, for which no card is needed, `attend_queries` is compiled for sm_90
-and the candidate with the fewest warp instructions a sample is taken that spills nothing and leaves room
-for other programs; `attend_points` waits for its loads, which no count shows, and stays as it is.
+fastest is taken. With `--offline`, for which no card is needed, the kernels for many queries are compiled
+for sm_90 and the candidate with the fewest warp instructions a sample is taken that spills nothing and
+leaves room for other programs; those for few wait for their loads, which no count shows, and stay as they
+are.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import re
@@ -19,8 +21,10 @@ import torch
 
 from benchmarks.gpu import compile
 from benchmarks.gpu.timing import Clock, card, replayed
-from saccade.arguments import Call, understand
-from saccade.backends.triton import launch, tuning
+from saccade.arguments import Call, FusedCall, understand
+from saccade.backends.triton import backward, launch, tuning
+from saccade.backends.triton.backward import GradientPlan, Wanted
+from saccade.backends.triton.launch import Plan
 from saccade.benchmark.workloads import WORKLOADS, Workload, draw
 
 WIDTHS = (16, 32, 64, 128, 256, 512, 1024)
@@ -34,6 +38,9 @@ FEW_QUERIES = (100, 200, 300, 600, 900, 1500, 2500, 5000)
 SETS = 6
 # What is counted: four and eight points a level, given and made from offsets.
 COUNTED = (("detr-encoder", "given"), ("detr-encoder", "points"), ("bevformer-sca", "points"))
+# Queries of an encoder with which both ways to sum up the gradient of the value are timed.
+MANY_QUERIES = (100, 300, 1000, 3000, 10000, 22223)
+FORWARD, BACKWARD = "attend", "differentiate"
 # Of a row that a thread holds: with four corners of a few points under way, more do not fit.
 MOST_NUMBERS = 16
 
@@ -50,7 +57,7 @@ def candidates(
     name: str, width: int, dtype: torch.dtype, *, warps: Iterable[int] = WARPS
 ) -> list[Candidate]:
     """What is tried for rows of `width` bytes."""
-    if name == "attend_points":
+    if name.endswith("points"):
         return [Candidate(q, w, 0) for q, w in itertools.product((1, 2, 4, 8), (1, 2, 4))]
     found = []
     for count, parts, loads in itertools.product(warps, PARTS, (1, 2)):
@@ -70,22 +77,35 @@ def workload_of(base: str, width: int, dtype: torch.dtype) -> Workload:
     return workload._replace(head_dim=size, num_heads=max(1, channels // size))
 
 
-def plan_of(name: str, candidate: Candidate, call: Call) -> launch.Plan:
-    """The call as this candidate would compute it."""
+def plan_of(
+    name: str, candidate: Candidate, call: Call | FusedCall, *, in_order: bool = True
+) -> Plan | GradientPlan:
+    """The call, or its backward, as this candidate would compute it."""
     words, _ = launch.words_of(call.value)
-    return launch.plan(call, tuning.form(name, words, *candidate))
+    form = tuning.form(name, words, *candidate)
+    if name.startswith(FORWARD):
+        return launch.plan(call, form)
+    *looks, _, _ = launch.points_of(call).shape
+    grad_output = call.value.new_empty(*looks[:2], looks[2] * call.value.shape[3])
+    wanted = Wanted(True, False, True, True)
+    return backward.gradient_plan(call, wanted, grad_output, form, in_order=in_order)
 
 
-def best_by_count(bits: str, width: int) -> Candidate:
-    """Of `attend_queries`, whose instructions do not depend on the number of warps."""
-    name, dtype, scores = "attend_queries", DTYPES[bits], {}
+def kernel_of(plan: Plan | GradientPlan, dtype: torch.dtype) -> compile.Kernel:
+    """The kernel that the candidates are of."""
+    if isinstance(plan, Plan):
+        return compile.forward_kernel(plan, dtype, torch.float32)
+    return compile.backward_kernels(plan, dtype, torch.float32)[0]
+
+
+def best_by_count(name: str, bits: str, width: int) -> Candidate:
+    """Of a kernel for many queries, whose instructions do not depend on the number of warps."""
+    dtype, scores = DTYPES[bits], {}
     calls = [
         compile.call_of(workload_of(case, width, dtype), dtype, kind) for case, kind in COUNTED
     ]
     for candidate in candidates(name, width, dtype, warps=(4,)):
-        found = [
-            compile.read(plan_of(name, candidate, call), dtype, torch.float32) for call in calls
-        ]
+        found = [compile.read(kernel_of(plan_of(name, candidate, call), dtype)) for call in calls]
         # One that has no room is better than one that spills.
         crowded = sum(max(0, reading.registers - MOST_REGISTERS) for reading in found)
         per_sample = sum(reading.per_sample for reading in found) / len(found)
@@ -108,35 +128,47 @@ def runs_of(workload: Workload, dtype: torch.dtype, clock: Clock) -> list[tuple[
 
 
 def timed(
-    clock: Clock, workload: Workload, dtype: torch.dtype, tried: list[tuple[str, Candidate]]
-) -> dict[tuple[str, Candidate], float]:
-    """Microseconds of each, in turns; of those that run."""
+    clock: Clock, workload: Workload, dtype: torch.dtype, plans: dict[str, Callable[[Call], Any]]
+) -> dict[str, float]:
+    """Microseconds of each plan, in turns; of those that run."""
     calls = runs_of(workload, dtype, clock)
     contenders: dict[str, list[Callable[[], object]]] = {}
-    names = {}
-    for name, candidate in tried:
-        plan = plan_of(name, candidate, calls[0][0])
-        label = f"{name} {tuple(candidate)}"
-        names[label] = (name, candidate)
-        contenders[label] = [
-            lambda plan=plan, tensors=tensors: launch.run(plan, *tensors, tensors[2])
-            for _, tensors in calls
-        ]
+    for label, plan_for in plans.items():
+        plan = plan_for(calls[0][0])
+        contenders[label] = [_run_of(plan, tensors) for _, tensors in calls]
     found, refused = replayed(clock, contenders, warm=False)
     for label, reason in refused.items():
         print(f"{label}: {reason}")
-    return {names[label]: timing.median for label, timing in found.items()}
+    return {label: timing.median for label, timing in found.items()}
+
+
+def _run_of(plan: Plan | GradientPlan, tensors: list[Any]) -> Callable[[], object]:
+    value, points, weights = tensors
+    if isinstance(plan, Plan):
+        return lambda: launch.run(plan, value, points, weights, weights)
+    *queries, _, _, _ = points.shape
+    grad_output = torch.randn(*queries, points.shape[2] * value.shape[3], device=value.device)
+    grad_output = grad_output.to(value.dtype)
+    return lambda: backward.run(plan, grad_output, value, points, weights, weights)
+
+
+def _entries(name: str, entries: list[Candidate]) -> dict[str, Callable[[Call], Any]]:
+    return {
+        f"{name} {tuple(one)}": functools.partial(lambda one, call: plan_of(name, one, call), one)
+        for one in entries
+    }
 
 
 def best_by_time(clock: Clock, name: str, bits: str, width: int) -> Candidate:
     """The candidate with the least time."""
     dtype = DTYPES[bits]
-    base = "detr-encoder" if name == "attend_queries" else "detr-decoder"
-    tried = [(name, candidate) for candidate in candidates(name, width, dtype)]
-    times = timed(clock, workload_of(base, width, dtype), dtype, tried)
-    for (_, candidate), time in sorted(times.items(), key=lambda item: item[1]):
-        print(f"{name}, {bits}, {width} bytes: {tuple(candidate)} {time:.2f} us", flush=True)
-    return min(times, key=lambda one: times[one])[1]
+    base = "detr-encoder" if name.endswith("queries") else "detr-decoder"
+    tried = candidates(name, width, dtype)
+    times = timed(clock, workload_of(base, width, dtype), dtype, _entries(name, tried))
+    for label, time in sorted(times.items(), key=lambda item: item[1]):
+        print(f"{label}, {bits}, {width} bytes: {time:.2f} us", flush=True)
+    best = min(times, key=lambda label: times[label])
+    return next(one for one in tried if f"{name} {tuple(one)}" == best)
 
 
 def few_looks(clock: Clock, table: dict[str, Any]) -> int:
@@ -146,17 +178,40 @@ def few_looks(clock: Clock, table: dict[str, Any]) -> int:
         workload = WORKLOADS["detr-decoder"]._replace(num_queries=queries)
         for bits, dtype in DTYPES.items():
             width = str(workload.head_dim * dtype.itemsize)
-            tried = [
-                (name, Candidate(*table[name][bits][width]))
-                for name in ("attend_points", "attend_queries")
-            ]
-            times = timed(clock, workload, dtype, tried)
-            print(f"{queries} queries, {dtype}: " + ", ".join(
-                f"{name} {time:.2f} us" for (name, _), time in times.items()), flush=True)  # fmt: skip
-            if times[tried[0]] > times[tried[1]]:
+            plans: dict[str, Callable[[Call], Any]] = {}
+            for name in ("attend_points", "attend_queries"):
+                plans |= _entries(name, [Candidate(*table[name][bits][width])])
+            times = list(timed(clock, workload, dtype, plans).values())
+            print(f"{queries} queries, {dtype}: {plans.keys()} {times} us", flush=True)
+            if times[0] > times[1]:
                 return best
         best = queries * workload.num_heads
     return best
+
+
+def many_samples(clock: Clock, table: dict[str, Any]) -> int:
+    """The number of samples from which on the gradient of the value is faster summed up in order."""
+    found = 2**62
+    for queries in reversed(MANY_QUERIES):
+        workload = WORKLOADS["detr-encoder"]._replace(num_queries=queries)
+        for bits, dtype in DTYPES.items():
+            entry = Candidate(*table["differentiate_queries"][bits][str(32 * dtype.itemsize)])
+            times = timed(
+                clock,
+                workload,
+                dtype,
+                {
+                    str(in_order): functools.partial(
+                        plan_of, "differentiate_queries", entry, in_order=in_order
+                    )
+                    for in_order in (False, True)
+                },
+            )
+            print(f"{queries} queries, {dtype}, in order or not: {times} us", flush=True)
+            if times["True"] > times["False"]:
+                return found
+        found = queries * workload.num_heads * sum(workload.points)
+    return found
 
 
 def main() -> None:
@@ -164,22 +219,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--offline", action="store_true", help="count instructions, no card needed")
     parser.add_argument("--width", type=int, action="append", choices=WIDTHS, help="bytes of a row")
+    parser.add_argument("--work", choices=(FORWARD, BACKWARD), help="only forward or backward")
     parser.add_argument("--write", action="store_true", help=f"write {tuning.TABLE.name}")
     arguments = parser.parse_args()
     table = json.loads(tuning.TABLE.read_text())
     widths = arguments.width or WIDTHS
+    works = [arguments.work] if arguments.work else [FORWARD, BACKWARD]
     if arguments.offline:
-        for bits, width in itertools.product(DTYPES, widths):
-            table["attend_queries"][bits][str(width)] = list(best_by_count(bits, width))
+        for work, bits, width in itertools.product(works, DTYPES, widths):
+            name = f"{work}_queries"
+            table[name][bits][str(width)] = list(best_by_count(name, bits, width))
         by = f"instructions counted, compiled for sm_{compile.TARGET.arch}; nothing measured"
     elif not torch.cuda.is_available():
         parser.error("this needs an NVIDIA GPU; without one there is --offline")
     else:
         clock = Clock(torch.device("cuda"))
-        names = ("attend_queries", "attend_points")
-        for name, bits, width in itertools.product(names, DTYPES, widths):
+        for work, of, bits, width in itertools.product(
+            works, ("queries", "points"), DTYPES, widths
+        ):
+            name = f"{work}_{of}"
             table[name][bits][str(width)] = list(best_by_time(clock, name, bits, width))
-        table["few_looks"] = few_looks(clock, table)
+        if FORWARD in works:
+            table["few_looks"] = few_looks(clock, table)
+        if BACKWARD in works:
+            table["many_samples"] = many_samples(clock, table)
         by = f"measured on {card(clock.device)['gpu']}, widths {', '.join(map(str, widths))}"
     table["made_by"] = f"python -m benchmarks.gpu.tune: {by}"
     text = printed(table)

@@ -73,10 +73,7 @@ def _of_device(device: torch.device) -> Backend:
     refusal = gpu.refusal(device)
     if refusal is not None:
         return Backend("reference", refusal)
-    return Backend(
-        "triton",
-        f"forward on {torch.cuda.get_device_name(device)}; gradients by the reference",
-    )
+    return Backend("triton", f"on {torch.cuda.get_device_name(device)}")
 
 
 @contextmanager

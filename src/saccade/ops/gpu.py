@@ -31,19 +31,27 @@ def refusal(device: torch.device) -> str | None:
     return refusal_of_installation() or refusal_of_card(device)
 
 
-def kernel(operator: Operator) -> Callable[..., Tensor]:
-    """What the dispatcher calls for tensors on a GPU."""
-    chosen: dict[torch.device, Callable[..., Tensor]] = {}
+def kernels(operator: Operator) -> dict[str, Callable[..., Any]]:
+    """What the dispatcher calls for tensors on a GPU: for the operator and for its backward."""
 
-    def run(*arguments: Any) -> Tensor:
-        device = arguments[0].device
-        attend = chosen.get(device)
-        if attend is None:
-            refused = refusal(device) is not None
-            attend = chosen[device] = operator.fallback if refused else implementation(operator)
-        return attend(*arguments)
+    def chosen_at_first_call(fallback: Callable[..., Any], place: int) -> Callable[..., Any]:
+        chosen: dict[torch.device, Callable[..., Any]] = {}
 
-    return run
+        def run(*arguments: Any) -> Any:
+            device = arguments[0].device
+            found = chosen.get(device)
+            if found is None:
+                refused = refusal(device) is not None
+                found = fallback if refused else implementations(operator)[place]
+                chosen[device] = found
+            return found(*arguments)
+
+        return run
+
+    return {
+        operator.name: chosen_at_first_call(operator.fallback, 0),
+        operator.backward_name: chosen_at_first_call(operator.backward_fallback, 1),
+    }
 
 
 @functools.cache
@@ -59,7 +67,7 @@ def refusal_of_installation() -> str | None:
         version = importlib.import_module("triton").__version__
         if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
             return f"Triton {version} is older than {'.'.join(map(str, OLDEST_TRITON))}"
-        implementation(FUSED)
+        implementations(FUSED)
     except Exception as error:  # whatever a broken Triton raises: the reference is there
         return f"Triton did not load: {error}"
     return None
@@ -83,8 +91,12 @@ def refusal_of_card(device: torch.device) -> str | None:
     return None
 
 
-def implementation(operator: Operator) -> Callable[..., Tensor]:
-    """The GPU kernels of an operator; imports Triton."""
+def implementations(
+    operator: Operator,
+) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, ...]]]:
+    """The GPU kernels of an operator, forward and backward; imports Triton."""
     from saccade.backends import triton
 
-    return triton.attend_fused if operator is FUSED else triton.attend
+    if operator is FUSED:
+        return triton.attend_fused, triton.differentiate_fused
+    return triton.attend, triton.differentiate

@@ -21,7 +21,8 @@ def _register() -> torch.library.Library:
         ):
             library.impl(name, fallback, "CompositeExplicitAutograd")
             torch.library.register_fake(f"saccade::{name}", fake, lib=library)
-        library.impl(operator.name, gpu.kernel(operator), "CUDA")
+        for name, kernel in gpu.kernels(operator).items():
+            library.impl(name, kernel, "CUDA")
         library.impl(operator.name, autograd_kernel(operator), "Autograd", with_keyset=True)
         torch.library.register_autograd(
             f"saccade::{operator.backward_name}",

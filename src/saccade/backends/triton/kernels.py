@@ -14,11 +14,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from saccade.backends.triton.points import cells_of_points, entry, level_size, softmax_terms
+from saccade.backends.triton.points import (
+    cells_before,
+    cells_of_level,
+    cells_of_points,
+    corner_of_cells,
+    entry,
+    lower_row,
+    softmax_terms,
+)
 
 
 @triton.jit
-def _read(address, mask, PAIRS: tl.constexpr, dtype: tl.constexpr):
+def read(address, mask, PAIRS: tl.constexpr, dtype: tl.constexpr):
     """Numbers of the value; of `PAIRS`, words of two bfloat16, the first ones and the second ones."""
     loaded = tl.load(address, mask=mask, other=0)
     if PAIRS:
@@ -37,37 +45,19 @@ def _sampled(rows, first_channel, channels, cells, sizes_of_level, words, ROW: t
              dtype: tl.constexpr):  # fmt: skip
     """z(p): rows of the value around each point, blended. `rows` points to a level, for each point
     of the shape [...] of `cells`, or for all; of each row are read `channels` from `first_channel` on.
-    The result is a tuple of [..., channels], as `_read`.
+    The result is a tuple of [..., channels], as `read`.
 
     A corner outside the map is not read and counts as 0. The sum is complete before the attention
     weight comes in, as in the definition: an infinite weight is no matter of single corners.
     """
-    AXES: tl.constexpr = len(cells)
-    row = cells[AXES - 1][0]
-    if WIDE:
-        row = row.to(tl.int64)
-    for axis in tl.static_range(AXES - 2, -1, -1):
-        row = row * sizes_of_level[axis] + cells[axis][0]
-    first = rows + (row * ROW + first_channel)
+    first = rows + (lower_row(cells, sizes_of_level, WIDE) * ROW + first_channel)
     blended = ()
-    for corner in tl.static_range(2**AXES if LINEAR else 1):
-        inside = cells[0][2 + corner % 2]
-        address = first + (corner % 2) * ROW
-        weight = cells[0][1] if corner % 2 == 1 else 1 - cells[0][1]
-        for axis in tl.static_range(1, AXES):
-            inside = inside & cells[axis][2 + (corner >> axis) % 2]
-            weight *= cells[axis][1] if (corner >> axis) % 2 == 1 else 1 - cells[axis][1]
-            if (corner >> axis) % 2 == 1:
-                step = sizes_of_level[0]
-                if axis == 2:
-                    step = step * sizes_of_level[1]
-                if WIDE:
-                    step = step.to(tl.int64)
-                address += step * ROW
+    for corner in tl.static_range(2 ** len(cells) if LINEAR else 1):
+        inside, address, weight = corner_of_cells(first, cells, sizes_of_level, corner, ROW, WIDE)
         mask = tl.expand_dims(inside, -1)
         if MASKED:
             mask = mask & (tl.expand_dims(first_channel, -1) + channels < words)
-        numbers = _read(tl.expand_dims(address, -1) + channels, mask, PAIRS, dtype)
+        numbers = read(tl.expand_dims(address, -1) + channels, mask, PAIRS, dtype)
         weight = tl.expand_dims(weight, -1)
         if not LINEAR:
             blended = numbers
@@ -96,13 +86,10 @@ def _added(sums, weight, numbers):
 
 
 @triton.jit
-def _begin(output, value, points, weights, references, num_queries, num_blocks, num_positions,
-           first_map, first_query, KIND: tl.constexpr, NUM_REFERENCES: tl.constexpr,
-           POINTS: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, AXES: tl.constexpr,
-           ROW: tl.constexpr, WORDS: tl.constexpr, PAIRS: tl.constexpr, SLICES: tl.constexpr,
-           QUERIES: tl.constexpr):  # fmt: skip
-    """Where this program begins in output, points, weights and references, the first row that it reads
-    (one head of the value serves all), the number of its slice, and how many queries there are for it.
+def begin(num_queries, num_blocks, first_query, HEADS: tl.constexpr, SLICES: tl.constexpr,
+          QUERIES: tl.constexpr):  # fmt: skip
+    """What this program works on: the batch item, the head, the slice of a row, the first query of all
+    and how many of them.
     """
     program = tl.program_id(0)
     block = (program % num_blocks).to(tl.int64)
@@ -111,18 +98,28 @@ def _begin(output, value, points, weights, references, num_queries, num_blocks, 
     item = (program // num_blocks // SLICES // HEADS).to(tl.int64)
     remaining = tl.minimum(num_queries - block * QUERIES, QUERIES).to(tl.int32)
     query = first_query + item * num_queries + block * QUERIES
-    look = query * HEADS + head
-    if KIND != "given":
-        references += query * NUM_REFERENCES * (2 * AXES if KIND == "boxes" else AXES)
+    return item, head, slice_, query, remaining
+
+
+@triton.jit
+def rows_of_head(value, map_, head, num_positions, ROW: tl.constexpr, WORDS: tl.constexpr,
+                 PAIRS: tl.constexpr):  # fmt: skip
+    """Where the rows of a head begin in a map; one head of the value serves all."""
     if PAIRS:
         value = value.to(tl.pointer_type(tl.int32))
-    rows = value + (first_map + item) * num_positions * ROW
+    rows = value + map_ * num_positions * ROW
     if ROW > WORDS:
         rows += head * WORDS
-    return (
-        output + look * HEAD_DIM, points + look * POINTS * AXES, weights + look * POINTS,
-        references, rows, slice_, remaining,
-    )  # fmt: skip
+    return rows
+
+
+@triton.jit
+def references_of_query(references, query, KIND: tl.constexpr, NUM_REFERENCES: tl.constexpr,
+                        AXES: tl.constexpr):  # fmt: skip
+    """Where the reference points of a query begin."""
+    if KIND != "given":
+        references += query * NUM_REFERENCES * (2 * AXES if KIND == "boxes" else AXES)
+    return references
 
 
 @triton.jit(do_not_specialize=("num_queries", "num_blocks", "num_positions", "first_map",
@@ -144,11 +141,15 @@ def attend_queries(
     dtype: tl.constexpr = tl.float64 if value.dtype.element_ty == tl.float64 else tl.float32
     WORDS: tl.constexpr = HEAD_DIM // 2 if PAIRS else HEAD_DIM
     ROW: tl.constexpr = VALUE_HEADS * WORDS
-    output, points, weights, references, rows, slice_, remaining = _begin(
-        output, value, points, weights, references, num_queries, num_blocks, num_positions,
-        first_map, first_query, KIND, NUM_REFERENCES, POINTS, HEADS, HEAD_DIM, AXES, ROW, WORDS,
-        PAIRS, SLICES, QUERIES
-    )  # fmt: skip
+    item, head, slice_, query, remaining = begin(
+        num_queries, num_blocks, first_query, HEADS, SLICES, QUERIES
+    )
+    look = query * HEADS + head
+    output += look * HEAD_DIM
+    points += look * POINTS * AXES
+    weights += look * POINTS
+    references = references_of_query(references, query, KIND, NUM_REFERENCES, AXES)
+    rows = rows_of_head(value, first_map + item, head, num_positions, ROW, WORDS, PAIRS)
     SLICE: tl.constexpr = PARTS * CHANNELS
     words = WORDS
     if SLICES > 1:
@@ -178,7 +179,7 @@ def attend_queries(
                 reference = local * NUM_REFERENCES
                 if NUM_REFERENCES > 1:
                     reference += entry(REFERENCE_INDEX, point, POINTS)
-                cells, sizes_of_level = cells_of_points(
+                cells, sizes_of_level, _steps = cells_of_points(
                     points, place, references, reference, in_range, sizes, level,
                     points_of_level, KIND, COORDINATES, PADDING, INTERPOLATION, AXES, LEVELS, dtype
                 )  # fmt: skip
@@ -188,22 +189,19 @@ def attend_queries(
                 sampled = ()
                 for part in tl.static_range(PARTS):
                     sampled = sampled + _sampled(
-                        rows, _first_channel(local, part, CHANNELS, PARTS), channels, cells,
+                        rows, first_channel_of_part(local, part, CHANNELS, PARTS), channels, cells,
                         sizes_of_level, words, ROW, SLICES * SLICE > WORDS, PAIRS,
                         INTERPOLATION == "linear", WIDE, dtype
                     )  # fmt: skip
                 sums = _added(sums, tl.expand_dims(weight, -1), sampled)
         first_point += points_of_level
-        positions = level_size(sizes, level, 0, AXES, LEVELS).to(tl.int64)
-        for axis in tl.static_range(1, AXES):
-            positions *= level_size(sizes, level, axis, AXES, LEVELS)
-        rows += positions * ROW
+        rows += cells_of_level(sizes, level, 0, AXES, LEVELS) * ROW
 
     _store(output, local, in_range, sums, words, HEADS * HEAD_DIM, CHANNELS, PARTS, PAIRS)
 
 
 @triton.jit
-def _first_channel(query, part: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr):
+def first_channel_of_part(query, part: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr):
     """Where a part of a row begins: in another order for each query.
 
     Threads side by side read the rows of neighbouring queries, and the same place of two cache lines
@@ -219,7 +217,7 @@ def _store(output, query, in_range, sums, words, ROW: tl.constexpr, CHANNELS: tl
     row = tl.expand_dims(output + query * ROW, -1)
     numbers_of_row = 2 * words if PAIRS else words
     for part in tl.static_range(PARTS):
-        first = tl.expand_dims(_first_channel(query, part, CHANNELS, PARTS), -1)
+        first = tl.expand_dims(first_channel_of_part(query, part, CHANNELS, PARTS), -1)
         if PAIRS:
             numbers = tl.interleave(sums[2 * part], sums[2 * part + 1])
             channels = 2 * first + tl.arange(0, 2 * CHANNELS)
@@ -246,22 +244,19 @@ def attend_points(
     dtype: tl.constexpr = tl.float64 if value.dtype.element_ty == tl.float64 else tl.float32
     WORDS: tl.constexpr = HEAD_DIM // 2 if PAIRS else HEAD_DIM
     ROW: tl.constexpr = VALUE_HEADS * WORDS
-    output, points, weights, references, rows, _, remaining = _begin(
-        output, value, points, weights, references, num_queries, num_blocks, num_positions,
-        first_map, first_query, KIND, NUM_REFERENCES, POINTS, HEADS, HEAD_DIM, AXES, ROW, WORDS,
-        PAIRS, 1, QUERIES
-    )  # fmt: skip
+    item, head, _slice, query, remaining = begin(
+        num_queries, num_blocks, first_query, HEADS, 1, QUERIES
+    )
+    look = query * HEADS + head
+    output += look * HEAD_DIM
+    points += look * POINTS * AXES
+    weights += look * POINTS
+    references = references_of_query(references, query, KIND, NUM_REFERENCES, AXES)
+    rows = rows_of_head(value, first_map + item, head, num_positions, ROW, WORDS, PAIRS)
 
     point = tl.arange(0, BLOCK)
     level = tl.zeros((BLOCK,), tl.int32) + entry(LEVEL_OF_POINT, point, POINTS)
-    first_row = tl.zeros((BLOCK,), tl.int64)
-    end = tl.full((), 0, tl.int64)
-    for before in tl.static_range(LEVELS - 1):
-        positions = tl.full((), 1, tl.int64)
-        for axis in tl.static_range(AXES):
-            positions *= level_size(sizes, before, axis, AXES, LEVELS)
-        end += positions
-        first_row = tl.where(level > before, end, first_row)
+    first_row = cells_before(sizes, level, 0, AXES, LEVELS)
 
     local = tl.arange(0, QUERIES)
     in_block = local < remaining
@@ -273,7 +268,7 @@ def attend_points(
     reference = column * NUM_REFERENCES + tl.zeros((BLOCK,), tl.int32)
     if NUM_REFERENCES > 1:
         reference += entry(REFERENCE_INDEX, point, POINTS)
-    cells, sizes_of_level = cells_of_points(
+    cells, sizes_of_level, _steps = cells_of_points(
         points, place, references, reference, in_range, sizes, level,
         entry(POINTS_OF_POINT, point, POINTS), KIND, COORDINATES, PADDING, INTERPOLATION, AXES,
         LEVELS, dtype

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,41 @@ class _Compiled(NamedTuple):
     constants_in_order: tuple[Any, ...]
 
 
+class Prepared(NamedTuple):
+    """A kernel and its constants: all that does not change from call to call."""
+
+    kernel: Any
+    constants: dict[str, Any]
+    compiled: dict[Hashable, _Compiled]
+    """The compiled kernel, by what Triton compiles another one for: the device and the alignment."""
+
+    def start(
+        self,
+        programs: int,
+        tensors: Sequence[Tensor],
+        sizes: Sequence[tuple[int, ...]],
+        numbers: Sequence[int],
+    ) -> None:
+        """Launches the kernel on the device of the tensors, which has to be the current one."""
+        if programs == 0:
+            return
+        key = (tensors[0].get_device(), *[tensor.data_ptr() % 16 == 0 for tensor in tensors])
+        # What Triton does to find the kernel takes many times as long as the launch.
+        compiled = self.compiled.get(key)
+        # Numbers beyond 32 bits are of another type.
+        small = max(numbers) < 2**31
+        if compiled is not None and small:
+            constants = compiled.constants_in_order
+            compiled.kernel[(programs, 1, 1)](*tensors, *sizes, *numbers, *constants)
+            return
+        kernel = self.kernel[(programs,)](*tensors, *sizes, *numbers, **self.constants)
+        # The interpreter compiles nothing.
+        if kernel is not None and small:
+            names = self.kernel.arg_names
+            constants = tuple(self.constants[name] for name in names if name in self.constants)
+            self.compiled[key] = _Compiled(kernel, constants)
+
+
 class Launch(NamedTuple):
     """One launch: some queries in a row that read the maps from `first_map` on."""
 
@@ -46,13 +82,10 @@ class Plan(NamedTuple):
     """What is found out from sizes, dtypes and options: everything but the tensors."""
 
     output_shape: tuple[int, ...]
-    kernel: Any
+    prepared: Prepared
     launches: list[Launch]
     sizes: tuple[int, ...]
     num_positions: int
-    constants: dict[str, Any]
-    compiled: dict[Hashable, Any]
-    """The compiled kernel, by what Triton compiles another one for: the device and the alignment."""
 
 
 _remembered: dict[Hashable, Plan] = {}
@@ -61,18 +94,18 @@ _remembered: dict[Hashable, Plan] = {}
 def attend(*arguments: Any) -> Tensor:
     """`saccade::deformable_attention` on a GPU; the arguments are those of the operator."""
     value, shapes, locations, weights, *options = arguments
-    key = _key((value, locations, weights), shapes, options)
+    key = key_of_call((value, locations, weights), shapes, options)
     found = _remembered.get(key)
     if found is None:
         points = {"sampling_locations": locations, "attention_weights": weights}
-        found = remember(_remembered, key, plan(_understood(value, shapes, points, options)))
+        found = remember(_remembered, key, plan(understood(value, shapes, points, options)))
     return run(found, value, locations, weights, weights)
 
 
 def attend_fused(*arguments: Any) -> Tensor:
     """`saccade::fused_deformable_attention` on a GPU; the arguments are those of the operator."""
     value, shapes, references, offsets, logits, index, *options = arguments
-    key = _key((value, references, offsets, logits), shapes, [index, *options])
+    key = key_of_call((value, references, offsets, logits), shapes, [index, *options])
     found = _remembered.get(key)
     if found is None:
         points = {
@@ -80,11 +113,14 @@ def attend_fused(*arguments: Any) -> Tensor:
             "sampling_offsets": offsets,
             "attention_logits": logits,
         }
-        found = remember(_remembered, key, plan(_understood(value, shapes, points, options, index)))
+        found = remember(_remembered, key, plan(understood(value, shapes, points, options, index)))
     return run(found, value, offsets, logits, references)
 
 
-def _key(tensors: Sequence[Tensor], shapes: Sequence[int], options: Sequence[Any]) -> Hashable:
+def key_of_call(
+    tensors: Sequence[Tensor], shapes: Sequence[int], options: Sequence[Any]
+) -> Hashable:
+    """What a plan depends on."""
     return (
         *(tensor.shape for tensor in tensors),
         *(tensor.dtype for tensor in tensors),
@@ -94,7 +130,7 @@ def _key(tensors: Sequence[Tensor], shapes: Sequence[int], options: Sequence[Any
     )
 
 
-def _understood(
+def understood(
     value: Tensor,
     shapes: Sequence[int],
     points: dict[str, Tensor],
@@ -121,24 +157,53 @@ def _understood(
 
 def plan(call: Call | FusedCall, form: Form | None = None) -> Plan:
     """How a call is computed; by the table, unless a form is given."""
-    value = call.value
+    batch_size, _, _, head_dim = call.value.shape
+    _, num_queries, num_heads, _, _ = points_of(call).shape
+    if form is None:
+        form = tuning.choose("attend", *what_forms_go_by(call))
+    return Plan(
+        (*points_of(call).shape[:2], num_heads * head_dim),
+        Prepared(form.kernel, constants_of(call, form), {}),
+        launches_of(
+            batch_size, num_queries, num_heads * form.slices, form.queries, call.queries_per_map
+        ),
+        sizes_of(call),
+        call.value.shape[1],
+    )
+
+
+def points_of(call: Call | FusedCall) -> Tensor:
+    """Locations or offsets."""
+    return call.sampling_offsets if isinstance(call, FusedCall) else call.sampling_locations
+
+
+def sizes_of(call: Call | FusedCall) -> tuple[int, ...]:
+    """The sizes of the levels, as the kernels take them."""
+    return tuple(2 * size + 1 for shape in call.spatial_shapes for size in shape)
+
+
+def what_forms_go_by(call: Call | FusedCall) -> tuple[int, int, int, int, int, int]:
+    """What `tuning.choose` is asked with."""
+    *looks, num_points, axes = points_of(call).shape
+    words, word_bytes = words_of(call.value)
+    return (
+        words, word_bytes, call.value.element_size(), num_points, axes, math.prod(looks)
+    )  # fmt: skip
+
+
+def constants_of(call: Call | FusedCall, form: Form) -> dict[str, Any]:
+    """What kernels of forward and backward are compiled for."""
     kind, num_references, numbers = "given", 1, 0
     reference_index: tuple[int, ...] = (0,)
     if isinstance(call, FusedCall):
-        locations = call.sampling_offsets
         *_, num_references, numbers = call.reference_points.shape
-        kind = "points" if numbers == locations.shape[-1] else "boxes"
+        kind = "points" if numbers == call.sampling_offsets.shape[-1] else "boxes"
         reference_index = tuple(call.reference_index)
-    else:
-        locations = call.sampling_locations
-    batch_size, num_positions, value_heads, head_dim = value.shape
-    *_, num_queries, num_heads, num_points, axes = locations.shape
-    words, word_bytes = words_of(value)
-    if form is None:
-        looks = math.prod(locations.shape[:3])
-        form = tuning.choose(words, word_bytes, value.element_size(), num_points, axes, looks)
+    _, num_positions, value_heads, head_dim = call.value.shape
+    *_, num_heads, num_points, axes = points_of(call).shape
+    words, _ = words_of(call.value)
     changes = sum(one != other for one, other in itertools.pairwise(reference_index))
-    constants: dict[str, Any] = {
+    return {
         "KIND": kind,
         "NUM_REFERENCES": num_references,
         "REFERENCE_INDEX": reference_index,
@@ -160,22 +225,14 @@ def plan(call: Call | FusedCall, form: Form | None = None) -> Plan:
         )
         > _MOST_NUMBERS_OF_32_BITS,
         **form.constants(call.num_points, changes, axes),
-        # The definition rounds a position twice, and Triton's default has changed.
-        "enable_fp_fusion": False,
-        "num_warps": form.warps,
-        "num_stages": 1,
+        **options_of_launch(form.warps),
     }
-    return Plan(
-        (*locations.shape[:2], num_heads * head_dim),
-        form.kernel,
-        _launches(
-            batch_size, num_queries, num_heads * form.slices, form.queries, call.queries_per_map
-        ),
-        tuple(2 * size + 1 for shape in call.spatial_shapes for size in shape),
-        num_positions,
-        constants,
-        {},
-    )
+
+
+def options_of_launch(warps: int) -> dict[str, Any]:
+    """What Triton takes beside a kernel's own constants."""
+    # The definition rounds a position twice, and Triton's default has changed.
+    return {"enable_fp_fusion": False, "num_warps": warps, "num_stages": 1}
 
 
 def words_of(value: Tensor) -> tuple[int, int]:
@@ -186,7 +243,7 @@ def words_of(value: Tensor) -> tuple[int, int]:
     return value.shape[3], value.element_size()
 
 
-def _launches(
+def launches_of(
     batch_size: int,
     num_queries: int,
     of_block: int,
@@ -210,44 +267,39 @@ def _launches(
 
 def run(plan: Plan, value: Tensor, points: Tensor, weights: Tensor, references: Tensor) -> Tensor:
     """The output of a planned call; `references` may be any tensor where there are none."""
-    given = (value, points, weights, references)
-    if not all(tensor.data_ptr() for tensor in given):
-        _check_storage(given)
-    value, points, weights, references = (tensor.contiguous() for tensor in given)
-    if plan.constants["PAIRS"] and value.data_ptr() % 4:
-        # Words of two numbers have to begin where words begin.
-        value = value.clone()
+    value, points, weights, references = ready((value, points, weights, references))
+    if plan.prepared.constants["PAIRS"]:
+        value = beginning_with_a_word(value)
     output = value.new_empty(plan.output_shape)
-    tensors = (output, value, points, weights, references)
-    if value.is_cuda and value.get_device() != torch.cuda.current_device():
-        with torch.cuda.device(value.device):
-            _launch(plan, tensors)
-    else:
-        _launch(plan, tensors)
+    with device_of(value):
+        for programs, *numbers_of_queries, first_map, first_query in plan.launches:
+            numbers = (*numbers_of_queries, plan.num_positions, first_map, first_query)
+            tensors = (output, value, points, weights, references)
+            plan.prepared.start(programs, tensors, (plan.sizes,), numbers)
     return output
 
 
-def _check_storage(tensors: Sequence[Tensor]) -> None:
+def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """The device of a tensor as the current one; asking costs less than entering it."""
+    if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return nullcontext()
+
+
+def beginning_with_a_word(tensor: Tensor) -> Tensor:
+    """Numbers of 16 bits that can be read in words of two: those begin where words begin."""
+    return tensor.clone() if tensor.data_ptr() % 4 else tensor
+
+
+def ready(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors as kernels read them: contiguous.
+
+    Raises:
+        ValueError: one has lost its memory.
+    """
     for tensor in tensors:
         if tensor.data_ptr() == 0 and tensor.numel() > 0:
             raise ValueError(
                 f"a tensor {list(tensor.shape)}: expected one with memory, its storage was freed"
             )
-
-
-def _launch(plan: Plan, tensors: Sequence[Tensor]) -> None:
-    key = (tensors[0].get_device(), *[tensor.data_ptr() % 16 == 0 for tensor in tensors])
-    for programs, *numbers_of_queries, first_map, first_query in plan.launches:
-        numbers = (*numbers_of_queries, plan.num_positions, first_map, first_query)
-        # What Triton does to find the kernel takes many times as long as the launch.
-        compiled = plan.compiled.get(key)
-        if compiled is not None:
-            constants = compiled.constants_in_order
-            compiled.kernel[(programs, 1, 1)](*tensors, plan.sizes, *numbers, *constants)
-            continue
-        kernel = plan.kernel[(programs,)](*tensors, plan.sizes, *numbers, **plan.constants)
-        # The interpreter compiles nothing. Numbers beyond 32 bits are of another type.
-        if kernel is not None and max(numbers) < 2**31:
-            names = plan.kernel.arg_names
-            constants = tuple(plan.constants[name] for name in names if name in plan.constants)
-            plan.compiled[key] = _Compiled(kernel, constants)
+    return [tensor.contiguous() for tensor in tensors]

@@ -28,6 +28,26 @@ def level_size(sizes, level, AXIS: tl.constexpr, AXES: tl.constexpr, LEVELS: tl.
 
 
 @triton.jit
+def cells_of_level(sizes, level, MORE: tl.constexpr, AXES: tl.constexpr, LEVELS: tl.constexpr):
+    """The product of a level's sizes, each counted as MORE than it is."""
+    count = (level_size(sizes, level, 0, AXES, LEVELS) + MORE).to(tl.int64)
+    for axis in tl.static_range(1, AXES):
+        count *= level_size(sizes, level, axis, AXES, LEVELS) + MORE
+    return count
+
+
+@triton.jit
+def cells_before(sizes, level, MORE: tl.constexpr, AXES: tl.constexpr, LEVELS: tl.constexpr):
+    """The sum of what `cells_of_level` gives for the levels before `level`, a tensor of levels."""
+    before = tl.zeros(level.shape, tl.int64)
+    end = tl.full((), 0, tl.int64)
+    for other in tl.static_range(LEVELS - 1):
+        end += cells_of_level(sizes, other, MORE, AXES, LEVELS)
+        before = tl.where(level > other, end, before)
+    return before
+
+
+@triton.jit
 def _last(sizes, level, AXIS: tl.constexpr, AXES: tl.constexpr, LEVELS: tl.constexpr,
           PADDING: tl.constexpr):  # fmt: skip
     """The last pixel that a position is clamped to."""
@@ -59,8 +79,8 @@ def _quotient(number: tl.constexpr, count, dtype: tl.constexpr):
 
 
 @triton.jit
-def _offset_step(size, points_of_level, dtype: tl.constexpr, COORDINATES: tl.constexpr,
-                 BOXES: tl.constexpr):  # fmt: skip
+def offset_step(size, points_of_level, dtype: tl.constexpr, COORDINATES: tl.constexpr,
+                BOXES: tl.constexpr):  # fmt: skip
     """What an offset is multiplied by: a pixel, or of boxes half of the box over the level's points."""
     if BOXES:
         step = _quotient(0.5, points_of_level, dtype)
@@ -98,42 +118,47 @@ def _numbers(start, place, in_range, AXES: tl.constexpr, dtype: tl.constexpr):
 @triton.jit
 def _coordinate(number, reference, box, size, points_of_level, KIND: tl.constexpr,
                 COORDINATES: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
-    """A coordinate of the location of a point, of what is given or of an offset."""
-    if KIND == "given":
-        location = number
-    else:
-        step = _offset_step(size, points_of_level, dtype, COORDINATES, KIND == "boxes")
+    """A coordinate of the location of a point, of what is given or of an offset, and what an offset is
+    multiplied by.
+    """
+    location = number
+    step = number
+    if KIND != "given":
+        step = offset_step(size, points_of_level, dtype, COORDINATES, KIND == "boxes")
         moved = number * step
         if KIND == "boxes":
             moved = moved * box
+            step = step * box
         location = reference + moved
-    return location
+    return location, step
 
 
 @triton.jit
 def axis_cells(location, size, last, COORDINATES: tl.constexpr, PADDING: tl.constexpr,
           INTERPOLATION: tl.constexpr):  # fmt: skip
-    """The lower cell that a point reads along an axis, the share of the upper one, and whether each
-    lies inside the map. `last` is where `PADDING` clamps to.
+    """The lower cell that a point reads along an axis, the share of the upper one, whether each lies
+    inside the map, and how that share grows with the location. `last` is where `PADDING` clamps to.
 
     Far outside, or not finite: the cell is -2, so that neither is inside, and the share is finite.
     """
     position = location
+    slope = tl.full((), 1, location.dtype)
     if COORDINATES == "normalized":
         # Of cells counted from the edge the discrete rule rounds up what linear takes off.
-        position = location * size.to(location.dtype) + (
-            0.5 if INTERPOLATION == "discrete" else -0.5
-        )
+        slope = size.to(location.dtype)
+        position = location * slope + (0.5 if INTERPOLATION == "discrete" else -0.5)
     else:
         if COORDINATES == "normalized_corners":
-            position = location * (size - 1).to(location.dtype)
+            slope = (size - 1).to(location.dtype)
+            position = location * slope
         if INTERPOLATION == "discrete":
             position = position + 1
     if PADDING == "zeros":
         # Compared before anything is converted to an integer, which has no such numbers.
-        near = (position > -1) & (position < size.to(location.dtype))
+        near = (position >= -1) & (position < size.to(location.dtype))
     else:
         near = location - location == 0
+        slope = tl.where((position > 0) & (position < last.to(location.dtype)), slope, 0)
         position = tl.minimum(tl.maximum(position, 0), last.to(location.dtype))
     position = tl.where(near, position, -2)
     floor = tl.floor(position)
@@ -145,10 +170,12 @@ def axis_cells(location, size, last, COORDINATES: tl.constexpr, PADDING: tl.cons
     if INTERPOLATION == "nearest":
         # Half to even.
         cell += ((fraction > 0.5) | ((fraction == 0.5) & (cell % 2 != 0))).to(tl.int32)
+    if INTERPOLATION != "linear":
+        slope = tl.full((), 0, location.dtype)
     # As unsigned numbers negative ones are large.
     inside = cell.to(tl.uint32, bitcast=True) < size.to(tl.uint32)
     above_inside = (cell + 1).to(tl.uint32, bitcast=True) < size.to(tl.uint32)
-    return cell, fraction, inside, above_inside
+    return cell, fraction, inside, above_inside, slope
 
 
 @triton.jit
@@ -156,8 +183,8 @@ def cells_of_points(points, place, references, reference, in_range, sizes, level
            KIND: tl.constexpr, COORDINATES: tl.constexpr, PADDING: tl.constexpr,
            INTERPOLATION: tl.constexpr, AXES: tl.constexpr, LEVELS: tl.constexpr,
            dtype: tl.constexpr):  # fmt: skip
-    """Stage one for the points whose number is `place`: along each axis what `axis_cells` finds, and the
-    sizes of the level. `reference` is the number of their reference point.
+    """Stage one for the points whose number is `place`: along each axis what `axis_cells` finds, the size
+    of the level, and what an offset is multiplied by. `reference` is the number of their reference point.
     """
     numbers = _numbers(points, place * AXES, in_range, AXES, dtype)
     start, box = numbers, numbers
@@ -168,14 +195,50 @@ def cells_of_points(points, place, references, reference, in_range, sizes, level
         box = _numbers(references + AXES, reference * 2 * AXES, in_range, AXES, dtype)
     cells = ()
     sizes_of_level = ()
+    steps = ()
     for axis in tl.static_range(AXES):
         size = level_size(sizes, level, axis, AXES, LEVELS)
-        location = _coordinate(numbers[axis], start[axis], box[axis], size, points_of_level, KIND,
-                               COORDINATES, dtype)  # fmt: skip
+        location, step = _coordinate(numbers[axis], start[axis], box[axis], size, points_of_level,
+                                     KIND, COORDINATES, dtype)  # fmt: skip
         last = _last(sizes, level, axis, AXES, LEVELS, PADDING)
         cells = cells + (axis_cells(location, size, last, COORDINATES, PADDING, INTERPOLATION),)
         sizes_of_level = sizes_of_level + (size,)
-    return cells, sizes_of_level
+        steps = steps + (step,)
+    return cells, sizes_of_level, steps
+
+
+@triton.jit
+def lower_row(cells, sizes_of_level, WIDE: tl.constexpr):
+    """The number of the row of the value, in its level, in which the lower corner of a point lies."""
+    AXES: tl.constexpr = len(cells)
+    row = cells[AXES - 1][0]
+    if WIDE:
+        row = row.to(tl.int64)
+    for axis in tl.static_range(AXES - 2, -1, -1):
+        row = row * sizes_of_level[axis] + cells[axis][0]
+    return row
+
+
+@triton.jit
+def corner_of_cells(first, cells, sizes_of_level, corner: tl.constexpr, ROW: tl.constexpr,
+                    WIDE: tl.constexpr):  # fmt: skip
+    """One of the 2^N corners of a point: whether it lies inside the map, where it is if the lower one is
+    at `first` and rows are ROW apart, and its weight.
+    """
+    inside = cells[0][2 + corner % 2]
+    place = first + (corner % 2) * ROW
+    weight = cells[0][1] if corner % 2 == 1 else 1 - cells[0][1]
+    for axis in tl.static_range(1, len(cells)):
+        inside = inside & cells[axis][2 + (corner >> axis) % 2]
+        weight *= cells[axis][1] if (corner >> axis) % 2 == 1 else 1 - cells[axis][1]
+        if (corner >> axis) % 2 == 1:
+            step = sizes_of_level[0]
+            if axis == 2:
+                step = step * sizes_of_level[1]
+            if WIDE:
+                step = step.to(tl.int64)
+            place += step * ROW
+    return inside, place, weight
 
 
 @triton.jit

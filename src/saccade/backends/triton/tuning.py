@@ -15,8 +15,14 @@ from typing import Any, NamedTuple
 
 import triton
 
-from saccade.backends.triton import kernels
+from saccade.backends.triton import gradient_kernels, kernels
 
+KERNELS = {
+    "attend_queries": kernels.attend_queries,
+    "attend_points": kernels.attend_points,
+    "differentiate_queries": gradient_kernels.differentiate_queries,
+    "differentiate_points": gradient_kernels.differentiate_points,
+}
 TABLE = Path(__file__).with_name("tuning.json")
 
 # Numbers of the value that a thread of `attend_points` holds of one corner: with more, registers do not do.
@@ -67,16 +73,24 @@ class Form(NamedTuple):
 
 
 def choose(
-    words: int, word_bytes: int, number_bytes: int, num_points: int, spatial_dims: int, looks: int
+    work: str,
+    words: int,
+    word_bytes: int,
+    number_bytes: int,
+    num_points: int,
+    spatial_dims: int,
+    looks: int,
 ) -> Form:
-    """The form for rows of so many words, so many points of a head, and so many looks."""
+    """The form for "attend" or "differentiate", rows of so many words, so many points of a head, and so
+    many looks.
+    """
     table = _table()
     # A number of 16 bits takes as many registers as one of 32 once it is read.
     bits = "16 bits" if number_bytes == 2 else "32 bits"
     channels = triton.next_power_of_2(words)
     row_bytes = channels * word_bytes
     if looks <= table["few_looks"]:
-        queries, warps, _ = _entry(table["attend_points"][bits], row_bytes)
+        queries, warps, _ = _entry(table[f"{work}_points"][bits], row_bytes)
         points = triton.next_power_of_2(num_points)
         # A pair of numbers, and a float64, takes two registers.
         registers = max(word_bytes // number_bytes, number_bytes // 4, 1)
@@ -85,12 +99,19 @@ def choose(
         queries = min(max(1, queries * POINTS_OF_TABLE // points), fitting)
         if queries:
             queries = 2 ** (queries.bit_length() - 1)
-            return form("attend_points", words, queries, warps, 0)
+            return form(f"{work}_points", words, queries, warps, 0)
     slice_words = min(words, MOST_WORDS, MOST_BYTES // word_bytes)
     slice_bytes = triton.next_power_of_2(slice_words) * word_bytes
-    entry = _entry(table["attend_queries"][bits], slice_bytes)
-    whole = form("attend_queries", slice_words, *entry)
+    entry = _entry(table[f"{work}_queries"][bits], slice_bytes)
+    whole = form(f"{work}_queries", slice_words, *entry)
     return whole._replace(slices=-(-words // slice_words))
+
+
+def sums_in_order(samples: int) -> bool:
+    """Whether the gradient of the value is summed up in order also where nobody asks for it: of many
+    points that is faster than additions to memory that get into each other's way.
+    """
+    return bool(samples >= _table()["many_samples"])
 
 
 def _entry(entries: dict[str, list[int]], row_bytes: int) -> tuple[int, int, int]:
@@ -105,7 +126,7 @@ def form(name: str, words: int, queries: int, warps: int, parts: int) -> Form:
     """The form that an entry of the table means for rows of so many words."""
     channels = triton.next_power_of_2(words)
     parts = min(parts, channels)
-    return Form(getattr(kernels, name), queries, warps, channels // max(parts, 1), parts)
+    return Form(KERNELS[name], queries, warps, channels // max(parts, 1), parts)
 
 
 def together(num_points: list[int], spatial_dims: int) -> int:
