@@ -28,6 +28,7 @@ from benchmarks.gpu.plot import save_plot
 from benchmarks.gpu.report import failed_checks, print_report
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.special import special_checks
+from benchmarks.gpu.special_gradients import special_gradient_checks
 from benchmarks.gpu.speed import settings
 from benchmarks.gpu.variants import planned
 from saccade.benchmark.workloads import WORKLOADS
@@ -128,12 +129,13 @@ def dry_run(console: Console, sections: Sequence[str], given: argparse.Namespace
         show(f"  {step.name}: {step.seconds} s")
     plan = planned()
     show(
-        f"\nvariants that are checked, then random ones while there is time ({len(plan)}):", "bold"
+        f"\nvariants that are checked, forward and backward, then random ones ({len(plan)}):",
+        "bold",
     )
     for variant in plan:
         show(f"  {variant.name}")
     show("\nother checks:", "bold")
-    for name in special_checks(given.quick):
+    for name in (*special_checks(given.quick), *special_gradient_checks(given.quick)):
         show(f"  {name}")
     show("\nsettings that are timed:", "bold")
     for setting in settings(given.case, quick=given.quick):

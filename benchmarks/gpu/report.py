@@ -63,7 +63,7 @@ def print_report(found: dict[str, Any], console: Console, *, details: bool = Fal
         rate = found.get("copy_bytes_per_second") or math.nan
         console.print(f"\nthe two floors; a copy moves {rate / 1e12:.2f} TB/s, read and written")
         console.print(floor_table(figures, floors))
-    for key in ("checks_cut", "time_cut"):
+    for key in ("checks_cut", "gradients_cut", "time_cut", "backward_cut"):
         if found.get(key):
             console.print(f"cut off by time: {found[key]}", style="yellow", markup=False)
     for row in found.get("stopped", []):
@@ -187,6 +187,9 @@ def print_checks(found: dict[str, Any], console: Console) -> None:
         markup=False,
         soft_wrap=True,
     )
+    for row in rows:
+        if row.get("note"):
+            console.print(f"  {row['name']}: {row['note']}", style="dim", markup=False)
     for row in undone:
         console.print(f"  {row['name']}: {row['reason']}", style="dim", markup=False)
     for row in failed:

@@ -21,6 +21,7 @@ import saccade
 from benchmarks.gpu.checks import check_variants
 from benchmarks.gpu.floors import measure_floors
 from benchmarks.gpu.goals import COLD, WARM, time_of
+from benchmarks.gpu.gradients import check_gradients
 from benchmarks.gpu.models import MODELS, MODES, measure_model
 from benchmarks.gpu.peers import SACCADE
 from benchmarks.gpu.report import METHOD
@@ -31,7 +32,8 @@ from benchmarks.gpu.results import (
     Results,
     reason_of,
 )
-from benchmarks.gpu.special import check_special
+from benchmarks.gpu.special import check_special, special_checks
+from benchmarks.gpu.special_gradients import special_gradient_checks
 from benchmarks.gpu.speed import measure_speed
 from benchmarks.gpu.timing import card
 
@@ -57,11 +59,13 @@ def planned_steps(sections: Sequence[str], *, quick: bool = False) -> list[Step]
     """The parts of the sections, in order; what one leaves of the time goes to those after it."""
     found = []
     if "check" in sections:
-        found += [Step("variants", 25 if quick else 90), Step("special", 25 if quick else 70)]
+        found += [Step("variants", 15 if quick else 60), Step("special", 15 if quick else 50)]
+        found.append(Step("gradients", 20 if quick else 80))
+        found.append(Step("special_gradients", 20 if quick else 60))
     if "time" in sections:
-        found.append(Step("time", 60 if quick else 190))
+        found.append(Step("time", 25 if quick else 100))
     if "floors" in sections:
-        found.append(Step("floors", 20 if quick else 50))
+        found.append(Step("floors", 15 if quick else 45))
     if "models" in sections:
         for mode in MODES[:1] if quick else MODES:
             for name in MODELS[:1] if quick else MODELS:
@@ -112,7 +116,17 @@ def run_step(given: argparse.Namespace) -> int:
         if given.step == "variants":
             check_variants(results, device, deadline, seed, quick=given.quick)
         elif given.step == "special":
-            check_special(results, device, deadline, seed, quick=given.quick)
+            check_special(results, device, deadline, seed, checks=special_checks(given.quick))
+        elif given.step == "gradients":
+            check_variants(
+                *(results, device, deadline, seed),
+                quick=given.quick,
+                check=check_gradients,
+                of="backward: ",
+            )
+        elif given.step == "special_gradients":
+            checks = special_gradient_checks(given.quick)
+            check_special(results, device, deadline, seed, checks=checks)
         elif given.step == "time":
             measure_speed(results, device, deadline, seed, **chosen)
         elif given.step == "floors":
