@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import random
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import saccade
 
 pytest.importorskip("benchmarks.gpu", reason="benchmarks/ is not in a wheel")
 
-from benchmarks.gpu import checks, race, special_gradients, variants
+from benchmarks.gpu import ahead, checks, race, special_gradients, steps, variants
 from benchmarks.gpu.gradient_truth import truth_of_gradients
 from benchmarks.gpu.gradients import check_gradients, draw_grad_output
 from benchmarks.gpu.report import failed_checks
@@ -21,6 +22,7 @@ from benchmarks.gpu.variants import Inputs, Variant, draw
 from saccade import reference
 
 CPU = torch.device("cpu")
+ATTEND = saccade.deformable_attention
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +61,7 @@ def library(*, value=None, locations=None, weights=None, output=None):
         return tensor if change is None else Changed.apply(tensor, change)
 
     def attend(given_value, shapes, given_locations, given_weights, **options):
-        found = saccade.deformable_attention(
+        found = ATTEND(
             changed(given_value, value),
             shapes,
             changed(given_locations, locations),
@@ -86,6 +88,57 @@ def test_the_cpu_kernels_have_right_gradients_in_every_variant(tmp_path):
     for variant in (Variant(), Variant("float64"), Variant(form="fused")):
         error, allowed = check_gradients(variant, 1, CPU)
         assert 0 < error < 0.1 * allowed  # float32 is far from what is allowed
+
+
+def test_wrong_gradients_are_rows_of_their_step(tmp_path, monkeypatch):
+    json = tmp_path / "gpu.json"
+    Results(json, {"seed": 1, "machine": {}})
+    given = argparse.Namespace(
+        step="gradients", seconds=30.0, json=json, device="cpu", case=[], quick=True, small=True
+    )
+    fault = library(weights=lambda gradient: 1.01 * gradient).deformable_attention
+    monkeypatch.setattr(saccade, "deformable_attention", fault)
+    monkeypatch.setattr(checks, "QUICK_VARIANTS", 3)
+    assert steps.run_step(given) == steps.DONE
+    found = Results(json).found
+    assert len(found["checks"]) == 3
+    names = {row["name"].partition(",")[0] for row in failed_checks(found)}
+    assert names == {"backward: plain float32", "backward: plain bfloat16"}
+    assert all("grad_attention_weights" in row["reason"] for row in failed_checks(found))
+
+
+def test_kernels_are_compiled_ahead_by_others(monkeypatch):
+    with ahead.compiling_ahead("gradients", CPU) as number:
+        assert number == 0
+    called = []
+
+    def check(variant, seed, device):
+        called.append(variant)
+        raise RuntimeError("whatever is wrong is found elsewhere")
+
+    monkeypatch.setitem(ahead.CHECKS, "gradients", check)
+    for first in "012":
+        ahead.main(["gradients", first, "3"], "cpu")
+    plan = variants.planned()
+    assert called == plan[::3] + plan[1::3] + plan[2::3]
+    commands, ended = [], []
+
+    class Process:
+        def __init__(self, command, **options):
+            commands.append(command)
+
+        def kill(self):
+            ended.append(self)
+
+        wait = kill
+
+    monkeypatch.setattr(ahead.subprocess, "Popen", Process)
+    monkeypatch.setattr(ahead.os, "cpu_count", lambda: 6)
+    with ahead.compiling_ahead("variants", torch.device("cuda")) as number:
+        assert number == 3
+        assert [command[-3:] for command in commands] == [["variants", n, "3"] for n in "012"]
+        assert not ended
+    assert len(ended) == 6
 
 
 def lost(gradient):

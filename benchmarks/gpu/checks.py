@@ -197,7 +197,7 @@ def check_variants(
         if name in done:
             continue
         done.add(name)
-        if deadline.left < 2 * longest:
+        if deadline.left < longest:
             if number >= len(plan):
                 return
             left = f"{of}{len(plan) - number} of {len(plan)} planned variants"

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 
 import saccade
+from benchmarks.gpu.ahead import compiling_ahead
 from benchmarks.gpu.backward import measure_backward
 from benchmarks.gpu.checks import check_variants
 from benchmarks.gpu.floors import measure_floors
@@ -76,7 +77,7 @@ def planned_steps(sections: Sequence[str], *, quick: bool = False) -> list[Step]
             for name in MODELS[:1] if quick else MODELS:
                 found.append(Step(f"models {name} {mode}", 18 if mode == MODES[0] else 150))
             if mode == MODES[0]:
-                found.append(Step("training", 30 if quick else 70))
+                found.append(Step("training", 30 if quick else 85))
     return found
 
 
@@ -122,16 +123,14 @@ def run_step(given: argparse.Namespace) -> int:
     chosen = {"cases": given.case, "quick": given.quick}
     try:
         if given.step == "variants":
-            check_variants(results, device, deadline, seed, quick=given.quick)
+            with compiling_ahead("variants", device):
+                check_variants(results, device, deadline, seed, quick=given.quick)
         elif given.step == "special":
             check_special(results, device, deadline, seed, checks=special_checks(given.quick))
         elif given.step == "gradients":
-            check_variants(
-                *(results, device, deadline, seed),
-                quick=given.quick,
-                check=check_gradients,
-                of="backward: ",
-            )
+            of_gradients = {"check": check_gradients, "of": "backward: "}
+            with compiling_ahead("gradients", device):
+                check_variants(results, device, deadline, seed, quick=given.quick, **of_gradients)
         elif given.step == "special_gradients":
             checks = special_gradient_checks(given.quick)
             check_special(results, device, deadline, seed, checks=checks)
