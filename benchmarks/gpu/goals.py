@@ -213,10 +213,16 @@ def share_of_floor(
 
 
 def times_its_forward(
-    backward: Sequence[Row], case: str, batch_size: int, dtype: str, *, way: str = COLD
+    backward: Sequence[Row],
+    case: str,
+    batch_size: int,
+    dtype: str,
+    locations: str = "model-like",
+    *,
+    way: str = COLD,
 ) -> float:
     """Saccade's backward over the forward that took part in the same turns."""
-    row = of(backward, case, batch_size, dtype).get(SACCADE)
+    row = of(backward, case, batch_size, dtype, locations).get(SACCADE)
     forward = None if row is None else row | {"times": row.get("forward", {})}
     return time_of(row, way) / time_of(forward, way)
 

@@ -14,6 +14,7 @@ from benchmarks.gpu.goals import (
     COLD,
     DETERMINISTIC,
     EAGER,
+    FILLING,
     WARM,
     WAYS,
     Row,
@@ -22,6 +23,7 @@ from benchmarks.gpu.goals import (
     of,
     setting,
     time_of,
+    times_its_forward,
 )
 from benchmarks.gpu.peers import SACCADE
 from saccade.benchmark.report import times
@@ -47,8 +49,7 @@ def print_report(found: dict[str, Any], console: Console, *, details: bool = Fal
         console.print()
     backward = found.get("backward", [])
     if backward:
-        console.print(backward_table(backward))
-        console.print()
+        console.print(backward_table(backward), "\n", own_backward_table(backward), "\n", sep="")
     lines = remarks(figures, found.get("left_out", [])) + remarks(backward, [])
     for line in dict.fromkeys(lines):
         console.print(line, style="dim", markup=False, soft_wrap=True)
@@ -103,23 +104,45 @@ def ratio_table(figures: Sequence[Row]) -> Table:
 
 
 def backward_table(rows: Sequence[Row]) -> Table:
-    """The same of the backward; and over Saccade's own forward, both together by the wall, and their memory."""
+    """The same of the backward."""
+    rows = [row for row in rows if row["peer"] not in (DETERMINISTIC, FILLING)]
+    return _ratios(
+        "backward",
+        rows,
+        ("Saccade cold", "warm"),
+        lambda row: [_us(time_of(row, way)) for way in (COLD, WARM)],
+    )
 
-    def own(row: Row | None) -> list[str]:
-        forward, both = (
-            None if row is None else row | {"times": row.get(key, {})}
-            for key in ("forward", "both")
-        )
-        peak = (row or {}).get("peak_bytes")
-        return [
-            *(_us(time_of(row, way)) for way in (COLD, WARM)),
-            _times(time_of(row, COLD) / time_of(forward, COLD)),
-            _us(time_of(both, EAGER)),
+
+def own_backward_table(rows: Sequence[Row]) -> Table:
+    """Saccade's backward over its forward, deterministic over fast mode, both directions, and their memory."""
+    shown = Table(box=None, pad_edge=False, padding=(0, 1))
+    shown.add_column("Saccade's backward", no_wrap=True)
+    headings = (
+        "of its forward",
+        "deterministic",
+        "new memory filled",
+        "with forward, graph",
+        "wall",
+    )
+    for heading in (*headings, "peak"):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    for one in dict.fromkeys(setting(row) for row in rows):
+        own = of(rows, *one)
+        fast = own.get(SACCADE)
+        both = None if fast is None else fast | {"times": fast["both"]}
+        peak = (fast or {}).get("peak_bytes")
+        shown.add_row(
+            Text(f"{one[0]}, batch {one[1]}, {one[2]}, {one[3]}"),
+            _times(times_its_forward(rows, *one)),
+            *(
+                _times(time_of(own.get(name), COLD) / time_of(fast, COLD))
+                for name in (DETERMINISTIC, FILLING)
+            ),
+            *(_us(time_of(both, way)) for way in (COLD, EAGER)),
             "–" if peak is None else f"{peak / 2**20:.0f} MiB",
-        ]
-
-    headings = ("Saccade cold", "warm", "of its forward", "with it, wall", "peak")
-    return _ratios("backward", rows, headings, own)
+        )
+    return shown
 
 
 def _ratios(
@@ -133,9 +156,9 @@ def _ratios(
     shown = Table(box=None, pad_edge=False, padding=(0, 1))
     shown.add_column(title, no_wrap=True)
     for peer in peers:
-        shown.add_column(peer, justify="right", max_width=13, min_width=7, overflow="fold")
+        shown.add_column(peer, justify="right", max_width=11, min_width=7, overflow="fold")
     for heading in headings:
-        shown.add_column(heading, justify="right", max_width=9, min_width=7)
+        shown.add_column(heading, justify="right", max_width=8, min_width=7)
     for one in dict.fromkeys(setting(row) for row in figures):
         rows = of(figures, *one)
         cells = []
