@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -140,6 +140,42 @@ def test_backward_goes_on_where_it_stopped(tmp_path, monkeypatch):
     with pytest.raises(OutOfTimeError):
         backward.measure_backward(results, CPU, Deadline(-1), 1, quick=True)
     assert results.found["backward_cut"].startswith("not timed from here on: backward: detr-enc")
+
+
+def test_forwards_run_on_the_stream_that_captures(monkeypatch):
+    """With stand-ins for what only a GPU has: a backward runs where its forward ran."""
+
+    class Stream:
+        def __init__(self, device=None):
+            pass
+
+        def wait_stream(self, other):
+            pass
+
+    class Graph(Stream):
+        replay = lambda self: None  # noqa: E731
+
+    now, seen = [Stream()], []
+
+    @contextmanager
+    def on(stream):
+        now.append(stream)
+        yield
+        now.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now[-1])
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: on(stream))
+    clock = Clock(torch.device("cuda"))
+    with clock.on_its_stream():
+        seen.append(now[-1])
+        clock.graph([lambda: seen.append(now[-1])])
+    assert seen == [clock.stream] * 3
+    assert len(now) == 1
 
 
 def test_peak_memory_is_only_known_of_a_gpu():

@@ -225,6 +225,7 @@ def test_the_truth_is_that_of_the_reference_where_nothing_is_rounded():
 def few_runs(monkeypatch):
     monkeypatch.setattr(race, "RUNS", 6)
     monkeypatch.setattr(race, "SMALL", [(5, 7), (3, 4), (2, 2), (1, 2)])
+    race._case.cache_clear()
 
 
 def test_the_race_check_finds_races(few_runs):

@@ -46,9 +46,22 @@ class Expected(NamedTuple):
 
 
 def truth_of_gradients(
-    variant: Variant, inputs: Inputs, grad_output: Tensor, library: Any = reference
+    variant: Variant,
+    inputs: Inputs,
+    grad_output: Tensor,
+    library: Any = reference,
+    *,
+    of_a_cell: int | None = None,
 ) -> list[Expected]:
-    """The gradients of all inputs; `library` computes the plain operator's, in float64."""
+    """The gradients of all inputs.
+
+    Args:
+        variant: the call.
+        inputs: its tensors.
+        grad_output: the gradient of its output.
+        library: what computes the plain operator's gradients, in float64.
+        of_a_cell: how many points read a cell at most, where that has been counted.
+    """
     pixels = positions(variant, inputs)
     fused = variant.form == "fused"
     points = [tensor.double() for tensor in inputs.points]
@@ -72,7 +85,8 @@ def truth_of_gradients(
     for name, gradient, sizes, given in zip(
         NAMES[variant.form], exact, sums, (inputs.value, *inputs.points), strict=True
     ):
-        allowed = allowed_errors(addends(variant, name), gradient, sizes, variant, given.dtype)
+        number = of_a_cell if name == "value" and of_a_cell else addends(variant, name)
+        allowed = allowed_errors(number, gradient, sizes, variant, given.dtype)
         found.append(Expected(name, gradient, allowed, given.dtype))
     return found
 
