@@ -271,6 +271,13 @@ def test_special_checks_of_gradients(few_runs):
     ):
         with pytest.raises(ArithmeticError, match="grad_value is off by"):
             found[name](CPU, wrong, 2)
+    for spread in (
+        {"value": lambda g: g + 0 * g.sum()},
+        {"locations": lambda g: g.nan_to_num(0.0)},
+        {"weights": lambda g: g.nan_to_num(0.0)},
+    ):
+        with pytest.raises(ArithmeticError, match="holds in other places"):
+            found["backward: infinite values and gradients, fast"](CPU, library(**spread), 2)
     with pytest.raises(ArithmeticError, match="second derivative"):
         found["plain: second derivatives"](CPU, wrong, 2)
     changing = library(value=lambda gradient: gradient * (1 + 0.02 * torch.rand(())))

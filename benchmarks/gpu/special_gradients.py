@@ -25,6 +25,8 @@ from benchmarks.gpu.special import LIMIT, NEEDS_GPU, Check, Found, with_first
 from benchmarks.gpu.timing import Clock
 from benchmarks.gpu.variants import Inputs, Variant, call, draw, laid_out
 from saccade import reference
+from saccade.arguments import Options, understand
+from saccade.benchmark.operator import TOLERANCES
 from saccade.benchmark.workloads import Workload
 
 ALLOWED_OF_SECOND_DERIVATIVES = 1e-10
@@ -47,6 +49,8 @@ def special_gradient_checks(quick: bool = False) -> dict[str, Check]:
             f"{form}: backward on a GPU that is not the current one": with_first(_other_gpu, form),
         }
     found["DDP over one process"] = _ddp
+    for mode in MODES:
+        found[f"backward: infinite values and gradients, {mode}"] = with_first(_infinite, mode)
     for mode in MODES:
         found[f"backward: a map of more than 2^31 numbers, {mode}"] = with_first(_large_value, mode)
     found["backward: more than 2^31 coordinates and outputs"] = _many_looks
@@ -234,6 +238,53 @@ def _compiled(form: str, device: torch.device, library: Any, seed: int) -> Found
         output = compiled(*leaves)
         worst = worse(worst, case.right(torch.autograd.grad(output, leaves, case.grad_output)))
     torch._dynamo.reset()
+    return worst
+
+
+def _infinite(mode: str, device: torch.device, library: Any, seed: int) -> Found:
+    """What is not finite reaches the numbers that it is an addend of, with weight 0 as NaN, and no others.
+
+    A sum in order that is made of differences, or a product with a mask, would spread it.
+    """
+    numbers = torch.Generator().manual_seed(seed)
+    shapes, spread = [(8, 8)], (1, 211, 1, 4)
+    value = torch.randn(1, 64, 1, HEAD_DIM, generator=numbers)
+    value[0, torch.randperm(64, generator=numbers)[:3]] = math.inf
+    # Quarters of pixels, which no computing rounds: weights are exactly 0 in every precision.
+    locations = torch.randint(-6, 36, (*spread, 2), generator=numbers) / 4
+    weights = torch.rand(spread, generator=numbers)
+    grad_output = torch.randn(1, 211, HEAD_DIM, generator=numbers)
+    grad_output[0, 17], grad_output[0, 101, 5] = math.inf, math.nan
+
+    given = (value, locations, weights, grad_output)
+    *wide, wide_grad = (tensor.double() for tensor in given)
+    # Written out: autograd through the reference gives points outside the map 0 times infinity.
+    options = Options(shapes, 4, "linear", "zeros", "pixel", None)
+    expected = reference.execute_backward(wide_grad, understand(*wide, options))
+    worst = (0.0, 1.0)
+    for dtype in (torch.float32, torch.bfloat16):
+        dtypes = (dtype, torch.float32, torch.float32, dtype)
+        with MODES[mode]():
+            *leaves, grad = (
+                one.to(device, of, copy=True) for one, of in zip(given, dtypes, strict=True)
+            )
+            for leaf in leaves:
+                leaf.requires_grad_()
+            output = library.deformable_attention(
+                leaves[0], shapes, *leaves[1:], num_points=4, coordinates="pixel"
+            )
+            found = torch.autograd.grad(output, leaves, grad)
+        for name, gradient, want in zip(NAMES["plain"], found, expected, strict=True):
+            got = gradient.cpu().double()
+            for kind in (torch.isnan, torch.isinf):
+                if not torch.equal(kind(got), kind(want)):
+                    raise ArithmeticError(f"grad_{name}: {kind.__name__} holds in other places")
+            finite = want.isfinite()
+            error = float((got - want)[finite].abs().max())
+            allowed = TOLERANCES[dtype] * float(want[finite].abs().max())
+            if error > allowed:
+                raise ArithmeticError(f"grad_{name} is off by {error:.3g}, allowed {allowed:.3g}")
+            worst = worse(worst, (error, allowed))
     return worst
 
 
