@@ -14,7 +14,7 @@ import saccade
 
 pytest.importorskip("benchmarks.gpu", reason="benchmarks/ is not in a wheel")
 
-from benchmarks.gpu import floors, timing
+from benchmarks.gpu import floors, floors_backward, timing
 from benchmarks.gpu.goals import COLD, WARM
 from benchmarks.gpu.results import Deadline, Results
 from saccade.benchmark.workloads import WORKLOADS, Workload, draw
@@ -92,6 +92,19 @@ for dtype in (torch.float32, torch.bfloat16):
         sys.exit("a wrong sum was not found")
     except ArithmeticError:
         pass
+from benchmarks.gpu.floors_backward import checked_scatter, scatter
+inputs = draw(workload, dtype=torch.float32, uniform=True)
+rows = ordered(corner_rows(workload, inputs.sampling_locations * 1.4 - 0.2), "head after head")
+for dtype in (torch.float32, torch.bfloat16):
+    source = torch.randn(rows.shape[1], 16).to(dtype)
+    target = scatter(source, rows, torch.zeros(35 * 8, 16), Launch(4, 1, 4))()
+    checked_scatter(target, source, rows)
+    for wrong in (target + 0.01, target.roll(1, 0)):
+        try:
+            checked_scatter(wrong, source, rows)
+            sys.exit("a wrong sum was not found")
+        except ArithmeticError:
+            pass
 floors.COPIED_BYTES = 1 << 12
 print(copy_rate(Clock(torch.device("cpu"))))
 """
@@ -111,7 +124,7 @@ COMPILED = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from benchmarks.gpu import floors
+from benchmarks.gpu import floors, floors_backward
 from benchmarks.gpu.kernels import copy_kernel, gather_kernel
 
 target, aligned = GPUTarget("cuda", 90, 32), [["tt.divisibility", 16]]
@@ -127,6 +140,20 @@ for pointer, launch in (("*fp32", floors.LAUNCHES[0]), ("*bf16", floors.LAUNCHES
     compiled = triton.compile(source, target=target, options={"num_warps": launch.num_warps})
     loads = [line for line in compiled.asm["ptx"].splitlines() if "ld.global" in line]
     assert sum(".v4." in line for line in loads) >= launch.at_once, loads
+from benchmarks.gpu.kernels import scatter_kernel
+launch = floors_backward.LAUNCHES[0]
+for pointer in ("*fp32", "*bf16"):
+    types = [pointer, "*i32", "*fp32", "i32", "i32"]
+    constants = {"HEAD_DIM": 32, "BLOCK": launch.block, "AT_ONCE": launch.at_once}
+    source = ASTSource(
+        scatter_kernel,
+        dict(zip(scatter_kernel.arg_names, types)) | dict.fromkeys(constants, "constexpr"),
+        constexprs=constants,
+        attrs={(place,): aligned for place in range(3)},
+    )
+    compiled = triton.compile(source, target=target, options={"num_warps": launch.num_warps})
+    added = [line for line in compiled.asm["ptx"].splitlines() if "red.global" in line or "atom." in line]
+    assert added and all(".v4." in line and "relaxed" in line for line in added), added
 signature = {"source": "*fp32", "target": "*fp32", "count": "i32", "BLOCK": "constexpr"}
 source = ASTSource(copy_kernel, signature, constexprs={"BLOCK": 1024})
 assert "st.global" in triton.compile(source, target=target).asm["ptx"]
@@ -150,13 +177,28 @@ def test_floors_are_rows_of_the_results(tiny, tmp_path, monkeypatch):
         read = value.view(-1, head_dim)
         return lambda: read[rows.clamp_min(0).long()].masked_fill((rows < 0)[..., None], 0).sum(0)
 
+    def scatter(source, rows, target, launch):
+        def call():
+            for row in rows:
+                looks = row >= 0
+                target.index_add_(0, row[looks].long(), source[looks].float())
+            return target
+
+        return call
+
     monkeypatch.setattr(floors, "gather", gather)
+    monkeypatch.setattr(floors_backward, "scatter", scatter)
+    monkeypatch.setattr(floors_backward, "LAUNCHES", floors_backward.LAUNCHES[:1])
     monkeypatch.setattr(floors, "copy_rate", lambda clock: 1e9)
     monkeypatch.setattr(floors, "LAUNCHES", floors.LAUNCHES[:1])
     results = Results(tmp_path / "gpu.json", {})
     floors.measure_floors(results, CPU, Deadline(60), 1, cases=["detr-encoder"], quick=True)
     rows = json.loads(results.path.read_text())["floors"]
-    assert [row["peer"] for row in rows] == ["bytes", "gathers"] * 4
+    assert [row["peer"] for row in rows] == [
+        *("bytes", "gathers", "scatter", "sort", "bytes", "gathers") * 2
+    ]
+    assert rows[3]["keys"] == 13 * 2 * 2 * 4  # a key a point
+    assert rows[2]["times"].keys() == {COLD, WARM}
     one = rows[0]
     # Read once: at most all rows of 2 levels' 69 cells; points 13 · 2 · 8 · (2 + 1); the output.
     points, output = 13 * 2 * 8 * 3 * 4, 13 * 2 * 8 * 4

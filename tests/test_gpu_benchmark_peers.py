@@ -55,6 +55,14 @@ def upstream(value, shapes, starts, locations, weights, step):
     return emulated(value, shapes, starts, locations, weights)
 
 
+def upstream_backward(value, shapes, starts, locations, weights, grad_output, step):
+    assert grad_output.is_contiguous()
+    leaves = [tensor.detach().requires_grad_() for tensor in (value, locations, weights)]
+    with torch.enable_grad():
+        output = upstream(leaves[0], shapes, starts, *leaves[1:], step)
+    return torch.autograd.grad(output, leaves, grad_output)
+
+
 def dcnv4(value, shapes, starts, packed, step, points):
     """As FlashDeformAttn's kernel reads its tensor: of a head 2·L·K places, then L·K logits."""
     assert value.dtype == packed.dtype == torch.float16
@@ -93,9 +101,13 @@ def mach9(value, shapes, locations, weights, clamp_grid=True):
     return emulated(value, shapes, shapes.prod(1).cumsum(0) - shapes.prod(1), locations, weights)
 
 
+UPSTREAM_HALVES = {
+    "ms_deform_attn_forward": upstream,
+    "ms_deform_attn_backward": upstream_backward,
+}
 # The peer, the modules that stand for it, and how far it may be off with bfloat16 values.
 EMULATED = {
-    "upstream": (peers.Upstream, {"MultiScaleDeformableAttention": {"ms_deform_attn_forward": upstream}}, 1e-5),
+    "upstream": (peers.Upstream, {"MultiScaleDeformableAttention": UPSTREAM_HALVES}, 1e-5),
     "mmcv": (
         peers.Mmcv,
         {"mmcv.ops.multi_scale_deform_attn": {"MultiScaleDeformableAttnFunction": Applied(upstream)}},
@@ -103,12 +115,12 @@ EMULATED = {
     ),
     "hub": (
         peers.HubKernel,
-        {"kernels": {"get_kernel": lambda name, version: SimpleNamespace(ms_deform_attn_forward=upstream)}},
+        {"kernels": {"get_kernel": lambda name, version: SimpleNamespace(**UPSTREAM_HALVES)}},
         9e-2,
     ),
     "old hub": (
         peers.HubKernel,
-        {"kernels": {"get_kernel": lambda name: SimpleNamespace(ms_deform_attn_forward=upstream)}},
+        {"kernels": {"get_kernel": lambda name: SimpleNamespace(**UPSTREAM_HALVES)}},
         9e-2,
     ),
     "dcnv4": (peers.DCNv4, {"DCNv4": {"FlashDeformAttnFunction": Applied(dcnv4)}}, 2e-2),
@@ -136,10 +148,8 @@ EMULATED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("shared_head", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", EMULATED)
-def test_a_peer_is_given_what_its_layout_asks_for(name, dtype, shared_head, monkeypatch):
+def emulated_peer(name, monkeypatch):
+    """The peer, its modules replaced, and how far it may be off with bfloat16 values."""
     make, modules, allowed = EMULATED[name]
     for module, names in modules.items():
         stand_in = ModuleType(module)
@@ -147,7 +157,14 @@ def test_a_peer_is_given_what_its_layout_asks_for(name, dtype, shared_head, monk
         monkeypatch.setitem(sys.modules, module, stand_in)
         for parent in itertools.accumulate(module.split(".")[:-1], lambda a, b: f"{a}.{b}"):
             monkeypatch.setitem(sys.modules, parent, sys.modules.get(parent) or ModuleType(parent))
-    peer = make()
+    return make(), allowed
+
+
+@pytest.mark.parametrize("shared_head", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", EMULATED)
+def test_a_peer_is_given_what_its_layout_asks_for(name, dtype, shared_head, monkeypatch):
+    peer, allowed = emulated_peer(name, monkeypatch)
     assert peer.missing() is None
     workload = SMALL._replace(shared_head=shared_head, batch_size=1)
     if name == "dcnv4" and dtype == torch.float32:
@@ -343,7 +360,7 @@ def test_a_graph_that_cannot_be_captured_leaves_the_current_stream_as_it_was(mon
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "stream", on)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: on("capturing"))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: on("capturing"))
     clock, calls = Clock(torch.device("cuda")), []
     assert clock.seconds(lambda: None) == pytest.approx(2e-3)
     assert clock.graph([lambda: calls.append(now[-1])], keep=True)() == "replayed"

@@ -1,8 +1,9 @@
 """`python -m benchmarks.gpu`: Saccade on an NVIDIA GPU, in ten minutes.
 
-Checks every variant of a call against the definition in float64, times the workloads beside whatever is
-installed of the peers, whole models with and without saccade.patch, and the two floors; prints ratios first
-and goals beside the figures, writes JSON and a picture. What has been found is on disk at every moment.
+Checks every variant of a call, forward and backward, against the definition in float64, times the workloads
+beside whatever is installed of the peers, whole models and training steps with and without saccade.patch, and
+the floors; prints ratios first and goals beside the figures, writes JSON and a picture. What has been found is
+on disk at every moment.
 
 Exit code: 0 done; 1 a check of Saccade failed, none could be made, or there is no GPU; 2 wrong usage.
 """
@@ -28,6 +29,7 @@ from benchmarks.gpu.plot import save_plot
 from benchmarks.gpu.report import failed_checks, print_report
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.special import special_checks
+from benchmarks.gpu.special_gradients import special_gradient_checks
 from benchmarks.gpu.speed import settings
 from benchmarks.gpu.variants import planned
 from saccade.benchmark.workloads import WORKLOADS
@@ -52,9 +54,9 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--quick",
         action="store_true",
-        help="two minutes: a part of the checks, what the goals name",
+        help="three minutes: a part of the checks, what the goals name",
     )
-    add("--minutes", type=float, help="how long it may take in all (default 9.5, with --quick 2.5)")
+    add("--minutes", type=float, help="how long it may take in all (default 9.5, with --quick 3)")
     add("--peer-path", action="append", default=[], help="a folder with a compiled peer; repeat it")
     add("--seed", type=int, help="of the random inputs (default: another one each time)")
     add("--resume", action="store_true", help="go on with the JSON file that is there")
@@ -128,14 +130,15 @@ def dry_run(console: Console, sections: Sequence[str], given: argparse.Namespace
         show(f"  {step.name}: {step.seconds} s")
     plan = planned()
     show(
-        f"\nvariants that are checked, then random ones while there is time ({len(plan)}):", "bold"
+        f"\nvariants that are checked, forward and backward, then random ones ({len(plan)}):",
+        "bold",
     )
     for variant in plan:
         show(f"  {variant.name}")
     show("\nother checks:", "bold")
-    for name in special_checks(given.quick):
+    for name in (*special_checks(given.quick), *special_gradient_checks(given.quick)):
         show(f"  {name}")
-    show("\nsettings that are timed:", "bold")
+    show("\nsettings that are timed, forward, then backward:", "bold")
     for setting in settings(given.case, quick=given.quick):
         show(f"  {setting.name}")
     show("\npeers:", "bold")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -50,6 +50,8 @@ class Checked(NamedTuple):
     reason: str = ""
     """Why it is not right, or why it was not done (then `ok` is True)."""
     seconds: float = 0.0
+    note: str = ""
+    """What else is worth knowing of a check that holds."""
 
 
 def truth(variant: Variant, inputs: Inputs) -> Tensor:
@@ -119,18 +121,23 @@ def poison(numbers: int, dtype: torch.dtype, device: torch.device) -> None:
 
 
 @contextmanager
-def new_memory_is_nan() -> Iterator[None]:
-    """torch fills what `empty` gives with NaN inside the block."""
+def deterministic(*, warn_only: bool = False, filling: bool = True) -> Iterator[None]:
+    """Deterministic algorithms inside the block; `filling`: torch fills what `empty` gives with NaN."""
     before = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    filling = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    before_warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    before_filling = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
+    torch.utils.deterministic.fill_uninitialized_memory = filling
     try:
         yield
     finally:
-        torch.utils.deterministic.fill_uninitialized_memory = filling
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = before_filling
+        torch.use_deterministic_algorithms(before, warn_only=before_warn_only)
+
+
+def new_memory_is_nan() -> AbstractContextManager[None]:
+    """torch fills what `empty` gives with NaN inside the block, which it does in that mode only."""
+    return deterministic(warn_only=True)
 
 
 def check_variant(
@@ -161,26 +168,44 @@ def check_variant(
 
 
 def check_variants(
-    results: Results, device: torch.device, deadline: Deadline, seed: int, *, quick: bool = False
+    results: Results,
+    device: torch.device,
+    deadline: Deadline,
+    seed: int,
+    *,
+    quick: bool = False,
+    check: Callable[..., Any] = check_variant,
+    of: str = "",
 ) -> None:
-    """Checks the planned variants, then random ones while there is time; each is a row of the results."""
+    """Checks the planned variants, then random ones while there is time; each is a row of the results.
+
+    Args:
+        results: where the rows go.
+        device: of the calls.
+        deadline: when to stop; planned variants that are left then are counted.
+        seed: of the random inputs and variants.
+        quick: a part of the planned ones only.
+        check: what is done with each: by default its forward.
+        of: what the rows' names begin with, where it is something else.
+    """
     plan = planned()[:QUICK_VARIANTS] if quick else planned()
     extra = () if quick else itertools.islice(random_variants(seed), MOST_RANDOM)
     done = {row["name"] for row in results.rows("checks")}
     longest = 0.0
     for number, variant in enumerate((*plan, *extra)):
-        name = variant.name
+        name = of + variant.name
         if name in done:
             continue
         done.add(name)
-        if deadline.left < 2 * longest:
+        if deadline.left < longest:
             if number >= len(plan):
                 return
-            results.put("checks_cut", f"{len(plan) - number} of {len(plan)} planned variants")
+            left = f"{of}{len(plan) - number} of {len(plan)} planned variants"
+            results.put("gradients_cut" if of else "checks_cut", left)
             raise OutOfTimeError
         begin = time.monotonic()
         results.put("doing", {"key": "checks", "name": name})
-        results.add("checks", checked(name, device, check_variant, variant, seed + number, device))
+        results.add("checks", checked(name, device, check, variant, seed + number, device))
         longest = max(longest, time.monotonic() - begin)
 
 
@@ -191,14 +216,16 @@ def checked(name: str, device: torch.device, check: Any, *arguments: Any) -> dic
         DeviceLostError: after the failure the GPU does no more work; its row says which check it was.
     """
     begin = time.monotonic()
-    error, allowed, reason, ok = 0.0, 0.0, "", True
+    error, allowed, reason, ok, note = 0.0, 0.0, "", True, ""
     try:
         found = check(*arguments)
         if isinstance(found, str):
             reason = found
         elif found is not None:
-            error, allowed = found
+            error, allowed, *notes = found
+            note = "".join(notes)
     except Exception as failure:
         ok, reason = False, reason_of(failure)
         ensure_device(device, failure)
-    return Checked(name, ok, error, allowed, reason, round(time.monotonic() - begin, 3))._asdict()
+    seconds = round(time.monotonic() - begin, 3)
+    return Checked(name, ok, error, allowed, reason, seconds, note)._asdict()

@@ -1,4 +1,4 @@
-"""Two floors under a call, measured on this card: the bytes it must move, and the rows it must gather.
+"""Floors under a call, measured on this card: the bytes it must move, and the rows it must gather.
 
 Bytes: every distinct row of the value that a point reads, locations, weights and output, once each, at the
 rate of a copy. Gathers: the same rows as often as the points read them, by row numbers that are given, summed
@@ -7,14 +7,14 @@ in registers: no positions, no weights.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.floors_backward import backward_floors_of
 from benchmarks.gpu.goals import COLD, WARM
 from benchmarks.gpu.results import (
     Deadline,
@@ -23,67 +23,18 @@ from benchmarks.gpu.results import (
     memory_given_back,
     reason_of,
 )
+from benchmarks.gpu.rows import LIMIT, ORDERS, Launch, corner_rows, ordered, seconds_of
 from benchmarks.gpu.speed import Setting, input_sets, settings
 from benchmarks.gpu.timing import Clock, Timing, replayed
-from saccade.benchmark.workloads import Inputs, Workload
+from saccade.benchmark.workloads import Inputs
 
 COPIED_BYTES = 1 << 30
-QUERIES_OF_A_BLOCK = 32
-ORDERS = ("heads fastest", "head after head", "32 queries of a head")
-LIMIT = 2**31
-
-
-class Launch(NamedTuple):
-    """How a gather is cut into programs."""
-
-    block: int
-    num_warps: int
-    at_once: int
 
 
 LAUNCHES = (
     *(Launch(32, 4, 4), Launch(64, 4, 4), Launch(32, 4, 8)),
     *(Launch(16, 2, 4), Launch(64, 8, 4), Launch(16, 4, 8)),
 )
-
-
-def corner_rows(workload: Workload, sampling_locations: Tensor) -> Tensor:
-    """Which rows of the value the points read: [rows of a look, B, Q, M] int32, -1 outside the map.
-
-    A look is a query of a head; its rows are the corners of its points, point after point. The value is
-    rows of `head_dim` numbers, [B, S, M or 1].
-    """
-    device = sampling_locations.device
-    batch_size, _, heads = sampling_locations.shape[:3]
-    value_heads = 1 if workload.shared_head else heads
-    batch = torch.arange(batch_size, device=device).view(-1, 1, 1, 1) * workload.num_positions
-    head = torch.arange(heads, device=device).view(1, 1, -1, 1) * (value_heads > 1)
-    found, first, begin = [], 0, 0
-    for shape, count in zip(workload.shapes, workload.points, strict=True):
-        locations = sampling_locations[:, :, :, first : first + count]
-        sizes = torch.tensor(shape[::-1], device=device)
-        lower = (locations * sizes - 0.5).floor().clamp(-2, max(shape) + 1).long()
-        for corner in itertools.product((0, 1), repeat=len(shape)):
-            cell = lower + torch.tensor(corner, device=device)
-            inside = ((cell >= 0) & (cell < sizes)).all(-1)
-            position = torch.zeros_like(cell[..., 0])
-            for axis in reversed(range(len(shape))):  # a location is (x, y), y counts most
-                position = position * sizes[axis] + cell[..., axis]
-            row = (batch + begin + position) * value_heads + head
-            found.append(torch.where(inside, row, -1).int().permute(3, 0, 1, 2))
-        first, begin = first + count, begin + math.prod(shape)
-    return torch.cat(found)
-
-
-def ordered(rows: Tensor, order: str) -> Tensor:
-    """The looks in the order in which programs take them: [rows of a look, looks], contiguous."""
-    if order == "head after head":
-        rows = rows.transpose(2, 3)
-    elif order == "32 queries of a head":
-        beyond = -rows.shape[2] % QUERIES_OF_A_BLOCK
-        rows = torch.nn.functional.pad(rows, (0, 0, 0, beyond), value=-1)
-        rows = rows.unflatten(2, (-1, QUERIES_OF_A_BLOCK)).transpose(3, 4)
-    return rows.flatten(1).contiguous()
 
 
 def gather(value: Tensor, rows: Tensor, head_dim: int, launch: Launch) -> Callable[[], Tensor]:
@@ -148,6 +99,9 @@ def measure_floors(
         try:
             with memory_given_back(device):
                 results.add("floors", *floors_of(clock, one, rate, seed, best))
+            if one.dtype == "float32":  # rows are added in float32 whatever the values are
+                with memory_given_back(device):
+                    results.add("floors", *backward_floors_of(clock, one, seed))
         except Exception as error:
             left = one._asdict() | {"peer": "floors", "reason": reason_of(error)}
             results.add("left_out", left)
@@ -196,7 +150,7 @@ def floors_of(
         for launch in launches:
             call = gather(value, in_order, workload.head_dim, launch)
             checked_gather(call(), value, in_order, workload.head_dim)
-            tried[order, launch] = _seconds(clock, call)
+            tried[order, launch] = seconds_of(clock, call)
     order, launch = min(tried, key=tried.__getitem__)
     best[key] = sorted(tried, key=tried.__getitem__)[:6]
     in_order = ordered(rows, order)
@@ -220,14 +174,6 @@ def floors_of(
         | {"peer": "gathers", "rows": int((rows >= 0).sum()), "times": times, "order": order}
         | launch._asdict(),
     ]
-
-
-def _seconds(clock: Clock, call: Callable[[], object]) -> float:
-    """Of one call among several in a graph."""
-    number = 10 if clock.is_gpu else 1
-    replay = clock.graph([call] * number)
-    replay()
-    return sorted(clock.seconds(replay) for _ in range(5))[2] / number
 
 
 def _gathers(

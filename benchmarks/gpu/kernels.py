@@ -1,4 +1,4 @@
-"""The floors' kernels: a copy, and rows gathered by numbers that are given. A few lines of Triton each."""
+"""The floors' kernels: a copy, rows gathered and rows added by numbers that are given. A few lines each."""
 
 from __future__ import annotations
 
@@ -42,3 +42,30 @@ def gather_kernel(
             total += found.to(tl.float32)
     at = look[:, None] * HEAD_DIM + channel[None, :]
     tl.store(output + at, total.to(output.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit
+def scatter_kernel(
+    source,
+    rows,
+    target,
+    num_looks,
+    num_rows,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    """Adds the row of each look to all rows that it names; -1 names none.
+
+    `source` is [num_looks, HEAD_DIM], `target` float32 [rows of HEAD_DIM numbers]; the rest as in the gather.
+    """
+    look = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    channel = tl.arange(0, HEAD_DIM)
+    inside = look < num_looks
+    at = look[:, None] * HEAD_DIM + channel[None, :]
+    added = tl.load(source + at, mask=inside[:, None], other=0.0).to(tl.float32)
+    for first in range(0, num_rows, AT_ONCE):
+        for step in tl.static_range(AT_ONCE):
+            row = tl.load(rows + (first + step) * num_looks + look, mask=inside, other=-1)
+            to = row[:, None] * HEAD_DIM + channel[None, :]
+            tl.atomic_add(target + to, added, mask=(row >= 0)[:, None], sem="relaxed")

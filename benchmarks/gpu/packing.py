@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,16 @@ class Given(NamedTuple):
     weights: Tensor
     """[B, Q, M, L, K], contiguous."""
 
+    def with_levels(
+        self, function: Callable[..., Tensor]
+    ) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+        """A function of all five as one of value, locations and weights, and these three."""
+        shapes, starts = self.shapes, self.starts
+        return (
+            lambda value, *points: function(value, shapes, starts, *points),
+            (self.value, self.locations, self.weights),
+        )
+
 
 def by_level(
     workload: Workload, inputs: Inputs, dtype: torch.dtype, points: torch.dtype | None = None
@@ -41,6 +52,27 @@ def by_level(
         inputs.sampling_locations.unflatten(3, levels).to(points or dtype).contiguous(),
         inputs.attention_weights.unflatten(3, levels).to(points or dtype).contiguous(),
     )
+
+
+def halves_joined(module: Any, step: int) -> Callable[..., Tensor]:
+    """Upstream's forward and backward as what autograd knows; its extension has the two halves only."""
+
+    class Attention(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *given: Tensor) -> Tensor:
+            ctx.save_for_backward(*given)
+            attended: Tensor = module.ms_deform_attn_forward(*given, step)
+            return attended
+
+        @staticmethod
+        def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+            found = module.ms_deform_attn_backward(
+                *ctx.saved_tensors, grad_output.contiguous(), step
+            )
+            return found[0], None, None, *found[1:]
+
+    apply: Callable[..., Tensor] = Attention.apply
+    return apply
 
 
 def packed_for_dcnv4(given: Given, dtype: torch.dtype) -> Tensor:

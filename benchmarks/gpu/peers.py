@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import saccade
-from benchmarks.gpu.packing import by_level, packed_for_dcnv4
+from benchmarks.gpu.packing import by_level, halves_joined, packed_for_dcnv4
 from benchmarks.gpu.results import reason_of
 from saccade.benchmark import peers as cpu_peers
 from saccade.benchmark.workloads import Inputs, Workload
@@ -31,6 +31,9 @@ AUTHORS = {
     "multi_scale_deformable_attention": "roulbac",
     "msda2d_fwd": "mach9robotics",
 }
+
+Parts = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
+"""A function that autograd knows, and the tensors that it takes: the value first, gradients by all."""
 
 
 class GpuPeer(ABC):
@@ -76,8 +79,13 @@ class GpuPeer(ABC):
         return torch.float32
 
     @abstractmethod
+    def parts(self, workload: Workload, inputs: Inputs) -> Parts:
+        """The function that is timed, and its tensors, prepared; inputs are on the device."""
+
     def prepare(self, workload: Workload, inputs: Inputs) -> Callable[[], Tensor]:
-        """The call that is timed, its tensors prepared; inputs are on the device."""
+        """The call that is timed."""
+        function, tensors = self.parts(workload, inputs)
+        return lambda: function(*tensors)
 
 
 class Saccade(GpuPeer):
@@ -92,17 +100,16 @@ class Saccade(GpuPeer):
         """As it is asked."""
         return dtype
 
-    def prepare(self, workload: Workload, inputs: Inputs) -> Callable[[], Tensor]:
+    def parts(self, workload: Workload, inputs: Inputs) -> Parts:
         """The public function."""
         shapes, points = workload.shapes, workload.points
-        value, locations, weights = inputs[:3]
 
-        def call() -> Tensor:
+        def attend(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
             return saccade.deformable_attention(
                 value, shapes, locations, weights, num_points=points
             )
 
-        return call
+        return attend, tuple(inputs[:3])
 
 
 class SaccadeFused(Saccade):
@@ -110,7 +117,7 @@ class SaccadeFused(Saccade):
 
     name = "saccade fused"
 
-    def prepare(self, workload: Workload, inputs: Inputs) -> Callable[[], Tensor]:
+    def parts(self, workload: Workload, inputs: Inputs) -> Parts:
         """References in the middle of the map, offsets from there, and logits that give the weights."""
         shapes, points = workload.shapes, workload.points
         device = inputs.value.device
@@ -124,14 +131,11 @@ class SaccadeFused(Saccade):
             (*locations.shape[:2], 1, workload.spatial_dims), 0.5, device=device
         )
         offsets, logits = (locations - 0.5) * sizes, inputs.attention_weights.log()
-        value = inputs.value
 
-        def call() -> Tensor:
-            return saccade.fused_deformable_attention(
-                value, shapes, references, offsets, logits, num_points=points
-            )
+        def attend(value: Tensor, *given: Tensor) -> Tensor:
+            return saccade.fused_deformable_attention(value, shapes, *given, num_points=points)
 
-        return call
+        return attend, (inputs.value, references, offsets, logits)
 
 
 class GridSample(GpuPeer):
@@ -147,12 +151,12 @@ class GridSample(GpuPeer):
         """All tensors in the value's dtype, locations too: grid_sample takes no two."""
         return dtype
 
-    def prepare(self, workload: Workload, inputs: Inputs) -> Callable[[], Tensor]:
+    def parts(self, workload: Workload, inputs: Inputs) -> Parts:
         """transformers' own function."""
         attend = cpu_peers.GridSample().prepare(workload, inputs)
         dtype = inputs.value.dtype
         locations, weights = (tensor.to(dtype) for tensor in inputs[1:3])
-        return lambda: attend(inputs.value, locations, weights)
+        return attend, (inputs.value, locations, weights)
 
 
 class Upstream(GpuPeer):
@@ -162,13 +166,10 @@ class Upstream(GpuPeer):
     module = "MultiScaleDeformableAttention"
     install = "compile models/ops of github.com/fundamentalvision/Deformable-DETR, then --peer-path"
 
-    def prepare(self, workload: Workload, inputs: Inputs) -> Callable[[], Tensor]:
-        """`ms_deform_attn_forward`; it knows float32 and float64 only."""
-        forward, given = (
-            self.load().ms_deform_attn_forward,
-            by_level(workload, inputs, torch.float32),
-        )
-        return lambda: forward(*given, IM2COL_STEP)
+    def parts(self, workload: Workload, inputs: Inputs) -> Parts:
+        """The two halves of the extension; they know float32 and float64 only."""
+        given = by_level(workload, inputs, torch.float32)
+        return given.with_levels(halves_joined(self.load(), IM2COL_STEP))
 
 
 class Mmcv(GpuPeer):
@@ -183,11 +184,11 @@ class Mmcv(GpuPeer):
         """It has no bfloat16."""
         return torch.float32 if dtype == torch.float32 else torch.float16
 
-    def prepare(self, workload: Workload, inputs: Inputs) -> Callable[[], Tensor]:
+    def parts(self, workload: Workload, inputs: Inputs) -> Parts:
         """Its autograd function, which makes points of the value's dtype; here they are so already."""
         function = self.load().MultiScaleDeformableAttnFunction
         given = by_level(workload, inputs, self.computes_in(inputs.value.dtype))
-        return lambda: function.apply(*given, IM2COL_STEP)
+        return given.with_levels(lambda *tensors: function.apply(*tensors, IM2COL_STEP))
 
 
 class HubKernel(GpuPeer):
@@ -217,11 +218,10 @@ class HubKernel(GpuPeer):
         """Newer builds know 16 bits, with points in the same dtype."""
         return dtype
 
-    def prepare(self, workload: Workload, inputs: Inputs) -> Callable[[], Tensor]:
-        """`ms_deform_attn_forward`, as upstream's."""
-        forward = self.load().ms_deform_attn_forward
+    def parts(self, workload: Workload, inputs: Inputs) -> Parts:
+        """The two halves, as upstream's."""
         given = by_level(workload, inputs, inputs.value.dtype)
-        return lambda: forward(*given, IM2COL_STEP)
+        return given.with_levels(halves_joined(self.load(), IM2COL_STEP))
 
 
 class TorchMSDeformAttn(GpuPeer):
@@ -231,10 +231,10 @@ class TorchMSDeformAttn(GpuPeer):
     module = "torch_ms_deform_attn"
     install = "pip install --no-build-isolation --no-deps torch-ms-deform-attn"
 
-    def prepare(self, workload: Workload, inputs: Inputs) -> Callable[[], Tensor]:
+    def parts(self, workload: Workload, inputs: Inputs) -> Parts:
         """Its function."""
-        function, given = self.load().ms_deform_attn, by_level(workload, inputs, torch.float32)
-        return lambda: function(*given)
+        given = by_level(workload, inputs, torch.float32)
+        return given.with_levels(self.load().ms_deform_attn)
 
 
 class DCNv4(GpuPeer):
@@ -263,13 +263,18 @@ class DCNv4(GpuPeer):
         """Always."""
         return torch.float16
 
-    def prepare(self, workload: Workload, inputs: Inputs) -> Callable[[], Tensor]:
+    def parts(self, workload: Workload, inputs: Inputs) -> Parts:
         """Its autograd function (value, shapes, starts, points and logits, step, number of points)."""
         function = self.load().FlashDeformAttnFunction
         given = by_level(workload, inputs, torch.float16, torch.float32)
         packed = packed_for_dcnv4(given, torch.float16)
-        points = workload.points[0]
-        return lambda: function.apply(*given[:3], packed, IM2COL_STEP, points)
+        points, (shapes, starts) = workload.points[0], given[1:3]
+
+        def attend(value: Tensor, packed: Tensor) -> Tensor:
+            attended: Tensor = function.apply(value, shapes, starts, packed, IM2COL_STEP, points)
+            return attended
+
+        return attend, (given.value, packed)
 
 
 class Deformops(GpuPeer):
@@ -283,12 +288,12 @@ class Deformops(GpuPeer):
         """As it is asked; locations may stay in float32."""
         return dtype
 
-    def prepare(self, workload: Workload, inputs: Inputs) -> Callable[[], Tensor]:
+    def parts(self, workload: Workload, inputs: Inputs) -> Parts:
         """Its functional form on the backend it chooses; weights in the value's dtype, which it asks for."""
         function, dtype = self.load().msda, inputs.value.dtype
         given = by_level(workload, inputs, dtype)
         locations = by_level(workload, inputs, dtype, torch.float32).locations
-        return lambda: function(*given[:3], locations, given.weights)
+        return given._replace(locations=locations).with_levels(function)
 
 
 class MsdaTriton(GpuPeer):
@@ -326,22 +331,27 @@ class MsdaTriton(GpuPeer):
         """rziga's knows float16 as its only 16 bits."""
         return torch.float16 if dtype.itemsize == 2 and self.author() == "rziga" else dtype
 
-    def prepare(self, workload: Workload, inputs: Inputs) -> Callable[[], Tensor]:
+    def parts(self, workload: Workload, inputs: Inputs) -> Parts:
         """All tensors in one dtype. rziga's public function would hide a failure behind grid_sample."""
         module, author = self.load(), self.author()
         given = by_level(workload, inputs, self.computes_in(inputs.value.dtype))
-        value, shapes, _, locations, weights = given
         if author == "roulbac":
-            return lambda: module.multi_scale_deformable_attention(*given)
-        if (
-            author == "mach9robotics"
-        ):  # its advice: shapes on the host; by default it moves locations
-            on_host = shapes.int().cpu()
-            return lambda: module.msda2d_fwd(value, on_host, locations, weights, clamp_grid=False)
-        forward = importlib.import_module(
-            "msda_triton.frontend"
-        ).triton_multiscale_deformable_attention
-        return lambda: forward(value, shapes, locations, weights, "zeros", False).flatten(2)
+            return given.with_levels(module.multi_scale_deformable_attention)
+        if author == "mach9robotics":
+            # Its advice: shapes on the host; by default it moves locations.
+            on_host = given.shapes.int().cpu()
+            return given.with_levels(
+                lambda value, _, __, *points: module.msda2d_fwd(
+                    value, on_host, *points, clamp_grid=False
+                )
+            )
+        attend = importlib.import_module("msda_triton.frontend")
+        forward = attend.triton_multiscale_deformable_attention
+        return given.with_levels(
+            lambda value, shapes, _, *points: forward(
+                value, shapes, *points, "zeros", False
+            ).flatten(2)
+        )
 
 
 def all_peers() -> dict[str, GpuPeer]:

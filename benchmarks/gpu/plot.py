@@ -1,20 +1,24 @@
-"""The picture: how many times as fast as each peer, and how near the floor."""
+"""The picture: how many times as fast as each peer, forward and backward, and how near the floor."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.goals import (
     COLD,
+    DETERMINISTIC,
     ENCODERS,
     LEAST_OF_GATHER_FLOOR,
+    MOST_OF_FORWARD,
     Row,
     fastest_way,
     of,
     share_of_floor,
     time_of,
+    times_its_forward,
 )
 from benchmarks.gpu.peers import SACCADE, all_peers
 from saccade.benchmark.plot import COLOURS, ratios_along
@@ -25,34 +29,48 @@ MARKERS = "oDs^vP*Xhd"
 
 
 def save_plot(found: dict[str, Any], path: Path) -> None:
-    """Draws ratios for both dtypes, and Saccade's share of the gather floor.
+    """Draws ratios for both dtypes; beside those of the forward Saccade's share of the gather floor, beside
+    those of the backward how many times its own forward it takes.
 
     Raises:
         ValueError: there is nothing to draw.
     """
-    figures, floors = found.get("figures", []), found.get("floors", [])
-    cases = _cases(figures)
-    if not cases:
+    figures, floors, backward = (found.get(key, []) for key in ("figures", "floors", "backward"))
+    drawn = [(name, rows) for name, rows in (("forward", figures), ("backward", backward)) if rows]
+    drawn = [(name, rows) for name, rows in drawn if _cases(rows)]
+    if not drawn:
         raise ValueError("figures: expected some of Saccade with model-like locations, got none")
     from matplotlib.figure import Figure as Canvas
 
     peers = [
         name
-        for name in all_peers()
-        if name != SACCADE and any(row["peer"] == name and row["ratios"] for row in figures)
+        for name in (*all_peers(), DETERMINISTIC)
+        if name != SACCADE
+        and any(row["peer"] == name and row["ratios"] for _, rows in drawn for row in rows)
     ]
-    canvas = Canvas(figsize=(14.5, 2.6 + 0.36 * len(cases)), layout="constrained")
-    panels = canvas.subplots(1, 3, sharey=True, width_ratios=(4, 4, 2.4))
-    rows = {case: -index for index, case in enumerate(cases)}
-    for panel, dtype in zip(panels, DTYPES, strict=False):
-        _ratios(panel, figures, rows, dtype, peers)
-    _floor_shares(panels[2], figures, floors, rows)
-    panels[0].set_yticks(list(rows.values()), [_label(case) for case in rows])
-    panels[0].set_ylim(-len(rows) + 0.4, 0.6)
-    handles = {}
-    for panel in panels[:2]:
-        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
+    heights = [2.0 + 0.36 * len(_cases(rows)) for _, rows in drawn]
+    canvas = Canvas(figsize=(14.5, 0.6 + sum(heights)), layout="constrained")
+    grid = canvas.subplots(
+        *(len(drawn), 3),
+        sharey="row",
+        squeeze=False,
+        width_ratios=(4, 4, 2.4),
+        height_ratios=heights,
+    )
+    handles: dict[str, Any] = {}
+    for panels, (direction, of_direction) in zip(grid, drawn, strict=True):
+        rows = {case: -index for index, case in enumerate(_cases(of_direction))}
+        for panel, dtype in zip(panels, DTYPES, strict=False):
+            _ratios(panel, of_direction, rows, dtype, peers)
+            panel.set_title(f"{direction}, {dtype}", fontsize=11)
+            for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+                handles.setdefault(label, handle)
+        if direction == "forward":
+            _floor_shares(panels[2], figures, floors, rows)
+        else:
+            _of_forward(panels[2], backward, rows)
+        panels[0].set_yticks(list(rows.values()), [_label(case) for case in rows])
+        panels[0].set_ylim(-len(rows) + 0.4, 0.6)
     if handles:
         canvas.legend(
             handles.values(),
@@ -63,7 +81,7 @@ def save_plot(found: dict[str, Any], path: Path) -> None:
         )
     machine = found["machine"]
     canvas.suptitle(
-        "Saccade's forward on a GPU, calls in a CUDA graph with a cold L2, model-like locations\n"
+        "Saccade on a GPU, calls in a CUDA graph with a cold L2, model-like locations\n"
         f"{machine['gpu']}, torch {machine['torch']}, triton {machine['triton']}",
         fontsize=10,
     )
@@ -123,31 +141,52 @@ def _ratios(
     ratios_along(panel)
     panel.grid(axis="y", color="#e5e5e5")
     panel.set_axisbelow(True)
-    panel.set_title(dtype, fontsize=11)
     panel.set_xlabel("the peer's time divided by Saccade's\n(right: Saccade's time)", fontsize=9)
 
 
 def _floor_shares(
     panel: Any, figures: Sequence[Row], floors: Sequence[Row], rows: dict[tuple[str, int], int]
 ) -> None:
-    panel.axvline(LEAST_OF_GATHER_FLOOR, color="black", linewidth=1, linestyle=":")
+    def share(case: tuple[str, int], dtype: str) -> float:
+        return share_of_floor(figures, floors, *case, dtype) if case[0] in ENCODERS else math.nan
+
+    _bars(panel, rows, share, LEAST_OF_GATHER_FLOOR)
+    panel.set_title("encoders: share of the gather floor", fontsize=11)
+    panel.set_xlabel("the floor's time divided by Saccade's\n(goal: 0.5)", fontsize=9)
+
+
+def _of_forward(panel: Any, backward: Sequence[Row], rows: dict[tuple[str, int], int]) -> None:
+    _bars(
+        panel, rows, lambda case, dtype: times_its_forward(backward, *case, dtype), MOST_OF_FORWARD
+    )
+    panel.set_title("backward and forward", fontsize=11)
+    panel.set_xlabel(
+        "the backward's time divided by its forward's\n(goal, detr-encoder: 3)", fontsize=9
+    )
+
+
+def _bars(
+    panel: Any,
+    rows: dict[tuple[str, int], int],
+    figure: Callable[[tuple[str, int], str], float],
+    goal: float,
+) -> None:
+    """A figure of each case in both dtypes, where there is one, and the goal."""
+    panel.axvline(goal, color="black", linewidth=1, linestyle=":")
     for index, dtype in enumerate(DTYPES):
         marks = [
-            (share, height + (0.17 if index == 0 else -0.17))
+            (found, height + (0.17 if index == 0 else -0.17))
             for case, height in rows.items()
-            if case[0] in ENCODERS
-            and (share := share_of_floor(figures, floors, *case, dtype)) == share
+            if (found := figure(case, dtype)) == found
         ]
         if marks:
-            shares, heights = zip(*marks, strict=True)
+            lengths, heights = zip(*marks, strict=True)
             panel.barh(
-                heights, shares, height=0.3, color=("#0072b2", "#e69f00")[index], label=dtype
+                heights, lengths, height=0.3, color=("#0072b2", "#e69f00")[index], label=dtype
             )
     panel.set_xlim(0, max(1.1, panel.get_xlim()[1]))
     panel.tick_params(axis="y", length=0)
     panel.set_axisbelow(True)
     panel.grid(axis="x", color="#e5e5e5")
-    panel.set_title("encoders: share of the gather floor", fontsize=11)
-    panel.set_xlabel("the floor's time divided by Saccade's\n(goal: 0.5)", fontsize=9)
     if panel.get_legend_handles_labels()[0]:
         panel.legend(fontsize=8, loc="center right")

@@ -1,9 +1,9 @@
-"""What a person reads at the end: ratios first, goals beside the figures, the two floors last."""
+"""What a person reads at the end: ratios first, goals beside the figures, the floors last."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -12,7 +12,9 @@ from rich.text import Text
 
 from benchmarks.gpu.goals import (
     COLD,
+    DETERMINISTIC,
     EAGER,
+    FILLING,
     WARM,
     WAYS,
     Row,
@@ -21,6 +23,7 @@ from benchmarks.gpu.goals import (
     of,
     setting,
     time_of,
+    times_its_forward,
 )
 from benchmarks.gpu.peers import SACCADE
 from saccade.benchmark.report import times
@@ -29,7 +32,7 @@ METHOD = (
     "one process, taking turns, medians; in a graph: calls captured in a CUDA graph, on sets of inputs that "
     "together exceed the L2 (cold) or on one set over and over (warm); single: one eager call after 256 MB "
     "were written, device time; wall: eager calls back to back, host included; ratio = the peer's time / "
-    "Saccade's"
+    "Saccade's; backward: torch.autograd.grad by all inputs on a graph that is kept"
 )
 
 
@@ -44,7 +47,11 @@ def print_report(found: dict[str, Any], console: Console, *, details: bool = Fal
     if figures:
         console.print(ratio_table(figures))
         console.print()
-    for line in remarks(figures, found.get("left_out", [])):
+    backward = found.get("backward", [])
+    if backward:
+        console.print(backward_table(backward), "\n", own_backward_table(backward), "\n", sep="")
+    lines = remarks(figures, found.get("left_out", [])) + remarks(backward, [])
+    for line in dict.fromkeys(lines):
         console.print(line, style="dim", markup=False, soft_wrap=True)
     for one in dict.fromkeys(setting(row) for row in figures) if details else ():
         console.print(Text(f"\n{_title(*one)}", style="bold"))
@@ -52,18 +59,22 @@ def print_report(found: dict[str, Any], console: Console, *, details: bool = Fal
     console.print()
     if found.get("models"):
         console.print(model_table(found["models"]), "\n")
+    if found.get("training"):
+        console.print(training_table(found["training"]), "\n")
     for name, calls in found.get("host", {}).items():
         text = ", ".join(f"{call} {_us(time)}" for call, time in calls.items())
         console.print(f"a small eager call, wall, {name}: {text}", soft_wrap=True)
     for name, text in found.get("peers", {}).items():
         console.print(f"{name}: {text}", style="dim", markup=False, soft_wrap=True)
     print_checks(found, console)
-    console.print(goal_table(figures, floors))
+    console.print(goal_table(found))
     if floors:
         rate = found.get("copy_bytes_per_second") or math.nan
         console.print(f"\nthe two floors; a copy moves {rate / 1e12:.2f} TB/s, read and written")
         console.print(floor_table(figures, floors))
-    for key in ("checks_cut", "time_cut"):
+        console.print("\nfloors under a backward: rows added by atomics, and a sort of the points")
+        console.print(backward_floor_table(backward, floors))
+    for key in ("checks_cut", "gradients_cut", "time_cut", "backward_cut"):
         if found.get(key):
             console.print(f"cut off by time: {found[key]}", style="yellow", markup=False)
     for row in found.get("stopped", []):
@@ -84,12 +95,69 @@ def _title(workload: str, batch_size: int, dtype: str, locations: str) -> str:
 
 def ratio_table(figures: Sequence[Row]) -> Table:
     """A row a setting: how many times as fast Saccade is as each peer, then its own times."""
+    return _ratios(
+        "forward",
+        figures,
+        ("Saccade cold", "warm", "wall"),
+        lambda row: [_us(time_of(row, way)) for way in (COLD, WARM, EAGER)],
+    )
+
+
+def backward_table(rows: Sequence[Row]) -> Table:
+    """The same of the backward."""
+    rows = [row for row in rows if row["peer"] not in (DETERMINISTIC, FILLING)]
+    return _ratios(
+        "backward",
+        rows,
+        ("Saccade cold", "warm"),
+        lambda row: [_us(time_of(row, way)) for way in (COLD, WARM)],
+    )
+
+
+def own_backward_table(rows: Sequence[Row]) -> Table:
+    """Saccade's backward over its forward, deterministic over fast mode, both directions, and their memory."""
+    shown = Table(box=None, pad_edge=False, padding=(0, 1))
+    shown.add_column("Saccade's backward", no_wrap=True)
+    headings = (
+        "of its forward",
+        "deterministic",
+        "new memory filled",
+        "with forward, graph",
+        "wall",
+    )
+    for heading in (*headings, "peak"):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    for one in dict.fromkeys(setting(row) for row in rows):
+        own = of(rows, *one)
+        fast = own.get(SACCADE)
+        both = None if fast is None else fast | {"times": fast["both"]}
+        peak = (fast or {}).get("peak_bytes")
+        shown.add_row(
+            Text(f"{one[0]}, batch {one[1]}, {one[2]}, {one[3]}"),
+            _times(times_its_forward(rows, *one)),
+            *(
+                _times(time_of(own.get(name), COLD) / time_of(fast, COLD))
+                for name in (DETERMINISTIC, FILLING)
+            ),
+            *(_us(time_of(both, way)) for way in (COLD, EAGER)),
+            "–" if peak is None else f"{peak / 2**20:.0f} MiB",
+        )
+    return shown
+
+
+def _ratios(
+    title: str,
+    figures: Sequence[Row],
+    headings: Sequence[str],
+    own: Callable[[Row | None], list[str]],
+) -> Table:
+    """Ratios of all peers, then what there is of Saccade itself."""
     peers = [name for name in dict.fromkeys(row["peer"] for row in figures) if name != SACCADE]
     shown = Table(box=None, pad_edge=False, padding=(0, 1))
-    shown.add_column("forward", no_wrap=True)
+    shown.add_column(title, no_wrap=True)
     for peer in peers:
         shown.add_column(peer, justify="right", max_width=11, min_width=7, overflow="fold")
-    for heading in ("Saccade cold", "warm", "wall"):
+    for heading in headings:
         shown.add_column(heading, justify="right", max_width=8, min_width=7)
     for one in dict.fromkeys(setting(row) for row in figures):
         rows = of(figures, *one)
@@ -104,7 +172,7 @@ def ratio_table(figures: Sequence[Row]) -> Table:
         shown.add_row(
             Text(f"{one[0]}{batch} {one[2]}{places}"),
             *cells,
-            *(_us(time_of(rows.get(SACCADE), way)) for way in (COLD, WARM, EAGER)),
+            *own(rows.get(SACCADE)),
         )
     return shown
 
@@ -149,7 +217,7 @@ def speed_table(figures: Sequence[Row], left_out: Sequence[Row], one: tuple[Any,
             Text("; ".join(notes), style="" if row["exact"] else "bold red"),
         )
     for row in left_out:
-        if setting(row) == one:
+        if setting(row) == one and not row["reason"].startswith("backward: "):
             shown.add_row("–", row["peer"], "", "", "", "", "", Text(row["reason"]), style="dim")
     return shown
 
@@ -175,6 +243,31 @@ def model_table(rows: Sequence[Row]) -> Table:
     return shown
 
 
+def training_table(rows: Sequence[Row]) -> Table:
+    """Training steps before and after saccade.patch: time, peak memory, and whether all losses were finite."""
+    shown = Table(box=None, pad_edge=False)
+    for heading in ("ratio", "before", "after", "peak before", "after"):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    shown.add_column("training step", overflow="fold")
+    for row in rows:
+        if row["reason"]:
+            shown.add_row(*"–––––", Text(f"{row['model']}: {row['reason']}"), style="dim")
+            continue
+        note = f" ({row['why']})" if row["why"] else ""
+        at = row["not_finite_at"]
+        steps = f"{row['steps']} of {row['steps_wanted']} steps, " + (
+            "all losses finite" if at is None else f"NOT FINITE at step {at}"
+        )
+        peaks = (row[key]["peak_bytes"] for key in ("before", "after"))
+        shown.add_row(
+            _times(row["ratio"]),
+            *(f"{row[key]['median'] / 1e3:.1f} ms" for key in ("before", "after")),
+            *("–" if peak is None else f"{peak / 2**30:.2f} GiB" for peak in peaks),
+            Text(f"{row['model']}, {row['input']}, against {row['against']}{note}; {steps}"),
+        )
+    return shown
+
+
 def print_checks(found: dict[str, Any], console: Console) -> None:
     """How many checks there were, and every one that failed, loudly."""
     rows = found.get("checks", [])
@@ -187,6 +280,9 @@ def print_checks(found: dict[str, Any], console: Console) -> None:
         markup=False,
         soft_wrap=True,
     )
+    for row in rows:
+        if row.get("note"):
+            console.print(f"  {row['name']}: {row['note']}", style="dim", markup=False)
     for row in undone:
         console.print(f"  {row['name']}: {row['reason']}", style="dim", markup=False)
     for row in failed:
@@ -204,15 +300,16 @@ def failed_checks(found: dict[str, Any]) -> list[Row]:
     return [row for row in found.get("checks", []) if not row["ok"]]
 
 
-def goal_table(figures: Sequence[Row], floors: Sequence[Row]) -> Table:
+def goal_table(found: dict[str, Any]) -> Table:
     """Goals beside what was measured."""
+    given = (found.get(key, []) for key in ("figures", "floors", "backward", "training"))
     shown = Table(box=None, pad_edge=False)
     shown.add_column("", no_wrap=True)
     shown.add_column("goal", no_wrap=True)
     shown.add_column("wanted", no_wrap=True)
     shown.add_column("measured", overflow="fold")
     signs = {True: Text("met", "green"), False: Text("missed", "bold red"), None: Text("–", "dim")}
-    for goal in goals(figures, floors):
+    for goal in goals(*given):
         shown.add_row(signs[goal.met], goal.name, goal.wanted, Text(goal.measured))
     return shown
 
@@ -244,6 +341,29 @@ def floor_table(figures: Sequence[Row], floors: Sequence[Row]) -> Table:
             Text(f"{one[0]}, batch {one[1]}, {one[2]}, {one[3]}"),
             *(_us(time) for time in (moved, cold, warm, own_cold, own_warm)),
             *("–" if share != share else f"{share:.2f}" for share in shares),
+        )
+    return shown
+
+
+def backward_floor_table(backward: Sequence[Row], floors: Sequence[Row]) -> Table:
+    """The scatter and the sort, beside Saccade's backward in both modes."""
+    shown = Table(box=None, pad_edge=False)
+    shown.add_column("setting", no_wrap=True)
+    headings = ("scatter", "sort", "backward", "deterministic", "scatter / backward")
+    for heading in headings:
+        shown.add_column(heading, justify="right", no_wrap=True)
+    for one in dict.fromkeys(setting(row) for row in floors if row["peer"] == "scatter"):
+        here, own = of(floors, *one), of(backward, *one)
+        floor, sort = (here.get(name) for name in ("scatter", "sort"))
+        times = [
+            *(time_of(row, fastest_way(row)) for row in (floor, sort)),
+            *(time_of(own.get(name), COLD) for name in (SACCADE, DETERMINISTIC)),
+        ]
+        share = times[0] / times[2]
+        shown.add_row(
+            Text(f"{one[0]}, batch {one[1]}, {one[2]}, {one[3]}"),
+            *map(_us, times),
+            "–" if share != share else f"{share:.2f}",
         )
     return shown
 

@@ -118,7 +118,24 @@ def measure_speed(
     quick: bool = False,
 ) -> None:
     """Times what the results do not have yet; rows under `figures`, `left_out` and `host`."""
-    clock = Clock(device)
+    clock, here = Clock(device), peers_here(results)
+    if "host" not in results.found:
+        try:
+            results.put("host", host_times(clock, device))
+        except Exception as error:
+            results.put("host", {})
+            row = {"name": "a small eager call", "ok": False, "reason": reason_of(error)}
+            results.add("checks", row)
+            ensure_device(device, error)
+
+    def measure(one: Setting) -> None:
+        measure_setting(results, clock, one, here, seed)
+
+    for_each_setting(results, device, deadline, settings(cases, quick=quick), measure)
+
+
+def peers_here(results: Results) -> list[GpuPeer]:
+    """Those that are importable and have not crashed; the results say it of all."""
     crashed = {row["peer"]: row["reason"] for row in results.rows("crashed")}
     peers = {name: peer for name, peer in all_peers().items() if name not in crashed}
     missing = {}
@@ -133,32 +150,41 @@ def measure_speed(
             for name in all_peers()
         },
     )
-    here = [peer for name, peer in peers.items() if missing[name] is None]
-    timed = {Setting(*(row[key] for key in Setting._fields)) for row in results.rows("figures")}
+    return [peer for name, peer in peers.items() if missing[name] is None]
+
+
+def for_each_setting(
+    results: Results,
+    device: torch.device,
+    deadline: Deadline,
+    todo: Sequence[Setting],
+    measure: Callable[[Setting], None],
+    *,
+    key: str = "figures",
+    of: str = "",
+) -> None:
+    """Measures the settings that have no rows under `key` yet, as far as the time goes.
+
+    `of` stands before the names of those that are skipped, so that forward and backward are told apart.
+    """
+    timed = {Setting(*(row[name] for name in Setting._fields)) for row in results.rows(key)}
     longest = 0.0
-    if "host" not in results.found:
-        try:
-            results.put("host", host_times(clock, device))
-        except Exception as error:
-            results.put("host", {})
-            row = {"name": "a small eager call", "ok": False, "reason": reason_of(error)}
-            results.add("checks", row)
-            ensure_device(device, error)
-    for one in settings(cases, quick=quick):
-        if one in timed or one.name in results.rows("skipped"):
+    for one in todo:
+        if one in timed or of + one.name in results.rows("skipped"):
             continue
         if deadline.left < longest:
-            results.put("time_cut", f"not timed from here on: {one.name}")
+            cut = "backward_cut" if of else "time_cut"
+            results.put(cut, f"not timed from here on: {of}{one.name}")
             raise OutOfTimeError
         begin = time.monotonic()
         try:
             with memory_given_back(device):
-                measure_setting(results, clock, one, here, seed)
+                measure(one)
         except Exception as error:  # no memory for the inputs, say
             ensure_device(device, error)
-            results.rows("skipped").append(one.name)
-            left = one._asdict() | {"peer": "everyone", "reason": reason_of(error)}
-            results.add("left_out", left)
+            results.rows("skipped").append(of + one.name)
+            reason = of + reason_of(error)
+            results.add("left_out", one._asdict() | {"peer": "everyone", "reason": reason})
         longest = max(longest, time.monotonic() - begin)
 
 
@@ -208,6 +234,13 @@ def measure_setting(
                 "ratios": {},
             }
         )
+    add_rows(results, "figures", rows, failed, setting.name)
+
+
+def add_rows(
+    results: Results, key: str, rows: list[dict[str, Any]], failed: dict[str, str], name: str
+) -> None:
+    """Adds one setting's rows with their ratios; what is wrong with Saccade itself is a failed check."""
     own = next((row for row in rows if row["peer"] == SACCADE), None)
     for row in rows:
         for way, timing in row["times"].items():
@@ -215,16 +248,16 @@ def measure_setting(
                 ratio = timing["median"] / own["times"][way]["median"]
                 row["ratios"][way] = float(f"{ratio:.4g}")
         row["compared_by"] = fastest_way(row)
-    results.add("figures", *rows)
+    results.add(key, *rows)
     wrong = {
         row["peer"]: f"off by {row['error']:.2g} of the largest number"
         for row in rows
         if not row["exact"]
     }
-    for name, reason in (failed | wrong).items():
-        if name.startswith(SACCADE):
-            name = f"timed: {name}, {setting.name}"
-            results.add("checks", {"name": name, "ok": False, "reason": reason})
+    for peer, reason in (failed | wrong).items():
+        if peer.startswith(SACCADE):
+            checked = f"timed: {peer}, {name}"
+            results.add("checks", {"name": checked, "ok": False, "reason": reason})
 
 
 def _times(

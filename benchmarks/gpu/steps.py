@@ -18,9 +18,12 @@ import torch
 from rich.console import Console
 
 import saccade
+from benchmarks.gpu.ahead import compiling_ahead
+from benchmarks.gpu.backward import measure_backward
 from benchmarks.gpu.checks import check_variants
 from benchmarks.gpu.floors import measure_floors
-from benchmarks.gpu.goals import COLD, WARM, time_of
+from benchmarks.gpu.goals import COLD, DETERMINISTIC, WARM, time_of
+from benchmarks.gpu.gradients import check_gradients
 from benchmarks.gpu.models import MODELS, MODES, measure_model
 from benchmarks.gpu.peers import SACCADE
 from benchmarks.gpu.report import METHOD
@@ -31,19 +34,23 @@ from benchmarks.gpu.results import (
     Results,
     reason_of,
 )
-from benchmarks.gpu.special import check_special
+from benchmarks.gpu.special import check_special, special_checks
+from benchmarks.gpu.special_gradients import special_gradient_checks
 from benchmarks.gpu.speed import measure_speed
 from benchmarks.gpu.timing import card
+from benchmarks.gpu.training import measure_training
 
 ROOT = Path(__file__).resolve().parents[2]
 SECTIONS = ("check", "time", "floors", "models")
-MINUTES, QUICK_MINUTES = 9.5, 2.5
+MINUTES, QUICK_MINUTES = 9.5, 3.0
 # How a part's process ends.
 DONE, OUT_OF_TIME, LOST = 0, 3, 70
 # Beyond its own deadline, before a part is taken for hung; and what the report takes.
 GRACE_SECONDS, REPORT_SECONDS = 15.0, 8.0
 LEAST_SECONDS = 6.0
 MOST_RESTARTS = 6
+# Whose times are told while a person waits.
+TALKED_OF = (SACCADE, DETERMINISTIC, "gathers", "scatter")
 
 
 class Step(NamedTuple):
@@ -57,15 +64,20 @@ def planned_steps(sections: Sequence[str], *, quick: bool = False) -> list[Step]
     """The parts of the sections, in order; what one leaves of the time goes to those after it."""
     found = []
     if "check" in sections:
-        found += [Step("variants", 25 if quick else 90), Step("special", 25 if quick else 70)]
+        found += [Step("variants", 12 if quick else 50), Step("special", 12 if quick else 45)]
+        found.append(Step("gradients", 18 if quick else 70))
+        found.append(Step("special_gradients", 15 if quick else 50))
     if "time" in sections:
-        found.append(Step("time", 60 if quick else 190))
+        found.append(Step("time", 20 if quick else 95))
+        found.append(Step("backward", 30 if quick else 80))
     if "floors" in sections:
-        found.append(Step("floors", 20 if quick else 50))
+        found.append(Step("floors", 12 if quick else 40))
     if "models" in sections:
         for mode in MODES[:1] if quick else MODES:
             for name in MODELS[:1] if quick else MODELS:
-                found.append(Step(f"models {name} {mode}", 30 if mode == MODES[0] else 150))
+                found.append(Step(f"models {name} {mode}", 18 if mode == MODES[0] else 150))
+            if mode == MODES[0]:
+                found.append(Step("training", 30 if quick else 85))
     return found
 
 
@@ -87,10 +99,11 @@ def _line(key: str, row: Mapping[str, Any]) -> str:
     if key == "models":
         what = row["reason"] or f"{row['ratio']:.3g} times as fast"
         return f"{row['model']}, {row['mode']}, {row['dtype']}: {what}"
-    if key in ("figures", "floors") and row["peer"] in (SACCADE, "gathers"):
+    if key in ("figures", "backward", "floors") and row["peer"] in TALKED_OF:
         times = ", ".join(f"{way} {time_of(dict(row), way):.4g} µs" for way in (COLD, WARM))
         head = f"{row['workload']}, batch {row['batch_size']}, {row['dtype']}, {row['locations']}"
-        return f"{head}: {row['peer']} {times}"
+        direction = " backward" if key == "backward" else ""
+        return f"{head}: {row['peer']}{direction} {times}"
     return ""
 
 
@@ -110,13 +123,26 @@ def run_step(given: argparse.Namespace) -> int:
     chosen = {"cases": given.case, "quick": given.quick}
     try:
         if given.step == "variants":
-            check_variants(results, device, deadline, seed, quick=given.quick)
+            with compiling_ahead("variants", device):
+                check_variants(results, device, deadline, seed, quick=given.quick)
         elif given.step == "special":
-            check_special(results, device, deadline, seed, quick=given.quick)
+            check_special(results, device, deadline, seed, checks=special_checks(given.quick))
+        elif given.step == "gradients":
+            of_gradients = {"check": check_gradients, "of": "backward: "}
+            with compiling_ahead("gradients", device):
+                check_variants(results, device, deadline, seed, quick=given.quick, **of_gradients)
+        elif given.step == "special_gradients":
+            checks = special_gradient_checks(given.quick)
+            check_special(results, device, deadline, seed, checks=checks)
         elif given.step == "time":
             measure_speed(results, device, deadline, seed, **chosen)
+        elif given.step == "backward":
+            measure_backward(results, device, deadline, seed, **chosen)
         elif given.step == "floors":
             measure_floors(results, device, deadline, seed, **chosen)
+        elif given.step == "training":
+            small = {"quick": given.quick, "small": given.small}
+            measure_training(results, device, deadline, seed, **small)
         else:
             _, name, mode = given.step.split()
             measure_model(results, device, deadline, name, mode, small=given.small)
@@ -140,6 +166,9 @@ def run_all(
     minutes = given.minutes or (QUICK_MINUTES if given.quick else MINUTES)
     deadline = Deadline(60 * minutes - REPORT_SECONDS)
     steps = planned_steps(sections, quick=given.quick)
+    if given.minutes:  # more than all parts need: each gets its share of it
+        share = max(1.0, deadline.left / (sum(step.seconds for step in steps) or 1.0))
+        steps = [step._replace(seconds=step.seconds * share) for step in steps]
     for number, step in enumerate(steps):
         # Compilers take what is left at the end; all others share what there is.
         needed = sum(one.seconds for one in steps[number:] if not one.name.endswith(MODES[1]))
@@ -239,6 +268,14 @@ def blame(results: Results, reason: str) -> bool:
     key, name = doing["key"], doing["name"]
     if key == "checks":
         results.add("checks", {"name": name, "ok": False, "reason": reason})
+    elif key == "training":
+        rows = results.rows("training")
+        if rows:  # what was measured before it is kept
+            rows[-1]["stopped"] = reason
+            results.save()
+        else:
+            results.add("training", {"model": name, "reason": reason})
+        return False
     elif key == "models":
         model, mode = name.split(", ")
         row = {"model": model, "mode": mode, "dtype": "", "reason": reason}

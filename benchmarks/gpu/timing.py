@@ -7,7 +7,8 @@ import random
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from typing import NamedTuple
 
@@ -49,6 +50,25 @@ class Clock:
         self.device = device
         self.is_gpu = device.type == "cuda"
         self._flushed: torch.Tensor | None = None
+        self._stream: torch.cuda.Stream | None = None
+
+    @property
+    def stream(self) -> torch.cuda.Stream:
+        """On which graphs are captured; a backward runs on the stream of its forward, so that has to be it."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.device)
+        return self._stream
+
+    @contextmanager
+    def on_its_stream(self) -> Iterator[None]:
+        """The stream of captures is the current one inside the block."""
+        if not self.is_gpu:
+            yield
+            return
+        self.synchronize()
+        with torch.cuda.stream(self.stream):
+            yield
+        self.synchronize()
 
     def seconds(self, run: Run) -> float:
         """How long the device works on what `run` asks of it."""
@@ -105,8 +125,7 @@ class Clock:
         """
         if not self.is_gpu:
             return lambda: [call() for call in calls]
-        current = torch.cuda.current_stream(self.device)
-        stream = torch.cuda.Stream(self.device)
+        current, stream = torch.cuda.current_stream(self.device), self.stream
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             for call in calls[:2]:
@@ -116,7 +135,7 @@ class Clock:
         graph = torch.cuda.CUDAGraph()
         kept = []
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=stream):
                 for call in calls:
                     result = call()
                     if keep:
