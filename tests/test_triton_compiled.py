@@ -30,18 +30,47 @@ BOUNDS = {
 }
 
 
+# The same for the backward: by atomic additions, and in order.
+BACKWARD_BOUNDS = {
+    ("detr-encoder", "given", "fp32", "add", "differentiate_queries"): (8.9, 88),
+    ("detr-encoder", "given", "bf16", "add", "differentiate_queries"): (10.7, 116),
+    ("detr-encoder", "points", "fp32", "add", "differentiate_queries"): (10.8, 120),
+    ("detr-encoder", "points", "bf16", "add", "differentiate_queries"): (13.6, 126),
+    ("detr-encoder", "given", "fp32", "sort", "differentiate_queries"): (7.8, 86),
+    ("detr-encoder", "given", "bf16", "sort", "differentiate_queries"): (7.2, 96),
+    ("detr-encoder", "points", "fp32", "sort", "differentiate_queries"): (9.0, 100),
+    ("detr-encoder", "points", "bf16", "sort", "differentiate_queries"): (8.4, 126),
+    ("detr-encoder", "given", "fp32", "sort", "sum_pieces"): (3.8, 50),
+    ("detr-encoder", "given", "fp32", "sort", "sum_rows"): (3.7, 54),
+    ("detr-decoder", "given", "fp32", "add", "differentiate_points"): (12.8, 180),
+    ("detr-decoder", "points", "bf16", "add", "differentiate_points"): (14.8, 176),
+}
+
+
 @pytest.fixture(scope="module")
 def readings(tmp_path_factory):
     """In a process of its own: here the kernels are those of the interpreter."""
     output = tmp_path_factory.mktemp("compiled") / "readings.json"
-    command = [sys.executable, "-m", "benchmarks.gpu.compile", "--forward"]
-    command += ["--output", str(output)]
+    command = [sys.executable, "-m", "benchmarks.gpu.compile", "--output", str(output)]
     for case in sorted({case for case, _, _ in BOUNDS}):
         command += ["--case", case]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(output.read_text())["readings"]
-    return {(row["case"], row["points"], row["dtype"]): row for row in found}
+    keys = ("case", "points", "dtype", "value_gradient", "kernel")
+    every = {tuple(row[key] for key in keys): row for row in found}
+    forward = {key[:3]: row for key, row in every.items() if key[3] == "no"}
+    return every | forward
+
+
+@pytest.mark.parametrize("key", BACKWARD_BOUNDS, ids="-".join)
+def test_instructions_registers_and_spills_of_the_backward(readings, key):
+    row, (per_corner, registers) = readings[key], BACKWARD_BOUNDS[key]
+    assert row["spills"] == 0
+    assert row["registers"] <= registers
+    assert 0.7 * per_corner <= row["per_sample"] / 4 <= per_corner
+    # Four numbers with each atomic addition; in order, none.
+    assert row["widest_addition"] == (4 if key[3] == "add" else 0)
 
 
 @pytest.mark.parametrize("key", BOUNDS, ids="-".join)
@@ -56,6 +85,10 @@ def test_instructions_registers_and_spills(readings, key):
 
 def test_the_machine_code_rounds_positions_twice():
     run(ROUNDED_TWICE)
+
+
+def test_threads_wait_before_they_read_what_others_stored():
+    run(WAITED)
 
 
 def test_one_kernel_for_all_resolutions_and_numbers_of_queries():
@@ -81,6 +114,26 @@ for case in ("detr-encoder", "detr-decoder"):
     halves = [line for line in code if "-0.5" in line]
     assert halves, "the shift by half a pixel is not found"
     assert not any("FFMA" in line for line in halves), halves
+"""
+
+# Between the last store of a gradient of a weight and the first load for those of the logits.
+WAITED = """
+import re, torch
+from benchmarks.gpu import compile
+for gradient in ("add", "sort"):
+    kernel = compile.kernels_of(compile.WORKLOADS["detr-encoder"], torch.float32, "points", gradient)[0]
+    code = compile.machine_code(kernel)
+    stores = [place for place, line in enumerate(code) if re.search(r"\\bSTG", line)]
+    barriers = [place for place, line in enumerate(code) if "BAR.SYNC" in line]
+    # The last store is that of the logits; the loads before it come after a barrier, and those are
+    # loads that see what has been stored: not of constant memory.
+    last = max(place for place in barriers if any(store < place for store in stores))
+    loads = [line for line in code[last:] if re.search(r"\\bLDG", line)]
+    assert len(loads) >= 2, code[last:]
+    assert not any("CONSTANT" in line for line in loads), loads
+    assert any(store > last for store in stores)
+    before = [store for store in stores if store < last]
+    assert before, stores
 """
 
 # What Triton makes a kernel of its own for: types, and numbers that are 1 or multiples of 16.

@@ -46,8 +46,9 @@ def _corner_products(sums, rows, grad_rows, given, first_channel, channels, cell
                      weight, words, ROW: tl.constexpr, GRAD_ROW: tl.constexpr,
                      MASKED: tl.constexpr, PAIRS: tl.constexpr, LINEAR: tl.constexpr,
                      WIDE: tl.constexpr, DOTS: tl.constexpr, ADD: tl.constexpr,
-                     dtype: tl.constexpr):  # fmt: skip
-    """`sums` and, for each corner, the products of `given` and the row there, channel by channel.
+                     WHOLE: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
+    """`sums` and, for each corner, the products of `given` and the row there, channel by channel; of a
+    WHOLE row, their sum at once, which leaves registers to the next corner.
 
     `given` are the numbers of the gradient of the output that belong to `channels`, as `read`. With ADD
     they are also added, weighted, to the rows of `grad_rows`. A corner outside is neither read nor written.
@@ -65,9 +66,14 @@ def _corner_products(sums, rows, grad_rows, given, first_channel, channels, cell
             if MASKED:
                 mask = mask & (tl.expand_dims(first_channel, -1) + channels < words)
             numbers = read(tl.expand_dims(address, -1) + channels, mask, PAIRS, dtype)
-            product = tl.fma(given[0], numbers[0], sums[corner])
+            if WHOLE:
+                product = given[0] * numbers[0]
+            else:
+                product = tl.fma(given[0], numbers[0], sums[corner])
             if PAIRS:
                 product = tl.fma(given[1], numbers[1], product)
+            if WHOLE:
+                product = tl.sum(product, len(product.shape) - 1)
             products = products + (product,)
         if ADD:
             inside, address, share = corner_of_cells(
@@ -195,13 +201,16 @@ def differentiate_queries(
                                 products, rows, grad_rows, given, first, channels, cells,
                                 sizes_of_level, weight, WORDS, VALUE_HEADS * WORDS,
                                 VALUE_HEADS * HEAD_DIM, SLICES * SLICE > WORDS, PAIRS, LINEAR,
-                                WIDE, DOTS, VALUE_GRADIENT == "add", dtype
+                                WIDE, DOTS, VALUE_GRADIENT == "add", False, dtype
                             )  # fmt: skip
                             if DOTS:
                                 products = added
                 if DOTS:
+                    dots = ()
+                    for corner in tl.static_range(CORNERS):
+                        dots = dots + (tl.sum(products[corner], 1),)
                     grad_weight, grad_location = gradients_of_points(
-                        products, cells, sizes_of_level, weight, LINEAR
+                        dots, cells, sizes_of_level, weight, LINEAR
                     )
                     if GRAD_WEIGHTS:
                         number = grad_weight.to(grad_weights.dtype.element_ty)
@@ -250,7 +259,6 @@ def differentiate_points(
     """All points of QUERIES queries of one head at once; BLOCK is a power of two that holds them."""
     dtype: tl.constexpr = tl.float64 if value.dtype.element_ty == tl.float64 else tl.float32
     LINEAR: tl.constexpr = INTERPOLATION == "linear"
-    CORNERS: tl.constexpr = 2**AXES if LINEAR else 1
     DOTS: tl.constexpr = GRAD_POINTS or GRAD_WEIGHTS or GRAD_LOCATIONS
     WORDS: tl.constexpr = HEAD_DIM // 2 if PAIRS else HEAD_DIM
     item, head, _slice, query, remaining = begin(
@@ -297,20 +305,17 @@ def differentiate_points(
         )
         given_mask = tl.expand_dims(tl.expand_dims(in_block, -1), -1) & (channels < WORDS)
         given = read(given_of_query + channels, given_mask, PAIRS, dtype)
-        nothing = ()
-        for _corner in tl.static_range(CORNERS):
-            nothing = nothing + (tl.zeros((QUERIES, BLOCK, CHANNELS), dtype),)
         first_row = cells_before(sizes, level, 0, AXES, LEVELS)
-        products = _corner_products(
-            nothing, rows + first_row * (VALUE_HEADS * WORDS),
+        dots = _corner_products(
+            (), rows + first_row * (VALUE_HEADS * WORDS),
             grad_rows + first_row * (VALUE_HEADS * HEAD_DIM), given,
             tl.zeros((BLOCK,), tl.int32), channels, cells, sizes_of_level, weight, WORDS,
             VALUE_HEADS * WORDS, VALUE_HEADS * HEAD_DIM, CHANNELS > WORDS, PAIRS, LINEAR, WIDE,
-            DOTS, VALUE_GRADIENT == "add", dtype
+            DOTS, VALUE_GRADIENT == "add", True, dtype
         )  # fmt: skip
     if DOTS:
         grad_weight, grad_location = gradients_of_points(
-            products, cells, sizes_of_level, weight, LINEAR
+            dots, cells, sizes_of_level, weight, LINEAR
         )
         if GRAD_LOCATIONS:
             store_points(grad_locations + look * POINTS * AXES, place, grad_location, in_range)

@@ -12,16 +12,17 @@ from saccade.backends.triton.points import cells_of_level, corner_of_cells, entr
 
 
 @triton.jit
-def gradients_of_points(products, cells, sizes_of_level, weight, LINEAR: tl.constexpr):
-    """The gradient of each point's attention weight, and those of its location, axis by axis.
+def gradients_of_points(dots, cells, sizes_of_level, weight, LINEAR: tl.constexpr):
+    """The gradient of each point's attention weight, and those of its location, axis by axis, from the
+    products of the output's gradient and the row at each corner.
 
     A corner outside takes no part, not even with infinite numbers.
     """
     AXES: tl.constexpr = len(cells)
     grad_weight = weight * 0
     moved = ()
-    for corner in tl.static_range(len(products)):
-        dot = tl.sum(products[corner], len(products[corner].shape) - 1)
+    for corner in tl.static_range(len(dots)):
+        dot = dots[corner]
         inside, _place, share = corner_of_cells(
             cells[0][0], cells, sizes_of_level, corner, 0, False
         )
