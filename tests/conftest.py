@@ -54,7 +54,9 @@ def use(name: str) -> Iterator[str]:
 
 
 def _round_as_a_card_does() -> None:
-    """The interpreter cuts float32 off where it makes bfloat16 of it; a card rounds half to even."""
+    """The interpreter cuts float32 off where it makes bfloat16 of it, and takes a bfloat16 for an integer
+    where the other dtype is float64; a card rounds half to even.
+    """
     import numpy
     from triton import language
     from triton.runtime import interpreter
@@ -67,7 +69,16 @@ def _round_as_a_card_does() -> None:
         flat = torch.from_numpy(numpy.ascontiguousarray(numbers)).bfloat16()
         return flat.view(torch.int16).numpy().view(numpy.uint16)
 
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def by_float32(self, numbers, to):
+        dtypes = {numbers.dtype.scalar, to.scalar}
+        if dtypes == {language.float64, language.bfloat16}:
+            numbers = cast(self, numbers, language.float32)
+        return cast(self, numbers, to)
+
     interpreter._convert_float = rounded
+    interpreter.InterpreterBuilder.cast_impl = by_float32
 
 
 if not ON_A_CARD and NO_TRITON is None:

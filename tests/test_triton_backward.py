@@ -156,7 +156,11 @@ def test_precision(gradients, name, dtype):
 @ONE_WAY
 @pytest.mark.parametrize("point_dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_points_and_weights_of_other_dtypes(gradients, point_dtype):
-    for case in (Case(location_dtype=point_dtype), FusedCase(location_dtype=point_dtype)):
+    for case in (
+        Case(location_dtype=point_dtype),
+        FusedCase(location_dtype=point_dtype),
+        Case(location_dtype=point_dtype, dtype=torch.float64),
+    ):
         inputs, grad_output = draw(case)
         found = everything(case, inputs, grad_output)
         want = expected(case, inputs, grad_output)
