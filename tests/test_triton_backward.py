@@ -257,14 +257,13 @@ def test_gradients_of_the_output_with_any_strides(gradients):
 @ONE_WAY
 @pytest.mark.parametrize("name", ["lines", "fused-standard", "volumes", "fused-ragged-boxes"])
 def test_places_counted_in_64_bits(gradients, name, monkeypatch):
-    from saccade.backends.triton import launch
-    from saccade.backends.triton.sorting import SumInOrder
+    from saccade.backends.triton import launch, sorting
 
     inputs, grad_output = draw(ALL[name])
     narrow = everything(ALL[name], inputs, grad_output)
     backward._remembered.clear()
     monkeypatch.setattr(launch, "_MOST_NUMBERS_OF_32_BITS", 0)
-    monkeypatch.setattr(SumInOrder, "dtype_of_keys", lambda self, num_keys: torch.int64)
+    monkeypatch.setattr(sorting, "MOST_SMALL_KEYS", 0)
     wide = everything(ALL[name], inputs, grad_output)
     assert all(map(torch.equal, wide, narrow))
     assert all(plan.prepared.constants["WIDE"] for plan in backward._remembered.values())

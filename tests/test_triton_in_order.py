@@ -135,9 +135,9 @@ def test_points_in_the_margin_and_outside(in_order, location):
     ],
     ids=["batch", "ragged"],
 )
-@pytest.mark.parametrize("most", [1, 120, 200])
+@pytest.mark.parametrize("most", [1, 240, 400])
 def test_maps_in_groups(in_order, case, most, monkeypatch):
-    monkeypatch.setattr(backward, "MOST_SORTED_POINTS", most)
+    monkeypatch.setattr(backward, "MOST_SORTED", most)
     inputs, grad_output = draw(case)
     found = everything(case, inputs, grad_output)
     (plan,) = backward._remembered.values()

@@ -29,11 +29,11 @@ from saccade.backends.triton.launch import (
     what_forms_go_by,
 )
 from saccade.backends.triton.points_reversed import sum_references
-from saccade.backends.triton.sorting import SumInOrder, fields_of_record
+from saccade.backends.triton.sorting import SumInOrder, cells_with_margins, fields_of_record
 from saccade.backends.triton.tuning import Form
 
-# Points that are sorted at once, unless a single map has more: this bounds the memory.
-MOST_SORTED_POINTS = 2**22
+# Points, and cells, that are sorted at once, unless a single map has more: this bounds the memory.
+MOST_SORTED = 2**22
 # Of the kernel that sums up the gradients of reference points.
 QUERIES_OF_REFERENCES = 32
 MOST_POINTS_OF_REFERENCES = 16
@@ -130,7 +130,7 @@ def gradient_plan(
 ) -> GradientPlan:
     """How the gradients of a call are computed; by the table, unless a form is given."""
     value = call.value
-    batch_size, num_positions, _value_heads, head_dim = value.shape
+    num_positions, head_dim = value.shape[1], value.shape[3]
     *looks, num_points, _axes = points_of(call).shape
     _check_grad_output(grad_output, value, (*looks[:2], looks[2] * head_dim))
     if form is None:
@@ -150,17 +150,20 @@ def gradient_plan(
     of_references = None
     if wanted.references:
         of_references = _prepared_for_references(cast(FusedCall, call), shared)
-    points_of_query = looks[2] * num_points
-    at_once = MOST_SORTED_POINTS if in_order else None
+    groups = _groups(call, form.queries, in_order=in_order)
+    summed = None
+    if in_order:
+        most_maps = max((group.maps.stop - group.maps.start for group in groups), default=0)
+        summed = SumInOrder.of(shared, call.spatial_shapes, most_maps)
     return GradientPlan(
         Prepared(form.kernel, constants, {}),
-        _groups(batch_size, looks[1], points_of_query, form.queries, looks[2], at_once, call),
+        groups,
         sizes_of(call),
         num_positions,
         wanted,
         fused,
         torch.float64 if value.dtype == torch.float64 else torch.float32,
-        SumInOrder.of(shared, call.spatial_shapes) if in_order else None,
+        summed,
         of_references,
     )
 
@@ -178,28 +181,22 @@ def _check_grad_output(grad_output: Tensor, value: Tensor, shape: tuple[int, ...
         )
 
 
-def _groups(
-    batch_size: int,
-    num_queries: int,
-    points_of_query: int,
-    block: int,
-    num_heads: int,
-    most_points: int | None,
-    call: Call | FusedCall,
-) -> list[Group]:
-    """The maps in groups of no more than `most_points`; all in one without that."""
+def _groups(call: Call | FusedCall, block: int, *, in_order: bool) -> list[Group]:
+    """The maps in groups; all in one where nothing is sorted."""
+    batch_size, _, value_heads, _ = call.value.shape
+    _, num_queries, num_heads, num_points, _ = points_of(call).shape
     per_map = call.queries_per_map
     counts = [num_queries] * batch_size if per_map is None else per_map
+    cells = value_heads * cells_with_margins(call.spatial_shapes)
+    sizes = [max(count * num_heads * num_points, cells) if in_order else 0 for count in counts]
     groups, first_map, first_query = [], 0, 0
     while first_map < batch_size:
-        last_map, last_query = first_map + 1, first_query + counts[first_map]
-        while last_map < batch_size and (
-            most_points is None
-            or (last_query + counts[last_map] - first_query) * points_of_query <= most_points
-        ):
-            last_query += counts[last_map]
+        last_map, total = first_map + 1, sizes[first_map]
+        while last_map < batch_size and total + sizes[last_map] <= MOST_SORTED:
+            total += sizes[last_map]
             last_map += 1
         maps = slice(first_map, last_map)
+        last_query = first_query + sum(counts[maps])
         launches = launches_of(
             last_map - first_map, num_queries, num_heads, block, per_map and per_map[maps]
         )
@@ -285,7 +282,7 @@ def _run_group(
         grad_value = grad_value[group.maps]
     if plan.in_order is not None:
         num_keys = plan.in_order.num_keys(grad_value)
-        keys = grad_output.new_empty(weights.numel(), dtype=plan.in_order.dtype_of_keys(num_keys))
+        keys = grad_output.new_empty(weights.numel(), dtype=plan.in_order.dtype_of_keys)
         fields = fields_of_record(points.shape[-1])
         records = grad_output.new_empty((weights.numel(), fields), dtype=plan.compute_dtype)
     for programs, *numbers_of_queries, first_map, first_query in group.launches:

@@ -23,6 +23,7 @@ LENGTH = 32
 # Of a row that a program takes, and numbers that it holds for each corner.
 MOST_CHANNELS = 256
 NUMBERS = 512
+MOST_SMALL_KEYS = 2**31 - 1
 
 
 class SumInOrder(NamedTuple):
@@ -30,12 +31,18 @@ class SumInOrder(NamedTuple):
 
     cells: int
     """Of a map, each level with a margin of one before each axis."""
+    dtype_of_keys: torch.dtype
+    """The smallest that counts the cells of as many maps as are worked on together."""
     pieces: Prepared
     rows: Prepared
 
     @staticmethod
-    def of(constants: dict[str, Any], spatial_shapes: Sequence[tuple[int, ...]]) -> SumInOrder:
+    def of(
+        constants: dict[str, Any], spatial_shapes: Sequence[tuple[int, ...]], most_maps: int
+    ) -> SumInOrder:
         """For a call; `constants` are those of the kernel that leaves the records."""
+        cells = cells_with_margins(spatial_shapes)
+        most_keys = most_maps * constants["VALUE_HEADS"] * cells
         channels = min(triton.next_power_of_2(constants["HEAD_DIM"]), MOST_CHANNELS)
         block = max(1, NUMBERS // channels)
         linear = constants["INTERPOLATION"] == "linear"
@@ -50,7 +57,9 @@ class SumInOrder(NamedTuple):
         of_pieces = {"POINTS": constants["POINTS"], "LENGTH": LENGTH, "PIECES": block}
         of_rows = {**{name: constants[name] for name in ("VALUE_HEADS", "LEVELS")}, "ROWS": block}
         return SumInOrder(
-            sum(math.prod(size + 1 for size in shape) for shape in spatial_shapes),
+            cells,
+            # Their number itself stands for points that take no part.
+            torch.int32 if most_keys <= MOST_SMALL_KEYS else torch.int64,
             Prepared(sum_pieces, common | of_pieces, {}),
             Prepared(sum_rows, common | of_rows, {}),
         )
@@ -58,10 +67,6 @@ class SumInOrder(NamedTuple):
     def num_keys(self, grad_value: Tensor) -> int:
         """How many cells the maps have, for each head of the value."""
         return grad_value.shape[0] * grad_value.shape[2] * self.cells
-
-    def dtype_of_keys(self, num_keys: int) -> torch.dtype:
-        """The smallest that counts them; the number itself stands for points that take no part."""
-        return torch.int32 if num_keys < 2**31 else torch.int64
 
     def run(
         self,
@@ -106,3 +111,8 @@ class SumInOrder(NamedTuple):
 def fields_of_record(spatial_dims: int) -> int:
     """Numbers that a point leaves: its weight, its share along each axis, and what fills up."""
     return 2 if spatial_dims == 1 else 4
+
+
+def cells_with_margins(spatial_shapes: Sequence[tuple[int, ...]]) -> int:
+    """Cells of a map in which a point may lie: each level has one more before each axis."""
+    return sum(math.prod(size + 1 for size in shape) for shape in spatial_shapes)
