@@ -105,7 +105,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(params=BACKENDS)
 def cpu_backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Without the GPU kernels: for gradients, which are the reference's there, and for long tests."""
+    """Without the GPU kernels: for tests that take too long in the interpreter."""
     with saccade.use_backend(request.param):
         yield request.param
 
@@ -139,6 +139,11 @@ def table(monkeypatch: pytest.MonkeyPatch, **entries: int) -> Iterator[list[str]
         plans.clear()
 
 
+def summing(way: str) -> dict[str, int]:
+    """The entries of the table for a way to sum up the gradient of the value."""
+    return {"many_samples": MANY_SAMPLES[way], "many_samples_of_a_cell": 0}
+
+
 FEW_LOOKS = {"queries": -1, "points": 2**62}
 MANY_SAMPLES = {"added": 2**62, "in-order": 0}
 
@@ -155,10 +160,15 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 @pytest.fixture(params=MANY_SAMPLES)
 def summed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Both ways to sum up the gradient of the value, by the GPU kernels for many queries."""
-    chosen = {"few_looks": -1, "many_samples": MANY_SAMPLES[request.param]}
+    from saccade.backends.triton import backward
+
+    chosen = {"few_looks": -1, **summing(request.param)}
     with table(monkeypatch, **chosen) as ran:
         yield request.param
+        plans = [plan for plan in backward._remembered.values() if plan.wanted.value]
+        ways = {plan.in_order is not None for plan in plans}
     assert "differentiate_queries" in ran
+    assert ways == {request.param == "in-order"}
 
 
 def pytest_report_header() -> str:

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import MANY_SAMPLES, NO_TRITON, WITH_TRITON, table
+from conftest import MANY_SAMPLES, NO_TRITON, WITH_TRITON, summing, table
 from torch.utils.checkpoint import checkpoint
 
 import saccade
@@ -21,7 +21,7 @@ SHAPES = [(4, 5), (2, 3)]
 @pytest.fixture(params=MANY_SAMPLES)
 def layer(request, monkeypatch):
     """A layer, its inputs, and both ways to sum up the gradient of the value."""
-    with table(monkeypatch, few_looks=2**62, many_samples=MANY_SAMPLES[request.param]):
+    with table(monkeypatch, few_looks=2**62, **summing(request.param)):
         module = saccade.nn.MultiScaleDeformableAttention(16, num_heads=2, num_levels=2)
         with torch.no_grad():
             module.sampling_offsets.weight.normal_(std=0.1)

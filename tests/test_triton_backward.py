@@ -7,7 +7,17 @@ import math
 
 import pytest
 import torch
-from conftest import FEW_LOOKS, MANY_SAMPLES, NO_TRITON, TOO_WIDE, TRITON, WITH_TRITON, table, use
+from conftest import (
+    FEW_LOOKS,
+    MANY_SAMPLES,
+    NO_TRITON,
+    TOO_WIDE,
+    TRITON,
+    WITH_TRITON,
+    summing,
+    table,
+    use,
+)
 from fused_helpers import FusedCase, fused_calls, run_fused
 from helpers import Case, assert_16_bit_is_as_good_as_naive, assert_same, run
 from hypothesis import HealthCheck, given, settings
@@ -28,8 +38,7 @@ if NO_TRITON is None:
 def gradients(request, monkeypatch):
     """A GPU kernel of the backward, and a way to sum up the gradient of the value."""
     kernel, summed = request.param
-    chosen = {"few_looks": FEW_LOOKS[kernel], "many_samples": MANY_SAMPLES[summed]}
-    with table(monkeypatch, **chosen) as ran:
+    with table(monkeypatch, few_looks=FEW_LOOKS[kernel], **summing(summed)) as ran:
         yield request.param
     # What does not fit into registers at once is left to the other one.
     too_wide = any(name in request.node.callspec.id for name in TOO_WIDE)
@@ -304,6 +313,21 @@ def test_the_operator_itself_checks_the_gradient_of_the_output(gradients, change
     assert len(operator(grad_output, *arguments, [True] * 3)) == 3
     with pytest.raises((ValueError, RuntimeError), match=message):
         operator(change(grad_output), *arguments, [True] * 3)
+
+
+@pytest.mark.parametrize("mask", [[True, True, True], [True, False, False], [False, True, False]])
+def test_opcheck(summed, mask):
+    case = Case(num_queries=2, batch_size=1, dtype=torch.bfloat16)
+    inputs, grad_output = draw(case)
+    leaves = [tensor.requires_grad_() for tensor in inputs]
+    arguments = contract.arguments_of(case.understood(*leaves))
+    torch.library.opcheck(
+        torch.ops.saccade.deformable_attention_backward,
+        (grad_output, *arguments, mask),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+    # With one mask no gradient of the value is asked for, which `summed` wants to see.
+    case.call(*leaves).sum().backward()
 
 
 def test_second_derivatives_are_those_of_the_reference(summed):

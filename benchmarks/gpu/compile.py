@@ -52,7 +52,7 @@ class Reading(NamedTuple):
 
     registers: int
     spills: int
-    """Instructions that move registers to local memory and back."""
+    """Instructions that move registers to local memory and back for each sample."""
     shared_bytes: int
     instructions: int
     """Of the whole program."""
@@ -151,10 +151,12 @@ def read(kernel: Kernel) -> Reading:
     code = _without_labels(lines)
     loop = _innermost_loop(lines)
     loads = [int(width) for line in code for width in re.findall(r"LDG\.E\.(64|128)", line)]
-    additions = re.findall(r"red\.[.\w]*?add\.(?:(v\d)\.)?(?:noftz\.)?f\d+", compiled.asm["ptx"])
+    additions = re.findall(
+        r"(?:red|atom)\.[.\w]*?add\.(?:(v\d)\.)?(?:noftz\.)?f\d+", compiled.asm["ptx"]
+    )
     return Reading(
         registers=_registers(compiled.asm["cubin"]),
-        spills=sum("LDL" in line or "STL" in line for line in code),
+        spills=sum("LDL" in line or "STL" in line for line in loop or code),
         shared_bytes=compiled.metadata.shared,
         instructions=len(code),
         per_sample=round(

@@ -13,6 +13,7 @@ import argparse
 import functools
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -91,11 +92,14 @@ def plan_of(
     return backward.gradient_plan(call, wanted, grad_output, form, in_order=in_order)
 
 
-def kernel_of(plan: Plan | GradientPlan, dtype: torch.dtype) -> compile.Kernel:
-    """The kernel that the candidates are of."""
-    if isinstance(plan, Plan):
-        return compile.forward_kernel(plan, dtype, torch.float32)
-    return compile.backward_kernels(plan, dtype, torch.float32)[0]
+def kernels_of(
+    name: str, candidate: Candidate, call: Call | FusedCall, dtype: torch.dtype
+) -> list[compile.Kernel]:
+    """The kernel that the candidates are of, backward with both ways to sum up the value's gradient."""
+    plans = [plan_of(name, candidate, call, in_order=in_order) for in_order in (True, False)]
+    if name.startswith(FORWARD):
+        return [compile.forward_kernel(plans[0], dtype, torch.float32)]
+    return [compile.backward_kernels(plan, dtype, torch.float32)[0] for plan in plans]
 
 
 def best_by_count(name: str, bits: str, width: int) -> Candidate:
@@ -105,7 +109,11 @@ def best_by_count(name: str, bits: str, width: int) -> Candidate:
         compile.call_of(workload_of(case, width, dtype), dtype, kind) for case, kind in COUNTED
     ]
     for candidate in candidates(name, width, dtype, warps=(4,)):
-        found = [compile.read(kernel_of(plan_of(name, candidate, call), dtype)) for call in calls]
+        found = [
+            compile.read(kernel)
+            for call in calls
+            for kernel in kernels_of(name, candidate, call, dtype)
+        ]
         # One that has no room is better than one that spills.
         most = MOST_REGISTERS[name.split("_")[0]]
         crowded = sum(max(0, reading.registers - most) for reading in found)
@@ -154,8 +162,10 @@ def _run_of(plan: Plan | GradientPlan, tensors: list[Any]) -> Callable[[], objec
 
 
 def _entries(name: str, entries: list[Candidate]) -> dict[str, Callable[[Call], Any]]:
+    """What the table's choice is between; few queries are too few points to be summed up in order."""
+    in_order = name.endswith("queries")
     return {
-        f"{name} {tuple(one)}": functools.partial(lambda one, call: plan_of(name, one, call), one)
+        f"{name} {tuple(one)}": functools.partial(plan_of, name, one, in_order=in_order)
         for one in entries
     }
 
@@ -209,7 +219,7 @@ def many_samples(clock: Clock, table: dict[str, Any]) -> int:
                 },
             )
             print(f"{queries} queries, {dtype}, in order or not: {times} us", flush=True)
-            if times["True"] > times["False"]:
+            if times.get("True", math.inf) > times.get("False", 0):
                 return found
         found = queries * workload.num_heads * sum(workload.points)
     return found

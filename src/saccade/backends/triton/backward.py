@@ -13,6 +13,7 @@ from torch import Tensor
 from saccade.argument_key import remember
 from saccade.arguments import Call, FusedCall
 from saccade.backends.triton import tuning
+from saccade.backends.triton.gradient_kernels import differentiate_queries
 from saccade.backends.triton.launch import (
     Launch,
     Prepared,
@@ -29,11 +30,17 @@ from saccade.backends.triton.launch import (
     what_forms_go_by,
 )
 from saccade.backends.triton.points_reversed import sum_references
-from saccade.backends.triton.sorting import SumInOrder, cells_with_margins, fields_of_record
+from saccade.backends.triton.sorting import (
+    SumInOrder,
+    cells_with_margins,
+    fields_of_record,
+    workspace,
+)
 from saccade.backends.triton.tuning import Form
 
-# Points, and cells, that are sorted at once, unless a single map has more: this bounds the memory.
-MOST_SORTED = 2**22
+# Bytes of workspace. Maps are worked on together up to so many; a single map that takes more is summed up in
+# order only where that is asked for.
+MOST_WORKSPACE = 2**28
 # Of the kernel that sums up the gradients of reference points.
 QUERIES_OF_REFERENCES = 32
 MOST_POINTS_OF_REFERENCES = 16
@@ -135,8 +142,13 @@ def gradient_plan(
     _check_grad_output(grad_output, value, (*looks[:2], looks[2] * head_dim))
     if form is None:
         form = tuning.choose("differentiate", *what_forms_go_by(call))
+    of_maps = _workspace_of_maps(call)
     if in_order is None:
-        in_order = tuning.sums_in_order(math.prod(looks) * num_points)
+        cells = value.shape[0] * value.shape[2] * cells_with_margins(call.spatial_shapes)
+        in_order = (
+            tuning.sums_in_order(math.prod(looks) * num_points, cells)
+            and max(of_maps, default=0) <= MOST_WORKSPACE
+        )
     in_order = wanted.value and (in_order or torch.are_deterministic_algorithms_enabled())
     fused = isinstance(call, FusedCall)
     shared = constants_of(call, form)
@@ -150,7 +162,7 @@ def gradient_plan(
     of_references = None
     if wanted.references:
         of_references = _prepared_for_references(cast(FusedCall, call), shared)
-    groups = _groups(call, form.queries, in_order=in_order)
+    groups = _groups(call, form.queries, of_maps if in_order else [0] * len(of_maps))
     summed = None
     if in_order:
         most_maps = max((group.maps.stop - group.maps.start for group in groups), default=0)
@@ -181,19 +193,31 @@ def _check_grad_output(grad_output: Tensor, value: Tensor, shape: tuple[int, ...
         )
 
 
-def _groups(call: Call | FusedCall, block: int, *, in_order: bool) -> list[Group]:
-    """The maps in groups; all in one where nothing is sorted."""
-    batch_size, _, value_heads, _ = call.value.shape
-    _, num_queries, num_heads, num_points, _ = points_of(call).shape
+def _workspace_of_maps(call: Call | FusedCall) -> list[int]:
+    """Bytes for each map, if its gradient is summed up in order."""
+    batch_size, _, value_heads, head_dim = call.value.shape
+    _, num_queries, num_heads, num_points, axes = points_of(call).shape
+    counts = call.queries_per_map or [num_queries] * batch_size
+    cells = value_heads * cells_with_margins(call.spatial_shapes)
+    corners = 2**axes if call.interpolation == "linear" else 1
+    number_bytes = max(call.value.element_size(), 4)
+    return [
+        workspace(count * num_heads * num_points, cells, corners, head_dim, axes, number_bytes)
+        for count in counts
+    ]
+
+
+def _groups(call: Call | FusedCall, block: int, of_maps: Sequence[int]) -> list[Group]:
+    """The maps in groups whose workspaces, as listed for each map, are small together."""
+    batch_size = call.value.shape[0]
+    _, num_queries, num_heads, _, _ = points_of(call).shape
     per_map = call.queries_per_map
     counts = [num_queries] * batch_size if per_map is None else per_map
-    cells = value_heads * cells_with_margins(call.spatial_shapes)
-    sizes = [max(count * num_heads * num_points, cells) if in_order else 0 for count in counts]
     groups, first_map, first_query = [], 0, 0
     while first_map < batch_size:
-        last_map, total = first_map + 1, sizes[first_map]
-        while last_map < batch_size and total + sizes[last_map] <= MOST_SORTED:
-            total += sizes[last_map]
+        last_map, total = first_map + 1, of_maps[first_map]
+        while last_map < batch_size and total + of_maps[last_map] <= MOST_WORKSPACE:
+            total += of_maps[last_map]
             last_map += 1
         maps = slice(first_map, last_map)
         last_query = first_query + sum(counts[maps])
@@ -236,36 +260,44 @@ def run(
     if plan.prepared.constants["PAIRS"]:
         grad_output, value = beginning_with_a_word(grad_output), beginning_with_a_word(value)
     wanted, dtype = plan.wanted, plan.compute_dtype
-    nothing = grad_output.new_empty(0)
-    grad_value = nothing
+    unused = grad_output  # in the place of what a kernel does not touch
+    grad_value = grad_points = grad_weights = before_softmax = grad_locations = unused
     if wanted.value and plan.in_order is None:
         # Summed up in 32 bits, whatever the value's dtype.
         grad_value = torch.zeros_like(value, dtype=dtype)
     elif wanted.value:
         grad_value = torch.empty_like(value)
-    grad_points = torch.empty_like(points) if wanted.points else nothing
-    grad_weights = torch.empty_like(weights) if wanted.weights else nothing
-    # Of the weights that logits stand for, and of the locations that are made of references.
-    before_softmax, grad_locations = grad_weights, nothing
-    if plan.fused and wanted.weights:
-        before_softmax = torch.empty_like(weights, dtype=dtype)
+    if wanted.points:
+        grad_points = torch.empty_like(points)
+    if wanted.weights:
+        grad_weights = before_softmax = torch.empty_like(weights)
+        if plan.fused and plan.prepared.kernel is differentiate_queries:
+            # Of the weights that logits stand for.
+            before_softmax = torch.empty_like(weights, dtype=dtype)
     if wanted.references:
         grad_locations = torch.empty_like(points, dtype=dtype)
-    tensors = (grad_points, before_softmax, grad_weights, grad_locations)
-    inputs = (points, weights, references if plan.fused else weights)
+    tensors = (
+        *(grad_points, before_softmax, grad_weights, grad_locations, grad_output),
+        *(points, weights, references),
+    )
     with device_of(value):
         for group in plan.groups:
-            of_group = [_queries_of(tensor, group) for tensor in (*tensors, grad_output, *inputs)]
-            _run_group(plan, group, grad_value, value, of_group)
-        grad_references = nothing
+            if len(plan.groups) == 1:
+                _run_group(plan, group, grad_value, value, tensors)
+                break
+            of_maps = (grad_value[group.maps] if wanted.value else unused, value[group.maps])
+            of_queries = [tensor.flatten(0, 1)[group.queries] for tensor in tensors]
+            _run_group(plan, group, *of_maps, of_queries)
+        grad_references = references.new_empty(0)
         if plan.of_references is not None:
             grad_references = torch.empty_like(references)
             _sum_references(plan.of_references, grad_references, grad_locations, points)
-    return grad_value.to(value.dtype), grad_references, grad_points, grad_weights
-
-
-def _queries_of(tensor: Tensor, group: Group) -> Tensor:
-    return tensor.flatten(0, 1)[group.queries] if tensor.dim() > 1 else tensor
+    return (
+        grad_value.to(value.dtype) if wanted.value else value.new_empty(0),
+        grad_references,
+        grad_points if wanted.points else points.new_empty(0),
+        grad_weights if wanted.weights else weights.new_empty(0),
+    )
 
 
 def _run_group(
@@ -273,13 +305,11 @@ def _run_group(
     group: Group,
     grad_value: Tensor,
     value: Tensor,
-    of_group: Sequence[Tensor],
+    tensors: Sequence[Tensor],
 ) -> None:
-    *gradients, grad_output, points, weights, references = of_group
+    *gradients, grad_output, points, weights, references = tensors
     keys = records = grad_output
     num_keys = 0
-    if plan.wanted.value:
-        grad_value = grad_value[group.maps]
     if plan.in_order is not None:
         num_keys = plan.in_order.num_keys(grad_value)
         keys = grad_output.new_empty(weights.numel(), dtype=plan.in_order.dtype_of_keys)
@@ -290,7 +320,7 @@ def _run_group(
             programs,
             (
                 *(grad_value, *gradients, keys, records),
-                *(grad_output, value[group.maps], points, weights, references),
+                *(grad_output, value, points, weights, references),
             ),
             (plan.sizes,),
             (*numbers_of_queries, plan.num_positions, first_map, first_query, num_keys),

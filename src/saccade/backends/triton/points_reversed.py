@@ -31,19 +31,22 @@ def gradients_of_points(dots, cells, sizes_of_level, weight, LINEAR: tl.constexp
         moved = moved + (tl.where(inside, weight * dot, 0),)
     grad_location = ()
     for axis in tl.static_range(AXES):
-        total = moved[0]
+        slope = cells[axis][4]
+        total = slope * moved[0]
         if LINEAR:
             for corner in tl.static_range(2**AXES):
-                term = moved[corner]
+                # How the corner's weight grows along the axis, but for the sign.
+                grows = slope
                 for other in tl.static_range(AXES):
                     if other != axis:
                         upper = cells[other][1]
-                        term = (upper if (corner >> other) % 2 == 1 else 1 - upper) * term
+                        grows = grows * (upper if (corner >> other) % 2 == 1 else 1 - upper)
+                term = grows * moved[corner]
                 if corner == 0:
                     total = -term
                 else:
                     total = total + term if (corner >> axis) % 2 == 1 else total - term
-        grad_location = grad_location + (cells[axis][4] * total,)
+        grad_location = grad_location + (total,)
     return grad_weight, grad_location
 
 

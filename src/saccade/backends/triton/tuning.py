@@ -25,7 +25,8 @@ KERNELS = {
 }
 TABLE = Path(__file__).with_name("tuning.json")
 
-# Numbers of the value that a thread of `attend_points` holds of one corner: with more, registers do not do.
+# Numbers of the value that a thread of the kernels for few queries holds of one corner: with more, registers
+# do not do.
 MOST_NUMBERS = 32
 # Its entries in the table are for so many points.
 POINTS_OF_TABLE = 16
@@ -46,7 +47,7 @@ class Form(NamedTuple):
     channels: int
     """Of a part of a row, in words."""
     parts: int
-    """In which a row is read; 0 for `attend_points`, which knows none."""
+    """In which a row is read; 0 for the kernels for few queries, which know none."""
 
     slices: int = 1
     """Of a wide row, each read by a program of its own."""
@@ -95,6 +96,8 @@ def choose(
         # A pair of numbers, and a float64, takes two registers.
         registers = max(word_bytes // number_bytes, number_bytes // 4, 1)
         most = MOST_NUMBERS if spatial_dims < 3 else MOST_NUMBERS // 2
+        if work == "differentiate" and number_bytes == 8:
+            most //= 2
         fitting = warps * 32 * most // (points * channels * registers)
         queries = min(max(1, queries * POINTS_OF_TABLE // points), fitting)
         if queries:
@@ -107,11 +110,13 @@ def choose(
     return whole._replace(slices=-(-words // slice_words))
 
 
-def sums_in_order(samples: int) -> bool:
-    """Whether the gradient of the value is summed up in order also where nobody asks for it: of many
-    points that is faster than additions to memory that get into each other's way.
+def sums_in_order(samples: int, cells: int) -> bool:
+    """Whether the gradient of the value is summed up in order also where nobody asks for it: many points
+    in few cells get into each other's way where they are added up in memory.
     """
-    return bool(samples >= _table()["many_samples"])
+    table = _table()
+    many, of_a_cell = int(table["many_samples"]), int(table["many_samples_of_a_cell"])
+    return samples >= max(many, of_a_cell * cells)
 
 
 def _entry(entries: dict[str, list[int]], row_bytes: int) -> tuple[int, int, int]:
