@@ -40,7 +40,7 @@ from saccade.backends.triton.tuning import Form
 
 # Bytes of workspace. Maps are worked on together up to so many; a single map that takes more is summed up in
 # order only where that is asked for.
-MOST_WORKSPACE = 2**28
+MOST_WORKSPACE = 3 * 2**27
 # Of the kernel that sums up the gradients of reference points.
 QUERIES_OF_REFERENCES = 32
 MOST_POINTS_OF_REFERENCES = 16
