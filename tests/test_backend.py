@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import BACKENDS, NO_TRITON
-from helpers import Case, python, run
+from helpers import Case, assert_same, python, run
 
 import saccade
 from saccade.ops import contract, gpu, native
@@ -141,7 +141,7 @@ def test_a_call_that_is_refused_runs_on_the_reference(monkeypatch):
     gradients = backward(grad_output, *arguments, [True, True, False])
     with saccade.use_backend("reference"):
         expected = run(case, inputs, grad_output)
-    assert all(map(torch.equal, [found, *gradients[:2]], expected))
+    assert_same([found, *gradients[:2]], expected[:3], 1e-6)
     assert gradients[2].numel() == 0
 
 
