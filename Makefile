@@ -20,7 +20,7 @@ demo: $(VENV)/.installed
 	$(BIN)/saccade detect examples/digit_scenes/scenes/scene_0.png --out saccade-out
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto --dist loadscope --cov=saccade --cov-report=term
+	$(BIN)/python -m pytest -n 2 --dist loadscope --cov=saccade --cov-report=term
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
