@@ -241,7 +241,7 @@ TABLES: dict[str, tuple[str, Callable[[Path], list[str]]]] = {
     "family": ("family.json", lambda path: every(read(path))),
     "fused": ("fused.json", lambda path: fused(json.loads(path.read_text()))),
     "compiled": ("gpu_compile.json", lambda path: compiled(json.loads(path.read_text()))),
-    "compiled-backward": (
+    "compiled_backward": (
         "gpu_compile.json",
         lambda path: compiled_backward(json.loads(path.read_text())),
     ),
