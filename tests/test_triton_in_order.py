@@ -164,7 +164,7 @@ def test_a_map_that_nobody_looks_at_gets_zeros(in_order):
     assert (found[1] == 0).all()
 
 
-def planned(monkeypatch, samples, cells, **options):
+def planned(samples, cells):
     """The plan for a call with such numbers of points and cells, without tensors."""
     case = Case(shapes=[(cells - 1,)], num_heads=1, num_points=1, batch_size=1)
     value = torch.empty(1, cells - 1, 1, 8, device="meta")
@@ -172,20 +172,20 @@ def planned(monkeypatch, samples, cells, **options):
     call = case.understood(value, locations, locations[..., 0])
     wanted = backward.Wanted(True, False, True, True)
     grad_output = torch.empty(1, samples, 8, device="meta")
-    return backward.gradient_plan(call, wanted, grad_output, **options)
+    return backward.gradient_plan(call, wanted, grad_output)
 
 
 def test_many_points_of_few_cells_are_summed_in_order_without_being_asked(monkeypatch):
     many, of_a_cell = (tuning._table()[name] for name in ("many_samples", "many_samples_of_a_cell"))
     few_cells = many // of_a_cell
-    assert planned(monkeypatch, many, few_cells).in_order is not None
-    assert planned(monkeypatch, many - 1, few_cells).in_order is None
-    assert planned(monkeypatch, many, few_cells + 1).in_order is None
+    assert planned(many, few_cells).in_order is not None
+    assert planned(many - 1, few_cells).in_order is None
+    assert planned(many, few_cells + 1).in_order is None
     # Where that takes too much memory, only if it is asked for.
     monkeypatch.setattr(backward, "MOST_WORKSPACE", 2**20)
-    assert planned(monkeypatch, many, few_cells).in_order is None
+    assert planned(many, few_cells).in_order is None
     with deterministic():
-        assert planned(monkeypatch, many, few_cells).in_order is not None
+        assert planned(many, few_cells).in_order is not None
 
 
 def test_the_workspace_is_what_it_is_said_to_be(in_order, monkeypatch):

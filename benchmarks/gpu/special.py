@@ -148,18 +148,25 @@ def _other_gpu(form: str, device: torch.device, library: Any, seed: int) -> Foun
     return _right(variant, drawn, found)
 
 
-def _compiled(form: str, device: torch.device, library: Any, seed: int) -> Found:
-    """Two numbers of queries, so that the second call has a graph of variable sizes."""
+def compiled_call(variant: Variant, library: Any) -> Callable[..., Tensor]:
+    """The call of a variant as a whole graph, of value and points."""
     torch._dynamo.reset()
-    variant = Variant("float32", form)
     shapes, options = variant.shapes, variant.options
-    function = getattr(library, {"plain": "", "fused": "fused_"}[form] + "deformable_attention")
+    prefix = {"plain": "", "fused": "fused_"}[variant.form]
+    function = getattr(library, f"{prefix}deformable_attention")
 
     @torch.compile(fullgraph=True)
     def compiled(value: Tensor, *points: Tensor) -> Tensor:
         attended: Tensor = function(value, shapes, *points, **options)
         return attended
 
+    return compiled
+
+
+def _compiled(form: str, device: torch.device, library: Any, seed: int) -> Found:
+    """Two numbers of queries, so that the second call has a graph of variable sizes."""
+    variant = Variant("float32", form)
+    compiled = compiled_call(variant, library)
     result = (0.0, 0.0)
     for queries in ("prime", "many"):
         variant = variant._replace(queries=queries)

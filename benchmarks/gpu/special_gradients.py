@@ -21,7 +21,7 @@ from benchmarks.gpu.gradients import (
 )
 from benchmarks.gpu.race import of_workload, race_checks
 from benchmarks.gpu.results import reason_of
-from benchmarks.gpu.special import LIMIT, NEEDS_GPU, Check, Found, with_first
+from benchmarks.gpu.special import LIMIT, NEEDS_GPU, Check, Found, compiled_call, with_first
 from benchmarks.gpu.timing import Clock
 from benchmarks.gpu.variants import Inputs, Variant, call, draw, laid_out
 from saccade import reference
@@ -221,17 +221,9 @@ def _ddp(device: torch.device, library: Any, seed: int) -> Found:
 
 def _compiled(form: str, device: torch.device, library: Any, seed: int) -> Found:
     """Two numbers of queries, so that the second call has a graph of variable sizes."""
-    torch._dynamo.reset()
     worst = (0.0, 0.0)
     variant = Variant("float32", form)
-    shapes, options = variant.shapes, variant.options
-    function = getattr(library, {"plain": "", "fused": "fused_"}[form] + "deformable_attention")
-
-    @torch.compile(fullgraph=True)
-    def compiled(value: Tensor, *points: Tensor) -> Tensor:
-        attended: Tensor = function(value, shapes, *points, **options)
-        return attended
-
+    compiled = compiled_call(variant, library)
     for queries in ("prime", "many"):
         case = _Case(variant._replace(queries=queries), seed, device)
         leaves = case.leaves()

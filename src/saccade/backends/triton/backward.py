@@ -29,13 +29,8 @@ from saccade.backends.triton.launch import (
     understood,
     what_forms_go_by,
 )
-from saccade.backends.triton.points_reversed import sum_references
-from saccade.backends.triton.sorting import (
-    SumInOrder,
-    cells_with_margins,
-    fields_of_record,
-    workspace,
-)
+from saccade.backends.triton.points_reversed import fields_of_record, sum_references
+from saccade.backends.triton.sorting import SumInOrder, cells_with_margins, workspace
 from saccade.backends.triton.tuning import Form
 
 # Bytes of workspace. Maps are worked on together up to so many; a single map that takes more is summed up in
@@ -89,8 +84,7 @@ def differentiate(grad_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     key = _key(grad_output, (value, locations, weights), shapes, options, mask)
     found = _remembered.get(key)
     if found is None:
-        points = {"sampling_locations": locations, "attention_weights": weights}
-        call = understood(value, shapes, points, options)
+        call = understood(value, shapes, (locations, weights), options)
         found = remember(_remembered, key, gradient_plan(call, mask, grad_output))
     grad_value, _, grad_locations, grad_weights = run(
         found, grad_output, value, locations, weights, weights
@@ -106,12 +100,7 @@ def differentiate_fused(grad_output: Tensor, *arguments: Any) -> tuple[Tensor, .
     key = _key(grad_output, tensors, shapes, [index, *options], mask)
     found = _remembered.get(key)
     if found is None:
-        points = {
-            "reference_points": references,
-            "sampling_offsets": offsets,
-            "attention_logits": logits,
-        }
-        call = understood(value, shapes, points, options, index)
+        call = understood(value, shapes, (references, offsets, logits), options, index)
         found = remember(_remembered, key, gradient_plan(call, mask, grad_output))
     return run(found, grad_output, value, offsets, logits, references)
 
@@ -195,24 +184,28 @@ def _check_grad_output(grad_output: Tensor, value: Tensor, shape: tuple[int, ...
 
 def _workspace_of_maps(call: Call | FusedCall) -> list[int]:
     """Bytes for each map, if its gradient is summed up in order."""
-    batch_size, _, value_heads, head_dim = call.value.shape
-    _, num_queries, num_heads, num_points, axes = points_of(call).shape
-    counts = call.queries_per_map or [num_queries] * batch_size
+    _, _, value_heads, head_dim = call.value.shape
+    *_, num_heads, num_points, axes = points_of(call).shape
     cells = value_heads * cells_with_margins(call.spatial_shapes)
     corners = 2**axes if call.interpolation == "linear" else 1
     number_bytes = max(call.value.element_size(), 4)
     return [
         workspace(count * num_heads * num_points, cells, corners, head_dim, axes, number_bytes)
-        for count in counts
+        for count in _queries_of_maps(call)
     ]
+
+
+def _queries_of_maps(call: Call | FusedCall) -> list[int]:
+    if call.queries_per_map is not None:
+        return call.queries_per_map
+    return [points_of(call).shape[1]] * call.value.shape[0]
 
 
 def _groups(call: Call | FusedCall, block: int, of_maps: Sequence[int]) -> list[Group]:
     """The maps in groups whose workspaces, as listed for each map, are small together."""
     batch_size = call.value.shape[0]
     _, num_queries, num_heads, _, _ = points_of(call).shape
-    per_map = call.queries_per_map
-    counts = [num_queries] * batch_size if per_map is None else per_map
+    per_map, counts = call.queries_per_map, _queries_of_maps(call)
     groups, first_map, first_query = [], 0, 0
     while first_map < batch_size:
         last_map, total = first_map + 1, of_maps[first_map]
@@ -285,9 +278,13 @@ def run(
             if len(plan.groups) == 1:
                 _run_group(plan, group, grad_value, value, tensors)
                 break
-            of_maps = (grad_value[group.maps] if wanted.value else unused, value[group.maps])
-            of_queries = [tensor.flatten(0, 1)[group.queries] for tensor in tensors]
-            _run_group(plan, group, *of_maps, of_queries)
+            _run_group(
+                plan,
+                group,
+                grad_value[group.maps] if wanted.value else unused,
+                value[group.maps],
+                [tensor.flatten(0, 1)[group.queries] for tensor in tensors],
+            )
         grad_references = references.new_empty(0)
         if plan.of_references is not None:
             grad_references = torch.empty_like(references)

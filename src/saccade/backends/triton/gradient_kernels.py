@@ -25,14 +25,16 @@ from saccade.backends.triton.kernels import (
 from saccade.backends.triton.points import (
     cells_before,
     cells_of_level,
-    cells_of_points,
     corner_of_cells,
     entry,
     lower_row,
+    point_of_queries,
+    points_of_queries,
     softmax_terms,
 )
 from saccade.backends.triton.points_reversed import (
-    cells_of_all_levels,
+    fields_of_record,
+    first_key_of_head,
     gradients_of_points,
     of_offset,
     softmax_gradients,
@@ -95,6 +97,19 @@ def _corner_products(sums, rows, grad_rows, given, first_channel, channels, cell
     return products
 
 
+@triton.jit
+def _rows_of_program(value, grad_value, grad_output, map_, query, head, num_positions,
+                     VALUE_HEADS: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+                     WORDS: tl.constexpr, PAIRS: tl.constexpr):  # fmt: skip
+    """Where a program's rows begin: of the value, of its gradient, of the output's gradient."""
+    rows = rows_of_head(value, map_, head, num_positions, VALUE_HEADS * WORDS, WORDS, PAIRS)
+    grad_rows = rows_of_head(
+        grad_value, map_, head, num_positions, VALUE_HEADS * HEAD_DIM, HEAD_DIM, False
+    )
+    given_rows = rows_of_head(grad_output, query, head, 1, HEADS * WORDS, WORDS, PAIRS)
+    return rows, grad_rows, given_rows
+
+
 @triton.jit(do_not_specialize=("num_queries", "num_blocks", "num_positions", "first_map",
                                "first_query", "num_keys"))  # fmt: skip
 def differentiate_queries(
@@ -130,27 +145,24 @@ def differentiate_queries(
     grad_logits += look * POINTS
     grad_locations += look * POINTS * AXES
     keys += look * POINTS
-    records += look * POINTS * (2 if AXES == 1 else 4)
+    records += look * POINTS * fields_of_record(AXES)
     references = references_of_query(references, query, KIND, NUM_REFERENCES, AXES)
     map_ = first_map + item
-    rows = rows_of_head(value, map_, head, num_positions, VALUE_HEADS * WORDS, WORDS, PAIRS)
-    grad_rows = rows_of_head(
-        grad_value, map_, head, num_positions, VALUE_HEADS * HEAD_DIM, HEAD_DIM, False
-    )
-    given_rows = rows_of_head(grad_output, query, head, 1, HEADS * WORDS, WORDS, PAIRS)
+    rows, grad_rows, given_rows = _rows_of_program(
+        value, grad_value, grad_output, map_, query, head, num_positions, VALUE_HEADS, HEADS,
+        HEAD_DIM, WORDS, PAIRS
+    )  # fmt: skip
     first_key = tl.full((), 0, tl.int64)
     if VALUE_GRADIENT == "sort":
-        first_key = map_ * VALUE_HEADS + (head if VALUE_HEADS > 1 else 0)
-        first_key *= cells_of_all_levels(sizes, AXES, LEVELS)
+        first_key = first_key_of_head(map_, head, sizes, VALUE_HEADS, AXES, LEVELS)
 
     local = tl.arange(0, QUERIES)
     in_range = local < remaining
     if WIDE:
         local = local.to(tl.int64)
+    softmax = ()
     if KIND != "given":
-        largest, share = softmax_terms(
-            weights, local * HEADS * POINTS, in_range, POINTS, QUERIES, dtype
-        )
+        softmax = softmax_terms(weights, local * HEADS * POINTS, in_range, POINTS, QUERIES, dtype)
     channels = tl.arange(0, CHANNELS)
     in_block = tl.expand_dims(in_range, -1)
     given_of_query = given_rows + local * (HEADS * WORDS)
@@ -170,17 +182,11 @@ def differentiate_queries(
         for group in range(0, points_of_level, TOGETHER):
             for member in tl.static_range(TOGETHER):
                 point = first_point + group + member
-                place = local * (HEADS * POINTS) + point
-                reference = local * NUM_REFERENCES
-                if NUM_REFERENCES > 1:
-                    reference += entry(REFERENCE_INDEX, point, POINTS)
-                cells, sizes_of_level, steps = cells_of_points(
-                    points, place, references, reference, in_range, sizes, level,
-                    points_of_level, KIND, COORDINATES, PADDING, INTERPOLATION, AXES, LEVELS, dtype
+                place, cells, sizes_of_level, steps, weight = point_of_queries(
+                    points, weights, references, local, point, in_range, sizes, level,
+                    points_of_level, softmax, KIND, REFERENCE_INDEX, NUM_REFERENCES, COORDINATES,
+                    PADDING, INTERPOLATION, POINTS, HEADS, AXES, LEVELS, dtype
                 )  # fmt: skip
-                weight = tl.load(weights + place, mask=in_range, other=0).to(dtype)
-                if KIND != "given":
-                    weight = tl.exp(weight - largest) * share
                 products = ()
                 for _corner in tl.static_range(CORNERS):
                     products = products + (tl.zeros((QUERIES, CHANNELS), dtype),)
@@ -236,8 +242,8 @@ def differentiate_queries(
         # What threads of this program have stored, others of it read.
         tl.debug_barrier()
         softmax_gradients(
-            grad_logits, grad_weights, weights, local * HEADS * POINTS, in_range, largest, share,
-            POINTS, QUERIES, dtype
+            grad_logits, grad_weights, weights, local * HEADS * POINTS, in_range, softmax, POINTS,
+            QUERIES, dtype
         )  # fmt: skip
 
 
@@ -265,38 +271,30 @@ def differentiate_points(
         num_queries, num_blocks, first_query, HEADS, 1, QUERIES
     )
     look = query * HEADS + head
+    points += look * POINTS * AXES
+    weights += look * POINTS
+    grad_points += look * POINTS * AXES
+    grad_weights += look * POINTS
+    grad_logits += look * POINTS
+    grad_locations += look * POINTS * AXES
+    keys += look * POINTS
+    records += look * POINTS * fields_of_record(AXES)
     references = references_of_query(references, query, KIND, NUM_REFERENCES, AXES)
     map_ = first_map + item
-    rows = rows_of_head(value, map_, head, num_positions, VALUE_HEADS * WORDS, WORDS, PAIRS)
-    grad_rows = rows_of_head(
-        grad_value, map_, head, num_positions, VALUE_HEADS * HEAD_DIM, HEAD_DIM, False
-    )
-    given_rows = rows_of_head(grad_output, query, head, 1, HEADS * WORDS, WORDS, PAIRS)
+    rows, grad_rows, given_rows = _rows_of_program(
+        value, grad_value, grad_output, map_, query, head, num_positions, VALUE_HEADS, HEADS,
+        HEAD_DIM, WORDS, PAIRS
+    )  # fmt: skip
 
-    point = tl.arange(0, BLOCK)
-    level = tl.zeros((BLOCK,), tl.int32) + entry(LEVEL_OF_POINT, point, POINTS)
     local = tl.arange(0, QUERIES)
     in_block = local < remaining
-    in_range = tl.expand_dims(in_block, 1) & (point < POINTS)
     if WIDE:
         local = local.to(tl.int64)
-    column = tl.expand_dims(local, 1)
-    place = column * (HEADS * POINTS) + point
-    reference = column * NUM_REFERENCES + tl.zeros((BLOCK,), tl.int32)
-    if NUM_REFERENCES > 1:
-        reference += entry(REFERENCE_INDEX, point, POINTS)
-    cells, sizes_of_level, steps = cells_of_points(
-        points + look * POINTS * AXES, place, references, reference, in_range, sizes, level,
-        entry(POINTS_OF_POINT, point, POINTS), KIND, COORDINATES, PADDING, INTERPOLATION, AXES,
-        LEVELS, dtype
+    level, in_range, place, cells, sizes_of_level, steps, weight = points_of_queries(
+        points, weights, references, local, in_block, sizes, KIND, REFERENCE_INDEX, NUM_REFERENCES,
+        LEVEL_OF_POINT, POINTS_OF_POINT, COORDINATES, PADDING, INTERPOLATION, POINTS, HEADS, AXES,
+        LEVELS, BLOCK, dtype
     )  # fmt: skip
-    weights += look * POINTS
-    if KIND == "given":
-        weight = tl.load(weights + place, mask=in_range, other=0).to(dtype)
-    else:
-        logit = tl.load(weights + place, mask=in_range, other=float("-inf")).to(dtype)
-        power = tl.exp(logit - tl.expand_dims(tl.max(logit, 1), 1))
-        weight = power * tl.expand_dims(1 / tl.sum(power, 1), 1)
 
     if DOTS or VALUE_GRADIENT == "add":
         channels = tl.arange(0, CHANNELS)
@@ -318,25 +316,24 @@ def differentiate_points(
             dots, cells, sizes_of_level, weight, LINEAR
         )
         if GRAD_LOCATIONS:
-            store_points(grad_locations + look * POINTS * AXES, place, grad_location, in_range)
+            store_points(grad_locations, place, grad_location, in_range)
         if GRAD_POINTS:
             if KIND != "given":
                 grad_location = of_offset(grad_location, steps)
-            store_points(grad_points + look * POINTS * AXES, place, grad_location, in_range)
+            store_points(grad_points, place, grad_location, in_range)
         if GRAD_WEIGHTS:
             if KIND == "given":
-                target = grad_weights + look * POINTS
+                target = grad_weights
             else:
-                target = grad_logits + look * POINTS
+                target = grad_logits
                 contribution = weight * grad_weight
                 grad_weight = contribution - weight * tl.expand_dims(tl.sum(contribution, 1), 1)
             number = grad_weight.to(target.dtype.element_ty)
             tl.store(target + place, number, mask=in_range)
     if VALUE_GRADIENT == "sort":
-        first_key = map_ * VALUE_HEADS + (head if VALUE_HEADS > 1 else 0)
-        first_key *= cells_of_all_levels(sizes, AXES, LEVELS)
+        first_key = first_key_of_head(map_, head, sizes, VALUE_HEADS, AXES, LEVELS)
         store_record(
-            keys + look * POINTS, records + look * POINTS * (2 if AXES == 1 else 4), place, cells,
-            sizes_of_level, weight, first_key + cells_before(sizes, level, 1, AXES, LEVELS),
-            num_keys, in_range, LINEAR
+            keys, records, place, cells, sizes_of_level, weight, first_key + cells_before(
+                sizes, level, 1, AXES, LEVELS
+            ), num_keys, in_range, LINEAR
         )  # fmt: skip

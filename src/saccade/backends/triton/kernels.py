@@ -17,10 +17,11 @@ import triton.language as tl
 from saccade.backends.triton.points import (
     cells_before,
     cells_of_level,
-    cells_of_points,
     corner_of_cells,
     entry,
     lower_row,
+    point_of_queries,
+    points_of_queries,
     softmax_terms,
 )
 
@@ -161,10 +162,9 @@ def attend_queries(
     in_range = local < remaining
     if WIDE:
         local = local.to(tl.int64)
+    softmax = ()
     if KIND != "given":
-        largest, share = softmax_terms(
-            weights, local * HEADS * POINTS, in_range, POINTS, QUERIES, dtype
-        )
+        softmax = softmax_terms(weights, local * HEADS * POINTS, in_range, POINTS, QUERIES, dtype)
     channels = tl.arange(0, CHANNELS)
     sums = ()
     for _ in tl.static_range(PARTS * (2 if PAIRS else 1)):
@@ -175,17 +175,11 @@ def attend_queries(
         for group in range(0, points_of_level, TOGETHER):
             for member in tl.static_range(TOGETHER):
                 point = first_point + group + member
-                place = local * (HEADS * POINTS) + point
-                reference = local * NUM_REFERENCES
-                if NUM_REFERENCES > 1:
-                    reference += entry(REFERENCE_INDEX, point, POINTS)
-                cells, sizes_of_level, _steps = cells_of_points(
-                    points, place, references, reference, in_range, sizes, level,
-                    points_of_level, KIND, COORDINATES, PADDING, INTERPOLATION, AXES, LEVELS, dtype
+                _place, cells, sizes_of_level, _steps, weight = point_of_queries(
+                    points, weights, references, local, point, in_range, sizes, level,
+                    points_of_level, softmax, KIND, REFERENCE_INDEX, NUM_REFERENCES, COORDINATES,
+                    PADDING, INTERPOLATION, POINTS, HEADS, AXES, LEVELS, dtype
                 )  # fmt: skip
-                weight = tl.load(weights + place, mask=in_range, other=0).to(dtype)
-                if KIND != "given":
-                    weight = tl.exp(weight - largest) * share
                 sampled = ()
                 for part in tl.static_range(PARTS):
                     sampled = sampled + _sampled(
@@ -254,31 +248,16 @@ def attend_points(
     references = references_of_query(references, query, KIND, NUM_REFERENCES, AXES)
     rows = rows_of_head(value, first_map + item, head, num_positions, ROW, WORDS, PAIRS)
 
-    point = tl.arange(0, BLOCK)
-    level = tl.zeros((BLOCK,), tl.int32) + entry(LEVEL_OF_POINT, point, POINTS)
-    first_row = cells_before(sizes, level, 0, AXES, LEVELS)
-
     local = tl.arange(0, QUERIES)
     in_block = local < remaining
-    in_range = tl.expand_dims(in_block, 1) & (point < POINTS)
     if WIDE:
         local = local.to(tl.int64)
-    column = tl.expand_dims(local, 1)
-    place = column * (HEADS * POINTS) + point
-    reference = column * NUM_REFERENCES + tl.zeros((BLOCK,), tl.int32)
-    if NUM_REFERENCES > 1:
-        reference += entry(REFERENCE_INDEX, point, POINTS)
-    cells, sizes_of_level, _steps = cells_of_points(
-        points, place, references, reference, in_range, sizes, level,
-        entry(POINTS_OF_POINT, point, POINTS), KIND, COORDINATES, PADDING, INTERPOLATION, AXES,
-        LEVELS, dtype
+    level, _in_range, _place, cells, sizes_of_level, _steps, weight = points_of_queries(
+        points, weights, references, local, in_block, sizes, KIND, REFERENCE_INDEX, NUM_REFERENCES,
+        LEVEL_OF_POINT, POINTS_OF_POINT, COORDINATES, PADDING, INTERPOLATION, POINTS, HEADS, AXES,
+        LEVELS, BLOCK, dtype
     )  # fmt: skip
-    if KIND == "given":
-        weight = tl.load(weights + place, mask=in_range, other=0).to(dtype)
-    else:
-        logit = tl.load(weights + place, mask=in_range, other=float("-inf")).to(dtype)
-        power = tl.exp(logit - tl.expand_dims(tl.max(logit, 1), 1))
-        weight = power * tl.expand_dims(1 / tl.sum(power, 1), 1)
+    first_row = cells_before(sizes, level, 0, AXES, LEVELS)
     sampled = _sampled(
         rows + first_row * ROW, tl.zeros((BLOCK,), tl.int32), tl.arange(0, CHANNELS), cells,
         sizes_of_level, WORDS, ROW, CHANNELS > WORDS, PAIRS, INTERPOLATION == "linear", WIDE, dtype

@@ -88,6 +88,12 @@ class Plan(NamedTuple):
     num_positions: int
 
 
+# Of the tensors that say where the queries look, in both operators.
+NAMES = {
+    2: ("sampling_locations", "attention_weights"),
+    3: ("reference_points", "sampling_offsets", "attention_logits"),
+}
+
 _remembered: dict[Hashable, Plan] = {}
 
 
@@ -97,8 +103,8 @@ def attend(*arguments: Any) -> Tensor:
     key = key_of_call((value, locations, weights), shapes, options)
     found = _remembered.get(key)
     if found is None:
-        points = {"sampling_locations": locations, "attention_weights": weights}
-        found = remember(_remembered, key, plan(understood(value, shapes, points, options)))
+        call = understood(value, shapes, (locations, weights), options)
+        found = remember(_remembered, key, plan(call))
     return run(found, value, locations, weights, weights)
 
 
@@ -108,12 +114,8 @@ def attend_fused(*arguments: Any) -> Tensor:
     key = key_of_call((value, references, offsets, logits), shapes, [index, *options])
     found = _remembered.get(key)
     if found is None:
-        points = {
-            "reference_points": references,
-            "sampling_offsets": offsets,
-            "attention_logits": logits,
-        }
-        found = remember(_remembered, key, plan(understood(value, shapes, points, options, index)))
+        call = understood(value, shapes, (references, offsets, logits), options, index)
+        found = remember(_remembered, key, plan(call))
     return run(found, value, offsets, logits, references)
 
 
@@ -133,15 +135,14 @@ def key_of_call(
 def understood(
     value: Tensor,
     shapes: Sequence[int],
-    points: dict[str, Tensor],
+    tensors: Sequence[Tensor],
     options: Sequence[Any],
     reference_index: Sequence[int] | None = None,
 ) -> Call | FusedCall:
-    """The operator's arguments, checked; `points` are its other tensors by name."""
-    tensors = list(points.values())
+    """The operator's arguments, checked; `tensors` are those that say where the queries look."""
     if options[-1] is not None:
         # The public form of ragged calls has no axis for the batch.
-        for name, tensor in points.items():
+        for name, tensor in zip(NAMES[len(tensors)], tensors, strict=True):
             if tensor.dim() < 1 or tensor.shape[0] != 1:
                 raise ValueError(
                     f"{name}: expected [1, queries of all maps, ...] with queries_per_map, "

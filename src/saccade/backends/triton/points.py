@@ -266,3 +266,60 @@ def softmax_terms(logits, place, in_range, POINTS: tl.constexpr, QUERIES: tl.con
                        other=float("-inf")).to(dtype)  # fmt: skip
         powers += tl.exp(some - tl.expand_dims(largest, -1))
     return largest, 1 / tl.sum(powers, 1)
+
+
+@triton.jit
+def point_of_queries(points, weights, references, query, point, in_range, sizes, level,
+                     points_of_level, softmax, KIND: tl.constexpr, REFERENCE_INDEX: tl.constexpr,
+                     NUM_REFERENCES: tl.constexpr, COORDINATES: tl.constexpr,
+                     PADDING: tl.constexpr, INTERPOLATION: tl.constexpr, POINTS: tl.constexpr,
+                     HEADS: tl.constexpr, AXES: tl.constexpr, LEVELS: tl.constexpr,
+                     dtype: tl.constexpr):  # fmt: skip
+    """One point of each query of a block: its place among all points, what `cells_of_points` finds, and its
+    weight. `softmax` is what `softmax_terms` gives, where logits stand for weights.
+    """
+    place = query * (HEADS * POINTS) + point
+    reference = query * NUM_REFERENCES
+    if NUM_REFERENCES > 1:
+        reference += entry(REFERENCE_INDEX, point, POINTS)
+    cells, sizes_of_level, steps = cells_of_points(
+        points, place, references, reference, in_range, sizes, level, points_of_level, KIND,
+        COORDINATES, PADDING, INTERPOLATION, AXES, LEVELS, dtype
+    )  # fmt: skip
+    weight = tl.load(weights + place, mask=in_range, other=0).to(dtype)
+    if KIND != "given":
+        weight = tl.exp(weight - softmax[0]) * softmax[1]
+    return place, cells, sizes_of_level, steps, weight
+
+
+@triton.jit
+def points_of_queries(points, weights, references, query, in_block, sizes, KIND: tl.constexpr,
+                      REFERENCE_INDEX: tl.constexpr, NUM_REFERENCES: tl.constexpr,
+                      LEVEL_OF_POINT: tl.constexpr, POINTS_OF_POINT: tl.constexpr,
+                      COORDINATES: tl.constexpr, PADDING: tl.constexpr,
+                      INTERPOLATION: tl.constexpr, POINTS: tl.constexpr, HEADS: tl.constexpr,
+                      AXES: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr,
+                      dtype: tl.constexpr):  # fmt: skip
+    """All points of each query of a block, BLOCK of them: their levels, which of them there are, and what
+    `point_of_queries` gives of one.
+    """
+    point = tl.arange(0, BLOCK)
+    level = tl.zeros((BLOCK,), tl.int32) + entry(LEVEL_OF_POINT, point, POINTS)
+    in_range = tl.expand_dims(in_block, 1) & (point < POINTS)
+    column = tl.expand_dims(query, 1)
+    place = column * (HEADS * POINTS) + point
+    reference = column * NUM_REFERENCES + tl.zeros((BLOCK,), tl.int32)
+    if NUM_REFERENCES > 1:
+        reference += entry(REFERENCE_INDEX, point, POINTS)
+    cells, sizes_of_level, steps = cells_of_points(
+        points, place, references, reference, in_range, sizes, level,
+        entry(POINTS_OF_POINT, point, POINTS), KIND, COORDINATES, PADDING, INTERPOLATION, AXES,
+        LEVELS, dtype
+    )  # fmt: skip
+    if KIND == "given":
+        weight = tl.load(weights + place, mask=in_range, other=0).to(dtype)
+    else:
+        logit = tl.load(weights + place, mask=in_range, other=float("-inf")).to(dtype)
+        power = tl.exp(logit - tl.expand_dims(tl.max(logit, 1), 1))
+        weight = power * tl.expand_dims(1 / tl.sum(power, 1), 1)
+    return level, in_range, place, cells, sizes_of_level, steps, weight

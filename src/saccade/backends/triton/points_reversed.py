@@ -11,6 +11,12 @@ import triton.language as tl
 from saccade.backends.triton.points import cells_of_level, corner_of_cells, entry, offset_step
 
 
+@triton.constexpr_function
+def fields_of_record(spatial_dims):
+    """Numbers that a point leaves: its weight, its share along each axis, and what fills up."""
+    return 2 if spatial_dims == 1 else 4
+
+
 @triton.jit
 def gradients_of_points(dots, cells, sizes_of_level, weight, LINEAR: tl.constexpr):
     """The gradient of each point's attention weight, and those of its location, axis by axis, from the
@@ -19,21 +25,24 @@ def gradients_of_points(dots, cells, sizes_of_level, weight, LINEAR: tl.constexp
     A corner outside takes no part, not even with infinite numbers.
     """
     AXES: tl.constexpr = len(cells)
-    grad_weight = weight * 0
+    contributions = ()
     moved = ()
     for corner in tl.static_range(len(dots)):
         dot = dots[corner]
         inside, _place, share = corner_of_cells(
             cells[0][0], cells, sizes_of_level, corner, 0, False
         )
-        contribution = tl.where(inside, share * dot if LINEAR else dot, 0)
-        grad_weight = contribution if corner == 0 else grad_weight + contribution
+        contributions = contributions + (tl.where(inside, share * dot if LINEAR else dot, 0),)
         moved = moved + (tl.where(inside, weight * dot, 0),)
+    grad_weight = contributions[0]
+    for corner in tl.static_range(1, len(dots)):
+        grad_weight += contributions[corner]
     grad_location = ()
     for axis in tl.static_range(AXES):
         slope = cells[axis][4]
-        total = slope * moved[0]
-        if LINEAR:
+        if not LINEAR:
+            total = slope * moved[0]
+        else:
             for corner in tl.static_range(2**AXES):
                 # How the corner's weight grows along the axis, but for the sign.
                 grows = slope
@@ -82,7 +91,7 @@ def store_record(keys, records, place, cells, sizes_of_level, weight, first_key,
     cell before each axis, and its weight and shares. `num_keys` stands for cells without a corner inside.
     """
     AXES: tl.constexpr = len(cells)
-    FIELDS: tl.constexpr = 2 if AXES == 1 else 4
+    FIELDS: tl.constexpr = fields_of_record(AXES)
     cell = cells[AXES - 1][0].to(tl.int64) + 1
     taking_part = cells[AXES - 1][2]
     if LINEAR:
@@ -104,9 +113,17 @@ def store_record(keys, records, place, cells, sizes_of_level, weight, first_key,
 
 
 @triton.jit
-def softmax_gradients(grad_logits, grad_weights, logits, place, in_range, largest, share,
-                       POINTS: tl.constexpr, QUERIES: tl.constexpr,
-                       dtype: tl.constexpr):  # fmt: skip
+def _weights_and_gradients(grad_weights, logits, places, mask, softmax, dtype: tl.constexpr):
+    """The weights that the logits of some points stand for, and what was found as their gradients."""
+    logit = tl.load(logits + places, mask=mask, other=float("-inf")).to(dtype)
+    weight = tl.exp(logit - tl.expand_dims(softmax[0], -1)) * tl.expand_dims(softmax[1], -1)
+    return weight, tl.load(grad_weights + places, mask=mask, other=0)
+
+
+@triton.jit
+def softmax_gradients(grad_logits, grad_weights, logits, place, in_range, softmax,
+                      POINTS: tl.constexpr, QUERIES: tl.constexpr,
+                      dtype: tl.constexpr):  # fmt: skip
     """From the gradients of the weights of whole looks to those of their logits."""
     MOST: tl.constexpr = 16
     BLOCK: tl.constexpr = triton.next_power_of_2(POINTS) if POINTS < MOST else MOST
@@ -116,22 +133,27 @@ def softmax_gradients(grad_logits, grad_weights, logits, place, in_range, larges
     total = tl.zeros((QUERIES, BLOCK), dtype)
     for first in range(0, POINTS, BLOCK):
         mask = in_row & (first + point < POINTS)
-        logit = tl.load(logits + row + (first + point), mask=mask, other=float("-inf")).to(dtype)
-        weight = tl.exp(logit - tl.expand_dims(largest, -1)) * tl.expand_dims(share, -1)
-        grad = tl.load(grad_weights + row + (first + point), mask=mask, other=0)
+        weight, grad = _weights_and_gradients(
+            grad_weights, logits, row + (first + point), mask, softmax, dtype
+        )
         total += weight * grad
     mean = tl.expand_dims(tl.sum(total, 1), -1)
     for first in range(0, POINTS, BLOCK):
         mask = in_row & (first + point < POINTS)
-        logit = tl.load(logits + row + (first + point), mask=mask, other=float("-inf")).to(dtype)
-        weight = tl.exp(logit - tl.expand_dims(largest, -1)) * tl.expand_dims(share, -1)
-        grad = tl.load(grad_weights + row + (first + point), mask=mask, other=0)
-        found = weight * grad - weight * mean
-        tl.store(
-            grad_logits + row + (first + point),
-            found.to(grad_logits.dtype.element_ty),
-            mask=mask,
-        )
+        places = row + (first + point)
+        weight, grad = _weights_and_gradients(grad_weights, logits, places, mask, softmax, dtype)
+        number = (weight * grad - weight * mean).to(grad_logits.dtype.element_ty)
+        tl.store(grad_logits + places, number, mask=mask)
+
+
+@triton.jit
+def first_key_of_head(map_, head, sizes, VALUE_HEADS: tl.constexpr, AXES: tl.constexpr,
+                      LEVELS: tl.constexpr):  # fmt: skip
+    """The number of the first cell of a head of the value in a map; one head of the value serves all."""
+    number = map_ * VALUE_HEADS
+    if VALUE_HEADS > 1:
+        number += head
+    return number * cells_of_all_levels(sizes, AXES, LEVELS)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from saccade.backends.triton.points import cells_before, cells_of_level, level_size
-from saccade.backends.triton.points_reversed import cells_of_all_levels
+from saccade.backends.triton.points_reversed import cells_of_all_levels, fields_of_record
 
 
 @triton.jit(do_not_specialize=("num_pieces", "num_keys"))
@@ -24,7 +24,7 @@ def sum_pieces(
 ):  # fmt: skip
     """For PIECES pieces the sums [CORNERS, HEAD_DIM] of their points, in SLICES of CHANNELS numbers."""
     dtype: tl.constexpr = sums.dtype.element_ty
-    FIELDS: tl.constexpr = 2 if AXES == 1 else 4
+    FIELDS: tl.constexpr = fields_of_record(AXES)
     program = tl.program_id(0)
     piece = (program // SLICES).to(tl.int64) * PIECES + tl.arange(0, PIECES)
     channel = (program % SLICES) * CHANNELS + tl.arange(0, CHANNELS)

@@ -16,6 +16,7 @@ import triton
 from torch import Tensor
 
 from saccade.backends.triton.launch import Prepared, options_of_launch
+from saccade.backends.triton.points_reversed import fields_of_record
 from saccade.backends.triton.sorted_kernels import sum_pieces, sum_rows
 
 # Points of a cell that are summed up one after the other; of more, in pieces of so many.
@@ -112,16 +113,11 @@ def workspace(
     points: int, cells: int, corners: int, head_dim: int, spatial_dims: int, number_bytes: int
 ) -> int:
     """Bytes that the sum takes for so many points in so many cells, next to the gradient itself."""
-    record = fields_of_record(spatial_dims) * number_bytes
+    record = int(fields_of_record(spatial_dims)) * number_bytes
     # Keys, the same sorted, places in 64 bits.
     of_points = points * (record + 4 + 4 + 8)
     of_pieces = (points // LENGTH + min(cells, points)) * (corners * head_dim * number_bytes + 16)
     return of_points + of_pieces + cells * 24
-
-
-def fields_of_record(spatial_dims: int) -> int:
-    """Numbers that a point leaves: its weight, its share along each axis, and what fills up."""
-    return 2 if spatial_dims == 1 else 4
 
 
 def cells_with_margins(spatial_shapes: Sequence[tuple[int, ...]]) -> int:

@@ -1,8 +1,9 @@
 """Which kernel a call gets, and how it is divided: a small table, made by `benchmarks/gpu/tune.py`.
 
 A choice goes by the bytes of a row of the value, the bits of its numbers, and whether there are few
-looks (queries times heads). Sizes of maps are no part of it, so that a model of many resolutions
-compiles one kernel. Nothing is tried out at a first call.
+looks (queries times heads); how the gradient of the value is summed up, by samples and cells. The sizes of
+a map are no part of it else, so that a model of many resolutions compiles one kernel. Nothing is tried out
+at a first call.
 """
 
 from __future__ import annotations
