@@ -180,7 +180,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """How many tests ran the GPU kernels, and where."""
     place = "on this card" if ON_A_CARD else "in the interpreter of Triton, or compiled for sm_90"
     counted = {
-        outcome: sum("triton" in report.keywords for report in terminalreporter.getreports(outcome))
+        outcome: sum(
+            "triton" in getattr(report, "keywords", ())
+            for report in terminalreporter.getreports(outcome)
+        )
         for outcome in ("passed", "failed", "skipped")
     }
     if any(counted.values()):
