@@ -122,7 +122,7 @@ def test_six_families_run_patched_and_go_back(name):
 @contextmanager
 def counted_calls():
     """The calls of the operator that the integration makes."""
-    from saccade.integrations import transformers as integration
+    from saccade.integrations import operators as integration
 
     calls = []
     operator = integration.deformable_attention

@@ -14,7 +14,7 @@ from benchmarks.gpu.results import Deadline, Results, ensure_device, memory_give
 from benchmarks.gpu.timing import Clock, in_turns
 from saccade.benchmark.detectors import DETECTORS
 from saccade.benchmark.models import _compare
-from saccade.integrations.transformers import OPERATOR_CLASS
+from saccade.integrations.kernels import LAYER
 
 MODELS = ("deformable-detr", "mask2former", "grounding-dino")
 MODES = ("eager", "compiled")
@@ -33,7 +33,7 @@ def take_hub_kernel(model: Any) -> str:
         return reason_of(error)
     for module in model.modules():
         forward = module.__dict__.get("forward")
-        if type(module).__name__ == OPERATOR_CLASS and forward is not None:
+        if type(module).__name__ == LAYER and forward is not None:
             if getattr(forward, "__func__", forward) is not type(module).forward:
                 return ""
             return "kernels fell back to the model's own forward"

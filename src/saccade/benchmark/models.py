@@ -19,7 +19,6 @@ import saccade
 from saccade.benchmark.detectors import Detector
 from saccade.benchmark.report import record, times, write_text
 from saccade.benchmark.timing import alternate
-from saccade.integrations.transformers import OPERATOR_CLASS
 
 # Patched and eager outputs may differ by rounding; and where a model takes the best of its proposals,
 # two of nearly the same score may change places, which moves a row or two.
@@ -117,7 +116,7 @@ def _attention_modules(model: nn.Module, replaced: list[str]) -> list[str]:
     """The whole modules, projections included: the parent, where a submodule is the operator alone."""
     return [
         name.rpartition(".")[0]
-        if type(model.get_submodule(name)).__name__ == OPERATOR_CLASS
+        if next(model.get_submodule(name).parameters(), None) is None
         else name
         for name in replaced
     ]

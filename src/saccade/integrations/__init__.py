@@ -1,4 +1,5 @@
-"""Drop-in replacement of other packages' deformable attention; one file a package."""
+"""Drop-in replacement of other packages' deformable attention."""
 
-from saccade.integrations.transformers import patch as patch
-from saccade.integrations.transformers import unpatch as unpatch
+from saccade.integrations.patching import PatchReport as PatchReport
+from saccade.integrations.patching import patch as patch
+from saccade.integrations.patching import unpatch as unpatch
