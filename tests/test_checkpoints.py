@@ -1,103 +1,29 @@
-"""Checkpoints of other packages load into saccade's modules: every layout, strictly and safely."""
+"""Checkpoints of other packages load into saccade's modules: every layout, strictly."""
 
 from __future__ import annotations
 
 import argparse
-import collections
-import json
-import os
-import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_helpers import (
+    DECODER,
+    EMBED_DIM,
+    ENCODER,
+    FORMATS,
+    HEADS,
+    POINTS,
+    attention,
+    check_same,
+    layers,
+    official,
+    official_file,
+    with_buffer,
+)
 
 import saccade
 from saccade.benchmark.detectors import DETECTORS
 from saccade.integrations import checkpoints
-
-EMBED_DIM, HEADS = 32, 4
-POINTS = {"encoder": [4] * 4, "decoder": [2] * 4}
-
-
-def attention(prefix, points, heads=HEADS, value_dim=EMBED_DIM):
-    """The entries that a module of the family has, under the prefix."""
-    rows = heads * sum(points)
-    shapes = {
-        "sampling_offsets": (2 * rows, EMBED_DIM),
-        "attention_weights": (rows, EMBED_DIM),
-        "value_proj": (value_dim, EMBED_DIM),
-        "output_proj": (EMBED_DIM, value_dim),
-    }
-    found = {}
-    for layer, (outputs, inputs) in shapes.items():
-        found[f"{prefix}.{layer}.weight"] = torch.randn(outputs, inputs) / inputs**0.5
-        found[f"{prefix}.{layer}.bias"] = torch.randn(outputs)
-    return found
-
-
-def multihead(prefix):
-    return {
-        f"{prefix}.in_proj_weight": torch.randn(3 * EMBED_DIM, EMBED_DIM),
-        f"{prefix}.out_proj.weight": torch.randn(EMBED_DIM, EMBED_DIM),
-    }
-
-
-def layers(encoder, decoder, self_attention, points=POINTS, count=6, heads=HEADS, **others):
-    """A model's state dict: templates of the prefixes, {} is the number of the layer."""
-    found = {name: torch.randn(shape) for name, shape in others.items()}
-    for number in range(count):
-        if encoder:
-            found |= attention(encoder.format(number), points["encoder"], heads)
-        if decoder:
-            found |= multihead(self_attention.format(number))
-            found |= attention(decoder.format(number), points["decoder"], heads)
-    return found
-
-
-ENCODER, DECODER = (
-    "transformer.encoder.layers.{}.self_attn",
-    "transformer.decoder.layers.{}.cross_attn",
-)
-SELF = "transformer.decoder.layers.{}.self_attn"
-
-
-def official():
-    return layers(ENCODER, DECODER, SELF, **{"transformer.level_embed": (4, EMBED_DIM)})
-
-
-def official_file(model):
-    """As main.py of Deformable DETR saves it."""
-    args = argparse.Namespace(
-        nheads=HEADS, num_feature_levels=4, enc_n_points=4, dec_n_points=2, lr=2e-4, masks=False,
-        lr_backbone_names=["backbone.0"], frozen_weights=None, device="cuda", output_dir="out",
-    )  # fmt: skip
-    state = {0: {"step": 1, "exp_avg": torch.zeros(3)}}
-    return {
-        "model": model,
-        "optimizer": {"state": state, "param_groups": [{"lr": 2e-4, "params": [0]}]},
-        "lr_scheduler": {"step_size": 40, "_last_lr": [2e-4]},
-        "epoch": 49,
-        "args": args,
-    }
-
-
-def check_same(modules, state_dict):
-    """Every entry of the attention modules arrived, under its own name."""
-    found = {
-        f"{prefix}.{name}": tensor
-        for prefix, module in modules.items()
-        for name, tensor in module.state_dict().items()
-    }
-    expected = {
-        name: tensor
-        for name, tensor in state_dict.items()
-        if any(name.startswith(prefix + ".") for prefix in modules) and "points_scale" not in name
-    }
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def numbers(modules):
@@ -129,86 +55,6 @@ def test_the_authors_file(tmp_path, zipped):
     check_same(checkpoints.attention_modules(checkpoint), model)
 
 
-def test_an_allowance_that_was_there_stays(tmp_path):
-    torch.save(official_file(official()), tmp_path / "r50.pth")
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        checkpoints.load(tmp_path / "r50.pth")
-        assert argparse.Namespace in torch.serialization.get_safe_globals()
-
-
-def with_buffer(state_dict, points):
-    scale = torch.tensor([1 / count for count in points for _ in range(count)])
-    prefixes = checkpoints.attention_prefixes(state_dict)
-    return state_dict | {f"{prefix}.num_points_scale": scale for prefix in prefixes}
-
-
-RT = ("", "decoder.decoder.layers.{}.cross_attn", "decoder.decoder.layers.{}.self_attn")
-RF = ("", DECODER, SELF)
-D2 = "sem_seg_head.pixel_decoder.transformer.encoder.layers.{}.self_attn"
-THREE = {"encoder": [4] * 3, "decoder": [4] * 3}
-LISTED = {"decoder": [3, 6, 3]}
-# Name -> state dict, what is around it in the file, arguments, heads and points that must be found.
-FORMATS = {
-    "dino, from its command line": (
-        layers(ENCODER, DECODER, SELF, {"encoder": [4] * 5, "decoder": [4] * 5}),
-        lambda model: official_file(model)
-        | {"args": argparse.Namespace(nheads=4, num_feature_levels=5, enc_n_points=4, dec_n_points=4)},
-        {}, {(4, (4,) * 5)},
-    ),
-    "grounding dino, saved by DataParallel": (
-        layers("module." + ENCODER, "module." + DECODER, "module." + SELF, count=2),
-        lambda model: {"model": model}, {"num_heads": 4, "num_levels": 4},
-        {(4, (4,) * 4), (4, (2,) * 4)},
-    ),
-    "mask2former of detectron2": (
-        layers(D2, "", "", THREE, **{"sem_seg_head.pixel_decoder.transformer.level_embed": (3, 32)}),
-        lambda model: {"model": model, "iteration": 9}, {"num_heads": 4, "num_points": 4},
-        {(4, (4,) * 3)},
-    ),
-    "detrex": (
-        layers(
-            "transformer.encoder.layers.{}.attentions.0",
-            "transformer.decoder.layers.{}.attentions.1",
-            "transformer.decoder.layers.{}.attentions.0.attn",
-        ),
-        lambda model: {"model": model, "iteration": 9}, {"num_heads": 4, "num_levels": 4},
-        {(4, (4,) * 4), (4, (2,) * 4)},
-    ),
-    "mmdet": (
-        layers("encoder.layers.{}.self_attn", "decoder.layers.{}.cross_attn",
-               "decoder.layers.{}.self_attn.attn", level_embed=(4, 32)),
-        lambda model: {"meta": {"cfg": "", "epoch": 50}, "state_dict": collections.OrderedDict(model)},
-        {"num_heads": 4, "num_levels": 4}, {(4, (4,) * 4), (4, (2,) * 4)},
-    ),
-    "rt-detr, averaged weights": (
-        layers(*RT, points=THREE), lambda model: {"ema": {"module": model, "updates": 7}},
-        {"num_levels": 3, "num_points": 4}, {(4, (4,) * 3)},
-    ),
-    "rt-detrv2, points in a buffer": (
-        with_buffer(layers(*RT, points=LISTED), [3, 6, 3]), lambda model: {"model": model},
-        {}, {(4, (3, 6, 3))},
-    ),
-    "rf-detr of 2025": (
-        layers(*RF, points={"decoder": [2]}, heads=16),
-        lambda model: {"model": model, "args": argparse.Namespace(
-            sa_nheads=8, ca_nheads=16, dec_n_points=2, num_feature_levels=1)},
-        {}, {(16, (2,))},
-    ),
-    "rf-detr 1.11, twice in the file": (
-        layers(*RF, points={"decoder": [4] * 2}, heads=8),
-        lambda model: {
-            "model": model, "args": {"lr": 1e-4},
-            "model_config": {"ca_nheads": 8, "dec_n_points": 4, "projector_scale": ["P3", "P5"]},
-            "state_dict": {f"model.{name}": tensor for name, tensor in model.items()},
-        },
-        {}, {(8, (4, 4))},
-    ),
-    "the state dict alone": (
-        official(), dict, {"num_points": [4] * 4, "prefix": "transformer.encoder"}, {(4, (4,) * 4)},
-    ),
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("name", FORMATS)
 def test_layouts(tmp_path, name):
     state_dict, around, arguments, expected = FORMATS[name]
@@ -220,96 +66,6 @@ def test_layouts(tmp_path, name):
     ]
     assert numbers(modules) == expected
     check_same(modules, state_dict)
-
-
-def test_several_state_dicts_are_not_chosen_between(tmp_path):
-    path = tmp_path / "file.pth"
-    torch.save({"model": official(), "ema": {"module": official()}}, path)
-    with pytest.raises(ValueError, match=r"entry: expected one of 'model', 'ema.module', because"):
-        checkpoints.load(path)
-    assert checkpoints.load(path, entry="ema.module").entry == "ema.module"
-    with pytest.raises(ValueError, match="expected entry 'ema' with .* got model, ema"):
-        checkpoints.load(path, entry="ema")
-
-
-@pytest.mark.parametrize("protocol", [2, 4, 5])
-def test_arrays_as_detectron2_publishes_them(tmp_path, protocol):
-    numpy = pytest.importorskip("numpy", reason="writes the arrays; reading them needs no numpy")
-    state_dict = layers(D2, "", "", THREE, count=2)
-    arrays = {name: tensor.numpy() for name, tensor in state_dict.items()}
-    arrays["by_columns"] = numpy.asfortranarray(arrays[D2.format(0) + ".value_proj.weight"])
-    arrays["count"], arrays["empty"] = numpy.array(7), numpy.zeros((0, 3), "f2")
-    file = {"model": arrays, "__author__": "third_party", "iteration": numpy.float64(3)}
-    (tmp_path / "model.pkl").write_bytes(pickle.dumps(file, protocol))
-    found = checkpoints.load(tmp_path / "model.pkl").state_dict
-    assert found.keys() == arrays.keys()
-    assert all(torch.equal(found[name], torch.tensor(arrays[name])) for name in arrays)
-    modules = checkpoints.attention_modules(found, num_heads=4, num_levels=3)
-    check_same(modules, state_dict)
-    for wrong in (numpy.array([{}], object), numpy.zeros(3, ">f4"), numpy.zeros(3, "c8")):
-        (tmp_path / "model.pkl").write_bytes(pickle.dumps({"model": wrong}, protocol))
-        with pytest.raises(ValueError, match="got a pickled (numpy )?array of"):
-            checkpoints.load(tmp_path / "model.pkl")
-
-
-class Touch:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-class Settings:
-    """Harmless, but nothing that a reader could know."""
-
-
-@pytest.mark.parametrize("write", ["zip", "legacy", "pickle"])
-@pytest.mark.parametrize("where", ["args", "inside args", "model"])
-def test_nothing_in_a_file_is_run(tmp_path, write, where):
-    proof, path = tmp_path / "proof", tmp_path / "file.pth"
-    file = official_file(official() if write != "pickle" else {})
-    if where == "args":
-        file["args"] = Touch(proof)
-    elif where == "inside args":
-        file["args"].lr = Touch(proof)
-    else:
-        file["model"]["backbone.weight"] = Touch(proof)
-    if write == "pickle":
-        path.write_bytes(pickle.dumps(file | {"optimizer": {}}))
-    else:
-        torch.save(file, path, _use_new_zipfile_serialization=write == "zip")
-    name = r"(posix|nt)\.mkdir|argparse\.Namespace"  # the latter is nothing for a pickle of arrays
-    with pytest.raises(ValueError, match=rf"got a pickled ({name})\. .*nothing was run"):
-        checkpoints.load(path)
-    assert not proof.exists()
-    torch.load(path, weights_only=False) if write != "pickle" else pickle.loads(path.read_bytes())
-    assert proof.exists()  # the file is as bad as it should be
-
-
-def test_pickled_objects_are_named(tmp_path):
-    torch.save({"model": official(), "args": Settings()}, tmp_path / "file.pth")
-    with pytest.raises(ValueError, match=r"got a pickled \S*\.Settings\. .*If you trust") as caught:
-        checkpoints.load(tmp_path / "file.pth")
-    assert "weights_only=False" not in str(caught.value)
-    with torch.serialization.safe_globals([Settings]):
-        assert checkpoints.load(tmp_path / "file.pth").config == {}
-    for content in (b"", b"not a checkpoint", b"PK\x03\x04 not a zip archive"):
-        (tmp_path / "file.pth").write_bytes(content)
-        with pytest.raises(
-            ValueError, match="expected a file that torch.save or safetensors wrote"
-        ):
-            checkpoints.load(tmp_path / "file.pth")
-    torch.save([1], tmp_path / "file.pth")
-    with pytest.raises(ValueError, match="expected a mapping, got list"):
-        checkpoints.load(tmp_path / "file.pth")
-    torch.save({"model": {"fc.weight": torch.zeros(1)}}, tmp_path / "file.pth")
-    with pytest.raises(ValueError, match=r"that end in sampling_offsets.weight, got model \(1 in"):
-        checkpoints.load(tmp_path / "file.pth")
-    with pytest.raises(FileNotFoundError):
-        checkpoints.load(tmp_path / "none.pth")
 
 
 def attention_calls(model, inputs):
@@ -400,7 +156,10 @@ def test_rt_detr_v2_with_lists_and_the_discrete_method(method, points):
         ({"decoder_offset_scale": 0.25}, "decoder_offset_scale: expected 0.5, .* got 0.25"),
         ({"decoder_method": "cubic"}, "decoder_method: expected one of 'default', 'discrete', got"),
         ({"decoder_n_points": [6, 3, 3]}, r"num_points: expected \[.*a buffer .*got \[6, 3, 3\]"),
-        ({"decoder_n_levels": 4}, r"attention_weights.weight: expected .*num_levels=4 \(decoder_n_l"),
+        (
+            {"decoder_n_levels": 4},
+            r"attention_weights.weight: expected .*num_levels=4 \(decoder_n_l",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             checkpoints.attention_modules(source.state_dict(), settings | wrong)
@@ -422,3 +181,132 @@ def test_mmcv_module():
         module = checkpoints.attention_modules(source.state_dict(), num_heads=4, num_levels=2)[""]
         found = module(query, reference, value, shapes, mask) + query  # mmcv adds the identity
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def geometry(state_dict, config=None, **arguments):
+    """Heads and points of the only module."""
+    (module,) = checkpoints.attention_modules(state_dict, config, **arguments).values()
+    return module.num_heads, module.num_points
+
+
+def test_any_two_numbers_are_enough():
+    weights = attention("decoder.cross_attn", [2] * 3, heads=8)
+    for arguments in (
+        {"num_heads": 8, "num_levels": 3},
+        {"num_heads": 8, "num_points": 2},
+        {"num_levels": 3, "num_points": 2},
+        {"num_points": [2, 2, 2]},
+        {"num_heads": 8, "num_levels": 3, "num_points": [2, 2, 2]},
+    ):
+        assert geometry(weights, **arguments) == (8, [2] * 3)
+    # Arguments go before settings; those of the role before those of all.
+    settings = {"decoder_attention_heads": 8, "encoder_attention_heads": 4, "nheads": 2}
+    assert geometry(weights, settings, num_levels=3) == (8, [2] * 3)
+    assert geometry(weights, settings, num_heads=16, num_levels=3) == (16, [1] * 3)
+    assert geometry(weights, argparse.Namespace(**settings), num_points=[6]) == (8, [6])
+    uneven = attention("cross_attn", [3, 6, 3])
+    assert geometry(uneven, num_points=[3, 6, 3]) == (4, [3, 6, 3])
+    half = {name: tensor.half() for name, tensor in with_buffer(uneven, [3, 6, 3]).items()}
+    module = checkpoints.attention_modules(half)["cross_attn"]
+    assert (module.num_points, module.value_proj.weight.dtype) == ([3, 6, 3], torch.float16)
+
+
+@pytest.mark.parametrize("spatial_dims", [1, 2, 3])
+def test_saccades_own_modules_come_back(spatial_dims):
+    made = saccade.nn.MultiScaleDeformableAttention(32, 4, 2, [3, 1], spatial_dims=spatial_dims)
+    for source in (made.state_dict(), torch.nn.ModuleDict({"a": made}).state_dict()):
+        (module,) = checkpoints.attention_modules(source, num_points=[3, 1]).values()
+        assert repr(module) == repr(made)
+        assert all(map(torch.equal, module.parameters(), made.parameters()))
+        assert all(parameter.requires_grad for parameter in module.parameters())
+    mine = saccade.nn.MultiScaleDeformableAttention(32, 4, 2, [3, 1], spatial_dims=spatial_dims)
+    mine.load_state_dict(checkpoints.state_dict_of(made.state_dict(), ""), strict=True)
+
+
+WEIGHTS = attention("layer.attn", [4] * 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, r"num_heads or num_levels or num_points: expected two .*'layer.attn' say only that "
+             r"heads × levels × points = 64; got None"),
+        ({"num_heads": 4}, r"num_levels or num_points: expected one .*and num_heads=4 \(argument\)"),
+        ({"config": {"nheads": 4}}, r"expected one .*and num_heads=4 \(nheads\)"),
+        ({"num_heads": 4, "num_levels": 5},
+         r"layer.attn.attention_weights.weight: expected .*num_levels=5 \(argument\), got 64"),
+        ({"num_heads": 4, "num_levels": 128}, "num_levels=128"),
+        ({"num_heads": 4, "num_points": [4, 4]}, r"num_points=\[4, 4\] \(argument\), got 64"),
+        ({"num_levels": 3, "num_points": [4] * 4}, "num_levels=3"),
+        ({"config": {"nheads": 8, "num_feature_levels": 4}, "num_points": 4},
+         r"num_heads=8 \(nheads\), num_levels=4 \(num_feature_levels\), num_points=4 \(argument\)"),
+        ({"num_heads": 64, "num_levels": 1}, "layer.attn: num_heads: expected a divisor of embed_dim"),
+        ({"num_heads": 0, "num_levels": 1}, "num_heads: expected at least 1, got 0"),
+        ({"config": {"nheads": -1}}, "nheads: expected at least 1, got -1"),
+        ({"prefix": "encoder"}, r"prefix: expected the beginning of one of \['layer.attn'\], got 'enc"),
+        ({"num_heads": 4, "num_levels": 4, "padding": "mirror"}, "padding: expected one of"),
+    ],
+)  # fmt: skip
+def test_numbers_that_do_not_fit_or_are_not_there(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        checkpoints.attention_modules(WEIGHTS, **arguments)
+
+
+def test_numbers_of_the_wrong_kind():
+    with pytest.raises(TypeError, match="num_heads: expected an int, got 'eight'"):
+        checkpoints.attention_modules(WEIGHTS, num_heads="eight")
+    with pytest.raises(TypeError, match="config: expected a mapping, .* got int"):
+        checkpoints.attention_modules(WEIGHTS, 8)
+    with pytest.raises(ValueError, match="source: expected entries that end in .*, got 1 others"):
+        checkpoints.attention_modules({"fc.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"prefix: expected one of \['layer.attn'\], got 'layer'"):
+        checkpoints.state_dict_of(WEIGHTS, "layer")
+    for scale in ([0.5, 0.25], [0.5], [0.0], [], [float("nan")], [1e-9]):
+        weights = WEIGHTS | {"layer.attn.n_points_scale": torch.tensor(scale)}
+        with pytest.raises(ValueError, match="points_scale: expected 1 / K for each of the K"):
+            checkpoints.attention_modules(weights)
+
+
+def test_the_embedding_of_levels_is_mentioned_and_not_believed():
+    # BEVFormer's decoder has one level, and four rows here, which are those of its encoder's cameras.
+    weights = layers("", DECODER, "self.{}", {"decoder": [4]}, count=1)
+    weights["transformer.level_embeds"] = torch.zeros(4, EMBED_DIM)
+    with pytest.raises(
+        ValueError, match=r"\(transformer.level_embeds has 4 rows, perhaps one a lev"
+    ):
+        checkpoints.attention_modules(weights, num_heads=4)
+    assert geometry(weights, num_heads=4, num_levels=1) == (4, [4])
+
+
+def without(*layers):
+    return {name: tensor for name, tensor in WEIGHTS.items() if name.split(".")[2] not in layers}
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (without("value_proj", "output_proj"),
+         r"layer.attn: expected .* got none for value_proj.weight, .*as in D-FINE.* saccade.patch"),
+        (without("output_proj"), "BEVFormer's .*MultiViewDeformableAttention"),
+        (without("attention_weights"), "got none for attention_weights.weight, attention_weights.bias$"),
+        (attention("layer.attn", [4] * 4, value_dim=16),
+         r"layer.attn.value_proj.weight: expected floating point \[32, 32\], .*got torch.float32 "
+         r"\[16, 32\]\. .*value_proj_ratio=1 in mmcv"),
+        (WEIGHTS | {"layer.attn.norm.weight": torch.zeros(32)}, "got norm.weight too"),
+        (WEIGHTS | {"layer.attn.sampling_offsets.bias": torch.zeros(7)},
+         r"sampling_offsets.bias: expected floating point \[128\]"),
+        (WEIGHTS | {"layer.attn.output_proj.bias": torch.zeros(32, dtype=torch.int8)}, "got torch.int8"),
+        (WEIGHTS | {"layer.attn.attention_weights.bias": torch.zeros(())}, "expected floating point"),
+        (WEIGHTS | {"layer.attn.sampling_offsets.weight": torch.zeros(())}, "expected floating point"),
+    ],
+)  # fmt: skip
+def test_entries_that_do_not_fit(weights, message):
+    with pytest.raises(ValueError, match=message):
+        checkpoints.attention_modules(weights, num_heads=4, num_levels=4)
+    assert checkpoints.attention_prefixes(weights) == ["layer.attn"]
+
+
+def test_d_fine_of_transformers_is_refused_with_the_reason():
+    model = DETECTORS["d-fine"].build(small=True)
+    with pytest.raises(ValueError, match="its value comes projected, as in D-FINE"):
+        checkpoints.attention_modules(model.state_dict(), model.config)

@@ -201,7 +201,7 @@ def _first_bytes(file: IO[bytes]) -> bytes:
 
 def _refusal(path: Path, name: str) -> str:
     return (
-        f"{path}: expected tensors, plain values and argparse.Namespace, got a pickled {name}. "
+        f"{path}: expected tensors, arrays and plain values, got a pickled {name}. "
         "Restoring it would run code that the file names; nothing was run."
     )
 
