@@ -15,7 +15,7 @@ LAYERS = ("sampling_offsets", "attention_weights", "value_proj", "output_proj")
 ENTRIES = tuple(f"{layer}.{kind}" for layer in LAYERS for kind in ("weight", "bias"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Checkpoint:
     """What `load` found in a file.
 
@@ -102,8 +102,9 @@ def _check_names(prefix: str, own: Mapping[str, Tensor], known: list[str]) -> No
         reason = ""
         if len(absent) == 2:
             reason = (
-                ": its value comes projected, as in D-FINE. Such a model runs on Saccade after "
-                "saccade.patch(model); the operator is saccade.fused_deformable_attention"
+                ": its value comes projected, as in D-FINE. The operator for it is "
+                "saccade.fused_deformable_attention; transformers' model runs on Saccade after "
+                "saccade.patch(model)"
             )
         elif absent == {"output_proj"}:
             reason = (

@@ -147,7 +147,9 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not index.exists():
             continue
         state_dict: dict[str, Tensor] = {}
-        for shard in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values())):
+        for shard in sorted(
+            set(json.loads(index.read_text("utf-8")).get("weight_map", {}).values())
+        ):
             if Path(shard).name != shard:
                 raise ValueError(f"{index}: expected names of files beside it, got {shard!r}")
             state_dict |= _read_file(folder / shard)

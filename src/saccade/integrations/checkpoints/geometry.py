@@ -119,6 +119,13 @@ def find_geometry(
             )
         points = found
     heads = claims["num_heads"].value
+    misfit = ValueError(
+        f"{joined(prefix, 'attention_weights.weight')}: expected num_heads × the points of all levels "
+        f"as rows, with {_said(claims)}, got {rows}"
+    )
+    # A file may say anything; lists of that length are not made.
+    if any(isinstance(number, int) and number > rows for number in (heads, levels, points)):
+        raise misfit
     if isinstance(points, list):
         per_level = points
     elif levels and points:
@@ -131,10 +138,7 @@ def find_geometry(
         raise ValueError(_question(prefix, rows, claims, hint))
     heads = heads or rows // max(1, sum(per_level))
     if heads * sum(per_level) != rows or levels not in (None, len(per_level)):
-        raise ValueError(
-            f"{joined(prefix, 'attention_weights.weight')}: expected num_heads × the points of all "
-            f"levels as rows, with {_said(claims)}, got {rows}"
-        )
+        raise misfit
     sources = {name: claim.source or "shapes" for name, claim in claims.items()}
     if claims["num_levels"].value is None and isinstance(points, list):
         sources["num_levels"] = sources["num_points"]
@@ -176,8 +180,8 @@ def _points_of_scale(prefix: str, scale: Tensor) -> list[int]:
         counts.append(count)
     if not counts or sum(counts) != len(numbers):
         raise ValueError(
-            f"{joined(prefix, SCALES[0])}: expected 1 / K for each of the K points of a level, level after "
-            f"level, got {numbers}"
+            f"{joined(prefix, SCALES[0])}: expected 1 / K for each of the K points of a level, level "
+            f"after level, got {numbers}"
         )
     return counts
 

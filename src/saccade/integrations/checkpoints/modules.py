@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ def attention_modules(
     prefix: str = "",
     num_heads: int | None = None,
     num_levels: int | None = None,
-    num_points: int | list[int] | None = None,
+    num_points: int | Sequence[int] | None = None,
     interpolation: Interpolation | None = None,
     padding: Padding | None = None,
 ) -> AttentionModules:
