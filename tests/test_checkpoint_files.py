@@ -1,0 +1,186 @@
+"""Files of weights: opened without running them, in every form in which they are published."""
+
+from __future__ import annotations
+
+import argparse
+import doctest
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_helpers import D2, THREE, check_same, layers, official, official_file
+
+from saccade.integrations import checkpoints
+
+
+def test_an_allowance_that_was_there_stays(tmp_path):
+    torch.save(official_file(official()), tmp_path / "r50.pth")
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        checkpoints.load(tmp_path / "r50.pth")
+        assert argparse.Namespace in torch.serialization.get_safe_globals()
+
+
+def test_several_state_dicts_are_not_chosen_between(tmp_path):
+    path = tmp_path / "file.pth"
+    torch.save({"model": official(), "ema": {"module": official()}}, path)
+    with pytest.raises(ValueError, match=r"entry: expected one of 'model', 'ema.module', because"):
+        checkpoints.load(path)
+    assert checkpoints.load(path, entry="ema.module").entry == "ema.module"
+    with pytest.raises(ValueError, match="expected entry 'ema' with .* got model, ema"):
+        checkpoints.load(path, entry="ema")
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_arrays_as_detectron2_publishes_them(tmp_path, protocol):
+    numpy = pytest.importorskip("numpy", reason="writes the arrays; reading them needs no numpy")
+    state_dict = layers(D2, "", "", THREE, count=2)
+    arrays = {name: tensor.numpy() for name, tensor in state_dict.items()}
+    arrays["by_columns"] = numpy.asfortranarray(arrays[D2.format(0) + ".value_proj.weight"])
+    arrays["count"], arrays["empty"] = numpy.array(7), numpy.zeros((0, 3), "f2")
+    file = {"model": arrays, "__author__": "third_party", "iteration": numpy.float64(3)}
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(file, protocol))
+    found = checkpoints.load(tmp_path / "model.pkl").state_dict
+    assert found.keys() == arrays.keys()
+    assert all(torch.equal(found[name], torch.tensor(arrays[name])) for name in arrays)
+    modules = checkpoints.attention_modules(found, num_heads=4, num_levels=3)
+    check_same(modules, state_dict)
+    for wrong in (numpy.array([{}], object), numpy.zeros(3, ">f4"), numpy.zeros(3, "c8")):
+        (tmp_path / "model.pkl").write_bytes(pickle.dumps({"model": wrong}, protocol))
+        with pytest.raises(ValueError, match="got a pickled (numpy )?array of"):
+            checkpoints.load(tmp_path / "model.pkl")
+
+
+class Touch:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+class Settings:
+    """Harmless, but nothing that a reader could know."""
+
+
+@pytest.mark.parametrize("write", ["zip", "legacy", "pickle"])
+@pytest.mark.parametrize("where", ["args", "inside args", "model"])
+def test_nothing_in_a_file_is_run(tmp_path, write, where):
+    proof, path = tmp_path / "proof", tmp_path / "file.pth"
+    file = official_file(official() if write != "pickle" else {})
+    if where == "args":
+        file["args"] = Touch(proof)
+    elif where == "inside args":
+        file["args"].lr = Touch(proof)
+    else:
+        file["model"]["backbone.weight"] = Touch(proof)
+    if write == "pickle":
+        path.write_bytes(pickle.dumps(file | {"optimizer": {}}))
+    else:
+        torch.save(file, path, _use_new_zipfile_serialization=write == "zip")
+    name = r"(posix|nt)\.mkdir|argparse\.Namespace"  # the latter is unknown to the reader of arrays
+    with pytest.raises(ValueError, match=rf"got a pickled ({name})\. .*nothing was run"):
+        checkpoints.load(path)
+    assert not proof.exists()
+    torch.load(path, weights_only=False) if write != "pickle" else pickle.loads(path.read_bytes())
+    assert proof.exists()  # the file is as bad as it should be
+
+
+def test_pickled_objects_are_named(tmp_path):
+    torch.save({"model": official(), "args": Settings()}, tmp_path / "file.pth")
+    with pytest.raises(ValueError, match=r"got a pickled \S*\.Settings\. .*If you trust") as caught:
+        checkpoints.load(tmp_path / "file.pth")
+    assert "weights_only=False" not in str(caught.value)
+    with torch.serialization.safe_globals([Settings]):
+        assert checkpoints.load(tmp_path / "file.pth").config == {}
+    for content in (b"", b"not a checkpoint", b"PK\x03\x04 not a zip archive"):
+        (tmp_path / "file.pth").write_bytes(content)
+        with pytest.raises(
+            ValueError, match="expected a file that torch.save or safetensors wrote"
+        ):
+            checkpoints.load(tmp_path / "file.pth")
+    torch.save([1], tmp_path / "file.pth")
+    with pytest.raises(ValueError, match="expected a mapping, got list"):
+        checkpoints.load(tmp_path / "file.pth")
+    torch.save({"model": {"fc.weight": torch.zeros(1)}}, tmp_path / "file.pth")
+    with pytest.raises(ValueError, match=r"that end in sampling_offsets.weight, got model \(1 in"):
+        checkpoints.load(tmp_path / "file.pth")
+    with pytest.raises(FileNotFoundError):
+        checkpoints.load(tmp_path / "none.pth")
+
+
+def test_safetensors(tmp_path, monkeypatch):
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    path, state_dict = tmp_path / "model.safetensors", official()
+    safetensors.save_file(state_dict, path)
+    checkpoint = checkpoints.load(str(path))
+    assert (checkpoint.config, checkpoint.entry) == ({}, "")
+    assert all(torch.equal(checkpoint.state_dict[name], state_dict[name]) for name in state_dict)
+    path.write_bytes(b"broken")
+    with pytest.raises(ValueError, match="expected a file that torch.save or safetensors wrote"):
+        checkpoints.load(path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="needs safetensors, .* pip install safetensors"):
+        checkpoints.load(path)
+
+
+def test_folders_of_older_transformers(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"a folder with one of model.safetensors, .*index"):
+        checkpoints.load(tmp_path)
+    state_dict = official()
+    torch.save(state_dict, tmp_path / "one.bin")
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(state_dict, "one.bin")}))
+    (tmp_path / "config.json").write_text('{"encoder_attention_heads": 4, "architectures": []}')
+    checkpoint = checkpoints.load(tmp_path)
+    assert checkpoint.config == {"encoder_attention_heads": 4}
+    assert checkpoint.state_dict.keys() == state_dict.keys()
+    # An index is read from the same folder, and from nowhere else.
+    for shard in ("../one.bin", str(tmp_path / "one.bin"), "folder/one.bin"):
+        index.write_text(json.dumps({"weight_map": {"a": shard}}))
+        with pytest.raises(ValueError, match="expected names of files beside it, got"):
+            checkpoints.load(tmp_path)
+
+
+def test_settings_that_contradict_each_other_say_nothing(tmp_path):
+    file = {"model": official(), "args": {"nheads": 4}, "model_config": {"nheads": 8}}
+    torch.save(file, tmp_path / "file.pth")
+    assert checkpoints.load(tmp_path / "file.pth").config == {"nheads": None}
+
+
+def test_importing_saccade_does_not_read_files():
+    code = "import sys, saccade; assert 'saccade.integrations.checkpoints' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_page_runs():
+    page = Path(__file__).parent.parent / "docs/checkpoints.md"
+    result = doctest.testfile(str(page), module_relative=False)
+    assert result.attempted > 10
+    assert not result.failed
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"(S'true'\nios\nsystem\n.",  # the old ways to call a function
+        b"(cos\nsystem\nS'true'\no.",
+        b"\x80\x04\x8c\x05numpy\x8c\x0fndarray.__new__\x93.",  # a name within a name
+        b"\x80\x02cnumpy\nndarray\nN}U\x01xK\x01s\x86b.",  # an attribute of a class that is allowed
+        b"\x80\x02c__builtin__\nbytes\nJ\xff\xff\xff\x7f\x85R.",  # two gigabytes
+        b"Pname\n.",
+    ],
+)
+def test_plain_pickles_get_nothing_but_arrays(tmp_path, content):
+    (tmp_path / "model.pkl").write_bytes(content)
+    with pytest.raises(ValueError, match="model.pkl: expected"):
+        checkpoints.load(tmp_path / "model.pkl")
+    from saccade.integrations.checkpoints import pickles
+
+    assert not any(hasattr(stand_in, "x") for stand_in in pickles._STAND_INS.values())
