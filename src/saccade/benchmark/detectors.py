@@ -28,6 +28,7 @@ class Detector(NamedTuple):
     make: Callable[[bool], nn.Module]
     """True: a small one."""
     text_tokens: int = 0
+    task_tokens: int = 0
 
     def build(self, *, small: bool = False, seed: int = 0) -> nn.Module:
         """The model, ready to infer; its queries look at different places."""
@@ -52,6 +53,8 @@ class Detector(NamedTuple):
             words = torch.randint(200, 900, (self.text_tokens - 3,), generator=random)
             tokens = torch.cat([torch.tensor([101]), words, torch.tensor([1012, 102])])[None]
             found |= {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        if self.task_tokens:
+            found["task_inputs"] = torch.randint(0, 900, (1, self.task_tokens), generator=random)
         return found
 
 
@@ -84,14 +87,11 @@ def _deformable_detr(small: bool) -> nn.Module:
     return DeformableDetrForObjectDetection(DeformableDetrConfig(backbone_config=backbone, **sizes))
 
 
-def _grounding_dino(small: bool) -> nn.Module:
-    from transformers import (
-        BertConfig,
-        GroundingDinoConfig,
-        GroundingDinoForObjectDetection,
-        SwinConfig,
-    )
+def _grounding_dino(small: bool, name: str = "GroundingDino") -> nn.Module:
+    import transformers
+    from transformers import BertConfig, SwinConfig
 
+    config_of = getattr(transformers, f"{name}Config")
     sizes: dict[str, Any] = {}
     text: dict[str, Any] = {}
     if small:
@@ -103,13 +103,18 @@ def _grounding_dino(small: bool) -> nn.Module:
             "intermediate_size": 16,
             "vocab_size": 2000,
         }
-    return GroundingDinoForObjectDetection(
-        GroundingDinoConfig(
+    model: nn.Module = getattr(transformers, f"{name}ForObjectDetection")(
+        config_of(
             backbone_config=SwinConfig(**_swin(small), **_LAST_THREE),
             text_config=BertConfig(**text),
             **sizes,
         )
     )
+    return model
+
+
+def _mm_grounding_dino(small: bool) -> nn.Module:
+    return _grounding_dino(small, "MMGroundingDino")
 
 
 def _mask2former(small: bool) -> nn.Module:
@@ -141,6 +146,39 @@ def _rt_detr(small: bool) -> nn.Module:
         **(_NARROW | {"layer_type": "basic"} if small else {}), **_LAST_THREE
     )
     return RTDetrForObjectDetection(RTDetrConfig(backbone_config=backbone, **_real_time(small)))
+
+
+def _rt_detr_v2(small: bool) -> nn.Module:
+    from transformers import RTDetrResNetConfig, RTDetrV2Config, RTDetrV2ForObjectDetection
+
+    backbone = RTDetrResNetConfig(
+        **(_NARROW | {"layer_type": "basic"} if small else {}), **_LAST_THREE
+    )
+    return RTDetrV2ForObjectDetection(RTDetrV2Config(backbone_config=backbone, **_real_time(small)))
+
+
+def _lw_detr(small: bool) -> nn.Module:
+    from transformers import LwDetrConfig, LwDetrForObjectDetection
+
+    sizes: dict[str, Any] = {"num_queries": 10, "group_detr": 2} if small else {}
+    # LW-DETR S: one map, as large as the transformer's; its configuration has none by itself.
+    return LwDetrForObjectDetection(LwDetrConfig(projector_scale_factors=[1.0], **sizes))
+
+
+def _deimv2(small: bool) -> nn.Module:
+    from transformers import Deimv2Config, Deimv2ForObjectDetection
+
+    sizes: dict[str, Any] = {"num_queries": 15} if small else {}
+    return Deimv2ForObjectDetection(Deimv2Config(num_denoising=0, **sizes))
+
+
+def _oneformer(small: bool) -> nn.Module:
+    from transformers import OneFormerConfig, OneFormerForUniversalSegmentation
+
+    sizes: dict[str, Any] = {"is_training": False}
+    if small:
+        sizes |= {"encoder_layers": 2, "decoder_layers": 2, "num_queries": 10}
+    return OneFormerForUniversalSegmentation(OneFormerConfig(**sizes))
 
 
 def _d_fine(small: bool) -> nn.Module:
@@ -254,7 +292,26 @@ DETECTORS = {
         Detector(
             "mask2former", "Mask2Former, Swin T, 1024 x 1024", (1024, 1024), (64, 96), _mask2former
         ),
+        Detector(
+            "mm-grounding-dino",
+            "MM Grounding DINO, Swin T, 800 x 1333, 16 tokens",
+            (800, 1333),
+            (96, 128),
+            _mm_grounding_dino,
+            text_tokens=16,
+        ),
+        Detector(
+            "oneformer",
+            "OneFormer, Swin T, 640 x 640",
+            (640, 640),
+            (64, 96),
+            _oneformer,
+            task_tokens=77,
+        ),
         Detector("rt-detr", "RT-DETR, R50, 640 x 640", (640, 640), (96, 128), _rt_detr),
+        Detector("rt-detr-v2", "RT-DETRv2, R50, 640 x 640", (640, 640), (96, 128), _rt_detr_v2),
+        Detector("lw-detr", "LW-DETR S, 640 x 640", (640, 640), (64, 64), _lw_detr),
+        Detector("deimv2", "DEIMv2, 640 x 640", (640, 640), (96, 128), _deimv2),
         Detector("d-fine", "D-FINE L, HGNetV2 B4, 640 x 640", (640, 640), (96, 128), _d_fine),
         Detector("rf-detr", "RF-DETR L, DINOv2 small, 704 x 704", (704, 704), (64, 64), _rf_detr),
     )

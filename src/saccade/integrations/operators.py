@@ -41,8 +41,9 @@ _ROLES = {
     "im2col_step": "unused",
 }
 _NEEDED = {"value", "shapes", "locations", "weights"}
-# The methods of RT-DETRv2 and D-FINE, with the options of each that are in use.
-_METHODS: dict[str, tuple[dict[str, Any], ...]] = {
+# The methods of RT-DETRv2 and D-FINE, with the options of each that are in use: first those of transformers,
+# which clamps each axis by itself, then those of the authors, who clamp both to the height.
+METHODS: dict[str, tuple[dict[str, Any], ...]] = {
     "default": ({},),
     "discrete": (
         {"interpolation": "discrete", "padding": "border"},
@@ -268,7 +269,7 @@ def _by_trial(found: Callable[..., Any], roles: dict[str, str]) -> Replacement |
     methods: dict[str, dict[str, Any]] = {}
     failure = ""
     for layout in LAYOUTS:
-        for method in _METHODS if "method" in roles.values() else ("default",):
+        for method in METHODS if "method" in roles.values() else ("default",):
             arguments = trial.arguments(roles, layout, method)
             try:
                 with torch.no_grad():
@@ -276,7 +277,7 @@ def _by_trial(found: Callable[..., Any], roles: dict[str, str]) -> Replacement |
             except Exception as error:  # whatever another package does with a wrong layout
                 failure = failure or f"{type(error).__name__}: {error}"
                 continue
-            for options in _METHODS[method]:
+            for options in METHODS[method]:
                 ours = Replacement(found, roles, layout, {method: options})
                 with torch.no_grad():
                     output = ours(**arguments)

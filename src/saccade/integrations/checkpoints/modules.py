@@ -24,7 +24,7 @@ from saccade.integrations.checkpoints.geometry import (
     find_setting,
     plain_settings,
 )
-from saccade.integrations.transformers import _METHODS as METHODS
+from saccade.integrations.operators import METHODS
 from saccade.nn import MultiScaleDeformableAttention
 
 
@@ -166,4 +166,4 @@ def _options(prefix: str, settings: Mapping[str, Any]) -> dict[str, Any]:
             f"{method.source}: expected one of {', '.join(map(repr, METHODS))}, got "
             f"{method.value!r} for {prefix!r}"
         )
-    return dict(METHODS[method.value])
+    return dict(METHODS[method.value][0])

@@ -1,0 +1,3 @@
+"""What a fork carries as `models/ops`, without the CUDA sources."""
+
+from ops.modules import MSDeformAttn as MSDeformAttn
