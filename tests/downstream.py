@@ -197,6 +197,22 @@ def train_encoder(repository):
     )
 
 
+# --- InternImage: DCNv3 -------------------------------------------------------------------------------
+
+
+def run_dcnv3_checks(operators):
+    """Its ops_dcnv3/test.py, all checks but that of the time a picture of 512 takes on a GPU."""
+    lift_cuda()
+    extensions.install("DCNv3")
+    sys.path.insert(0, operators)
+    checks = runpy.run_path(f"{operators}/test.py", run_name="upstream")
+    checks["check_forward_equal_with_pytorch_double"]()
+    checks["check_forward_equal_with_pytorch_float"]()
+    for channels in (1, 16, 30, 32, 64, 71, 1025):
+        checks["check_backward_equal_with_pytorch_double"](channels)
+        checks["check_backward_equal_with_pytorch_float"](channels)
+
+
 # --- mmcv, Grounding DINO, detrex: their own Python on a CPU, the extension on a GPU ----------------
 
 

@@ -41,6 +41,17 @@ def test_the_checks_of_their_operators(project):
     assert "False" not in printed
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["classification", "detection"])
+def test_the_checks_of_internimage(part):
+    pytest.importorskip("saccade.integrations.dcn_extensions")
+    operators = upstream(f"OpenGVLab+InternImage/{part}/ops_dcnv3")
+    code = f"import downstream; downstream.run_dcnv3_checks({operators!r})"
+    printed = packages.run(code, "pkg_resources")
+    assert printed.count("* True check_forward") == 2
+    assert "False" not in printed
+
+
 @pytest.mark.parametrize("project", OPERATORS)
 def test_their_modules_train(project):
     operators = upstream(OPERATORS[project])

@@ -250,13 +250,14 @@ def _check_time(name: str) -> None:
 def _file_of_compiled(name: str) -> str | None:
     """Where a module of this name is installed, found without importing anything."""
     package = name.rpartition(".")[0]
+    find = importlib.machinery.PathFinder.find_spec
     path = getattr(sys.modules.get(package), "__path__", None)
     if package and path is None:
-        spec = importlib.util.find_spec(package)
+        spec = find(package)
         path = spec.submodule_search_locations if spec else None
         if path is None:
             return None
-    found = importlib.machinery.PathFinder.find_spec(name, path)
+    found = find(name, path)
     # A folder of that name, somewhere on the path, has no origin.
     return found.origin if found else None
 

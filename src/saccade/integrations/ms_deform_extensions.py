@@ -1,8 +1,7 @@
 """The functions of the compiled modules that have multi-scale deformable attention.
 
 The names of the functions and of their arguments are those of the modules, which `extensions` makes
-importable. Where the originals are checked by nothing, in CUDA, these refuse what they cannot compute
-rightly.
+importable. Of wrong arguments the originals make wrong numbers; these refuse them.
 """
 
 from __future__ import annotations
