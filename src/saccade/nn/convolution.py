@@ -136,10 +136,10 @@ class DeformableConv(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The authors' initialisation: all points at rest, all shares of the centre one half."""
-        depthwise = self.dw_conv[0] if self.form == "dcnv3" else self.offset_mask_dw
-        if isinstance(depthwise, nn.Conv2d):
-            depthwise.reset_parameters()
+        """The authors' initialisation: points at rest, the centre's share one half.
+
+        Depthwise convolution and norm keep what torch gives them.
+        """
         predictors = (self.offset, self.mask) if self.form == "dcnv3" else (self.offset_mask,)
         for layer in predictors:
             nn.init.zeros_(layer.weight)
@@ -167,7 +167,7 @@ class DeformableConv(nn.Module):
             ValueError: the shape does not fit; the message names the argument.
         """
         check_channels("feature_map", feature_map, ("batch", "height", "width"), self.embed_dim)
-        self.window.output_size("feature_map", feature_map)
+        self.window.output_size("feature_map", feature_map)  # an error under this name
         value = feature_map
         if self._value_projection is not None:
             value = self._value_projection(feature_map)
