@@ -18,7 +18,7 @@ LAYERS = [
     {"__main__", "cli", "__init__"},
     {"vision", "doctor", "benchmark", "terminal"},
     {"integrations"},
-    {"nn", "compositions"},
+    {"nn", "compositions", "convolution"},
     {"functional"},
     {"backend"},
     {"ops"},
@@ -31,6 +31,7 @@ CORE = {
     "backend",
     "checks",
     "compositions",
+    "convolution",
     "functional",
     "nn",
     "ops",
@@ -130,7 +131,7 @@ def test_versions_and_extras_agree_with_the_project_file():
 
 def test_public_names():
     for name in (
-        "deformable_attention", "depth_weighted_deformable_attention",
+        "deformable_attention", "deformable_convolution", "depth_weighted_deformable_attention",
         "multi_camera_deformable_aggregation", "nn", "Sampling", "reference", "which_backend", "use_backend",
         "patch", "unpatch",
     ):  # fmt: skip
@@ -158,7 +159,14 @@ def test_docstrings_run():
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/definition.md", "docs/compositions.md", "docs/backends.md"]
+    "page",
+    [
+        "README.md",
+        "docs/definition.md",
+        "docs/compositions.md",
+        "docs/deformable_convolution.md",
+        "docs/backends.md",
+    ],
 )
 def test_examples_of_the_pages_run(page):
     import doctest

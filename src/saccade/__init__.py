@@ -11,6 +11,7 @@ from saccade.compositions import (
 from saccade.compositions import (
     multi_camera_deformable_aggregation as multi_camera_deformable_aggregation,
 )
+from saccade.convolution import deformable_convolution as deformable_convolution
 from saccade.functional import deformable_attention as deformable_attention
 from saccade.functional import fused_deformable_attention as fused_deformable_attention
 from saccade.integrations import patch as patch

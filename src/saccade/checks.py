@@ -261,6 +261,32 @@ def check_shape(name: str, tensor: Tensor, expected: Sequence[int | None], hint:
         raise ValueError(f"{name}: expected [{wanted}], got {shape_of(tensor)}{hint}")
 
 
+def check_axes(name: str, tensor: Tensor, value: Tensor | None, **axes: int | None) -> None:
+    """A floating tensor with these axes, on the device of `value`; None: any size.
+
+    Only a batch and its queries or anchors may be empty.
+    """
+    check_floating(name, tensor, VALUE_DTYPES)
+    if value is not None and tensor.device != value.device:
+        raise ValueError(
+            f"{name}: expected a tensor on {value.device} like value, got {tensor.device}"
+        )
+    may_be_empty = ("batch", "queries", "anchors")
+    if tensor.dim() != len(axes) or not all(
+        (size >= 1 or axis in may_be_empty) if expected is None else size == expected
+        for size, (axis, expected) in zip(tensor.shape, axes.items(), strict=True)
+    ):
+        wanted = ", ".join(
+            axis if expected is None else f"{axis} {expected}" for axis, expected in axes.items()
+        )
+        raise ValueError(f"{name}: expected [{wanted}], got {shape_of(tensor)}")
+
+
+def compute_dtype(value: Tensor) -> torch.dtype:
+    """What positions are computed in: in 16 bits they would be off by whole pixels."""
+    return torch.float64 if value.dtype == torch.float64 else torch.float32
+
+
 def shape_of(tensor: Tensor) -> str:
     """For messages."""
     return str(list(tensor.shape))

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from saccade.checks import (
-    VALUE_DTYPES,
     SpatialShapes,
-    check_floating,
+    check_axes,
+    compute_dtype,
     understand_spatial_shapes,
 )
 from saccade.functional import deformable_attention
@@ -76,20 +76,20 @@ def depth_weighted_deformable_attention(
         torch.Size([2, 100, 256])
     """
     shapes = _images(spatial_shapes)
-    _check("value", value, None, batch=None, positions=None, heads=None, head_dim=None)
+    check_axes("value", value, None, batch=None, positions=None, heads=None, head_dim=None)
     _check_positions(value, shapes)
-    _check(
+    check_axes(
         "sampling_locations", sampling_locations, value,
         batch=value.shape[0], queries=None, heads=None, levels=len(shapes), points=None,
         coordinates=3,
     )  # fmt: skip
     _, num_queries, num_heads, num_levels, num_points, _ = sampling_locations.shape
-    _check(
+    check_axes(
         "attention_weights", attention_weights, value,
         batch=value.shape[0], queries=num_queries, heads=num_heads, levels=num_levels,
         points=num_points,
     )  # fmt: skip
-    _check(
+    check_axes(
         "depth_distribution", depth_distribution, value,
         batch=value.shape[0], positions=value.shape[1], heads=None, bins=None,
     )  # fmt: skip
@@ -101,11 +101,11 @@ def depth_weighted_deformable_attention(
                 f"got {tensor.shape[2]} in {list(tensor.shape)}"
             )
 
-    compute_dtype = _compute_dtype(value)
+    dtype = compute_dtype(value)
     # Converted before it is gathered from, so that its gradient sums up in the compute dtype.
-    depths = depth_distribution.to(compute_dtype).flatten(1)
+    depths = depth_distribution.to(dtype).flatten(1)
     depth_heads, num_bins = depth_distribution.shape[2:]
-    attention_weights = attention_weights.to(compute_dtype)
+    attention_weights = attention_weights.to(dtype)
 
     def of_level(numbers: list[int], dtype: torch.dtype) -> Tensor:
         # [L, 1]: broadcasts against [B, Q, M, L, K].
@@ -113,8 +113,8 @@ def depth_weighted_deformable_attention(
 
     widths = [width for _, width in shapes]
     axes = [widths, [height for height, _ in shapes], [num_bins] * num_levels]
-    sizes = [of_level(axis, compute_dtype) for axis in axes]
-    locations = sampling_locations.to(compute_dtype).unbind(-1)
+    sizes = [of_level(axis, dtype) for axis in axes]
+    locations = sampling_locations.to(dtype).unbind(-1)
     pixels = [location * size - 0.5 for location, size in zip(locations, sizes, strict=True)]
     near = [(pixel >= -1) & (pixel < size) for pixel, size in zip(pixels, sizes, strict=True)]
     # False for a location that is not finite, and where all eight corners are outside.
@@ -223,15 +223,15 @@ def multi_camera_deformable_aggregation(
     """
     cameras = _cameras(spatial_shapes)
     shapes = [shape for levels in cameras for shape in levels]
-    _check("value", value, None, batch=None, positions=None, channels=None)
+    check_axes("value", value, None, batch=None, positions=None, channels=None)
     batch_size, _, num_channels = value.shape
     _check_positions(value, shapes)
-    _check(
+    check_axes(
         "sampling_locations", sampling_locations, value,
         batch=batch_size, anchors=None, points=None, cameras=len(cameras), coordinates=2,
     )  # fmt: skip
     num_anchors, num_points = sampling_locations.shape[1:3]
-    _check(
+    check_axes(
         "attention_weights", attention_weights, value,
         batch=batch_size, anchors=num_anchors, points=num_points, cameras=len(cameras),
         levels=len(cameras[0]), groups=None,
@@ -243,7 +243,7 @@ def multi_camera_deformable_aggregation(
             f"channels of value, got {num_groups} in {list(attention_weights.shape)}"
         )
 
-    locations = sampling_locations.to(_compute_dtype(value))
+    locations = sampling_locations.to(compute_dtype(value))
     inside = ((locations > 0) & (locations < 1)).all(-1, keepdim=True)
     # A location that is no number contributes nothing and gets no gradient.
     locations = torch.where(inside, locations, math.nan).transpose(2, 3)[:, :, None, :, None]
@@ -251,11 +251,6 @@ def multi_camera_deformable_aggregation(
     locations = locations.expand(-1, -1, num_groups, -1, num_levels, -1, -1).flatten(3, 4)
     weights = attention_weights.permute(0, 1, 5, 3, 4, 2).flatten(3, 4)
     return deformable_attention(value.unflatten(2, (num_groups, -1)), shapes, locations, weights)
-
-
-def _compute_dtype(value: Tensor) -> torch.dtype:
-    # Positions in 16 bits would be off by whole pixels on a map of a few hundred.
-    return torch.float64 if value.dtype == torch.float64 else torch.float32
 
 
 def _images(spatial_shapes: SpatialShapes) -> list[tuple[int, ...]]:
@@ -290,24 +285,3 @@ def _check_positions(value: Tensor, shapes: list[tuple[int, ...]]) -> None:
             f"spatial_shapes: expected shapes whose products sum to {value.shape[1]}, the number of "
             f"positions of value {list(value.shape)}, got {shapes} which sum to {num_positions}"
         )
-
-
-def _check(name: str, tensor: Tensor, value: Tensor | None, **axes: int | None) -> None:
-    """A floating tensor with these axes, on the device of `value`; None: any size.
-
-    Only a batch and its queries or anchors may be empty.
-    """
-    check_floating(name, tensor, VALUE_DTYPES)
-    if value is not None and tensor.device != value.device:
-        raise ValueError(
-            f"{name}: expected a tensor on {value.device} like value, got {tensor.device}"
-        )
-    may_be_empty = ("batch", "queries", "anchors")
-    if tensor.dim() != len(axes) or not all(
-        (size >= 1 or axis in may_be_empty) if expected is None else size == expected
-        for size, (axis, expected) in zip(tensor.shape, axes.items(), strict=True)
-    ):
-        wanted = ", ".join(
-            axis if expected is None else f"{axis} {expected}" for axis, expected in axes.items()
-        )
-        raise ValueError(f"{name}: expected [{wanted}], got {list(tensor.shape)}")

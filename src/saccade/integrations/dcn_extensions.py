@@ -1,0 +1,336 @@
+"""The functions of the compiled modules of DCNv3 and DCNv4, with their arguments in their order.
+
+Beneath `DCNv3Function`, `DCNv4Function` and `FlashDeformAttnFunction` these compute the same, on every
+device. Arguments that divide work among the threads of a card (`im2col_step`, `d_stride`,
+`block_thread`) are taken and not used. The backwards return gradients in the dtypes of the inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from saccade.checks import (
+    SpatialShapes,
+    as_ints,
+    check_axes,
+    check_tensor,
+    compute_dtype,
+    positive_int,
+    shape_of,
+)
+from saccade.convolution import Window, deformable_convolution, understand_window
+from saccade.functional import deformable_attention
+
+
+def dcnv3_forward(
+    input: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    kernel_h: int,
+    kernel_w: int,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dilation_h: int,
+    dilation_w: int,
+    group: int,
+    group_channels: int,
+    offset_scale: float,
+    im2col_step: int,
+    remove_center: int = 0,
+) -> Tensor:
+    """DCNv3: a convolution of input [N, H, W, C] with offset [N, H', W', G * K * 2] and mask.
+
+    mask [N, H', W', G * K] counts as it is. Before version 1.1 there is no `remove_center`.
+
+    Returns:
+        Tensor[N, H', W', C].
+
+    Raises:
+        ValueError: a shape does not fit; the message names the argument.
+    """
+    call = _Convolution(
+        kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
+        group, group_channels, offset_scale, remove_center,
+    )  # fmt: skip
+    return call.v3(input, offset, mask)
+
+
+def dcnv3_backward(
+    input: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    kernel_h: int,
+    kernel_w: int,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dilation_h: int,
+    dilation_w: int,
+    group: int,
+    group_channels: int,
+    offset_scale: float,
+    grad_output: Tensor,
+    im2col_step: int,
+    remove_center: int = 0,
+) -> tuple[Tensor, ...]:
+    """The gradients of `dcnv3_forward`: grad_input, grad_offset, grad_mask."""
+    call = _Convolution(
+        kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
+        group, group_channels, offset_scale, remove_center,
+    )  # fmt: skip
+    return _gradients(call.v3, (input, offset, mask), grad_output)
+
+
+def dcnv4_forward(
+    value: Tensor,
+    offset_mask: Tensor,
+    kernel_h: int,
+    kernel_w: int,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dilation_h: int,
+    dilation_w: int,
+    group: int,
+    group_channels: int,
+    offset_scale: float,
+    im2col_step: int,
+    remove_center: int,
+    d_stride: int,
+    block_thread: int,
+    softmax: bool,
+) -> Tensor:
+    """DCNv4: a convolution of value [N, H, W, C] with offset_mask [N, H', W', at least G * 3 K].
+
+    Each group has 2 K offsets, then K modulations; columns behind those of the last group are not
+    read. With `softmax` the modulations are logits.
+
+    Returns:
+        Tensor[N, H', W', C].
+
+    Raises:
+        ValueError: a shape does not fit; the message names the argument.
+    """
+    call = _Convolution(
+        kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
+        group, group_channels, offset_scale, remove_center,
+    )  # fmt: skip
+    return call.v4(value, offset_mask, softmax)
+
+
+def dcnv4_backward(
+    value: Tensor,
+    offset_mask: Tensor,
+    kernel_h: int,
+    kernel_w: int,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dilation_h: int,
+    dilation_w: int,
+    group: int,
+    group_channels: int,
+    offset_scale: float,
+    im2col_step: int,
+    grad_output: Tensor,
+    remove_center: int,
+    d_stride: int,
+    block_thread: int,
+    softmax: bool,
+) -> tuple[Tensor, ...]:
+    """The gradients of `dcnv4_forward`: grad_value, grad_offset_mask; 0 in columns that are not read."""
+    call = _Convolution(
+        kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
+        group, group_channels, offset_scale, remove_center,
+    )  # fmt: skip
+    function = partial(call.v4, softmax=softmax)
+    return _gradients(function, (value, offset_mask), grad_output)
+
+
+def flash_deform_attn_forward(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    sampling_loc_attn: Tensor,
+    im2col_step: int,
+    num_points: int,
+    d_stride: int,
+    block_thread: int,
+) -> Tensor:
+    """Deformable attention of value [N, S, M, D] with locations and logits in one tensor.
+
+    sampling_loc_attn [N, Q, M, L * K * 3]: of each head 2 L K normalized locations, then L K logits,
+    over which a softmax goes; K is num_points.
+
+    Returns:
+        Tensor[N, Q, M * D].
+
+    Raises:
+        ValueError: a shape does not fit, or level_start_index does not count up the levels of
+            spatial_shapes; the message names the argument.
+    """
+    shapes = _levels(spatial_shapes, level_start_index)
+    return _flash(value, sampling_loc_attn, shapes=shapes, num_points=num_points)
+
+
+def flash_deform_attn_backward(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    sampling_loc_attn: Tensor,
+    grad_output: Tensor,
+    im2col_step: int,
+    num_points: int,
+    d_stride: int,
+    block_thread: int,
+) -> tuple[Tensor, ...]:
+    """The gradients of `flash_deform_attn_forward`: grad_value, grad_sampling_loc_attn."""
+    shapes = _levels(spatial_shapes, level_start_index)
+    function = partial(_flash, shapes=shapes, num_points=num_points)
+    return _gradients(function, (value, sampling_loc_attn), grad_output)
+
+
+class _Convolution(NamedTuple):
+    """The numbers that both convolutions take, in their order."""
+
+    kernel_h: int
+    kernel_w: int
+    stride_h: int
+    stride_w: int
+    pad_h: int
+    pad_w: int
+    dilation_h: int
+    dilation_w: int
+    group: int
+    group_channels: int
+    offset_scale: float
+    remove_center: int
+
+    def v3(self, input: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
+        sizes = self._output("input", input)
+        numbers = self.group * self.window.num_points
+        check_axes("offset", offset, input, **sizes, columns=numbers * 2)
+        check_axes("mask", mask, input, **sizes, columns=numbers)
+        return self._convolved(input, offset, mask, softmax=False)
+
+    def v4(self, value: Tensor, offset_mask: Tensor, softmax: bool) -> Tensor:
+        sizes = self._output("value", value)
+        check_axes("offset_mask", offset_mask, value, **sizes, columns=None)
+        num_points = self.window.num_points
+        numbers = self.group * num_points * 3
+        if offset_mask.shape[3] < numbers:
+            raise ValueError(
+                f"offset_mask: expected at least {numbers} columns, group {self.group} * 3 * "
+                f"{num_points} points, got {shape_of(offset_mask)}"
+            )
+        # What is behind the last group fills up to a multiple of 8.
+        groups = offset_mask[..., :numbers].unflatten(3, (self.group, -1))
+        offset, mask = groups.split([num_points * 2, num_points], -1)
+        return self._convolved(value, offset.flatten(3), mask.flatten(3), softmax=bool(softmax))
+
+    @property
+    def window(self) -> Window:
+        return understand_window(
+            (self.kernel_h, self.kernel_w),
+            (self.stride_h, self.stride_w),
+            (self.pad_h, self.pad_w),
+            (self.dilation_h, self.dilation_w),
+            bool(self.remove_center),
+        )
+
+    def _output(self, name: str, value: Tensor) -> dict[str, int | None]:
+        """The sizes of the output without its channels, once the value is known to be good."""
+        positive_int("group", self.group)
+        channels = self.group * self.group_channels
+        check_axes(name, value, None, batch=None, height=None, width=None, channels=channels)
+        height, width = self.window.output_size(name, value)
+        return {"batch": value.shape[0], "height": height, "width": width}
+
+    def _convolved(self, value: Tensor, offset: Tensor, mask: Tensor, softmax: bool) -> Tensor:
+        window = self.window
+        return deformable_convolution(
+            value,
+            offset.unflatten(3, (self.group, window.num_points, 2)),
+            mask.unflatten(3, (self.group, window.num_points)),
+            kernel_size=window.kernel_size,
+            stride=window.stride,
+            padding=window.padding,
+            dilation=window.dilation,
+            offset_scale=self.offset_scale,
+            remove_center=window.remove_center,
+            softmax=softmax,
+        )
+
+
+def _flash(
+    value: Tensor, sampling_loc_attn: Tensor, *, shapes: SpatialShapes, num_points: int
+) -> Tensor:
+    check_axes("value", value, None, batch=None, positions=None, heads=None, head_dim=None)
+    count = len(shapes) * positive_int("num_points", num_points)
+    check_axes(
+        "sampling_loc_attn", sampling_loc_attn, value,
+        batch=value.shape[0], queries=None, heads=value.shape[2], columns=count * 3,
+    )  # fmt: skip
+    locations, logits = sampling_loc_attn.split([count * 2, count], -1)
+    return deformable_attention(
+        value,
+        shapes,
+        locations.unflatten(-1, (count, 2)),
+        logits.to(compute_dtype(value)).softmax(-1),
+        num_points=num_points,
+    )
+
+
+def _levels(spatial_shapes: Tensor, level_start_index: Tensor) -> list[tuple[int, int]]:
+    """The shapes as numbers; a ValueError unless the levels start where they say."""
+    check_tensor("spatial_shapes", spatial_shapes)
+    check_tensor("level_start_index", level_start_index)
+    if spatial_shapes.dim() != 2 or spatial_shapes.shape[1] != 2:
+        raise ValueError(f"spatial_shapes: expected [levels, 2], got {shape_of(spatial_shapes)}")
+    num_levels = spatial_shapes.shape[0]
+    if list(level_start_index.shape) != [num_levels]:
+        raise ValueError(
+            f"level_start_index: expected [{num_levels}], a number for each level of "
+            f"spatial_shapes, got {shape_of(level_start_index)}"
+        )
+    # Read back together: on a card each transfer waits for all work before it.
+    both = torch.cat((spatial_shapes.flatten(), level_start_index.to(spatial_shapes)))
+    numbers = as_ints("spatial_shapes", both)
+    sizes, starts = numbers[: num_levels * 2], numbers[num_levels * 2 :]
+    shapes = list(zip(sizes[::2], sizes[1::2], strict=True))
+    expected = [sum(height * width for height, width in shapes[:n]) for n in range(num_levels)]
+    if starts != expected:
+        raise ValueError(
+            f"level_start_index: expected {expected}, where the levels of {shapes} start one "
+            f"after the other, got {starts}"
+        )
+    return shapes
+
+
+def _gradients(
+    function: Callable[..., Tensor], tensors: tuple[Tensor, ...], grad_output: Tensor
+) -> tuple[Tensor, ...]:
+    """The gradients of a function by its tensors.
+
+    A caller's backward comes with the inputs alone, so that the forward is run once more.
+    """
+    check_tensor("grad_output", grad_output)
+    with torch.enable_grad():
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        output = function(*leaves)
+    if grad_output.shape != output.shape:
+        raise ValueError(
+            f"grad_output: expected {shape_of(output)}, the shape of the output, "
+            f"got {shape_of(grad_output)}"
+        )
+    return torch.autograd.grad(output, leaves, grad_output.to(output.dtype))
