@@ -98,8 +98,12 @@ def attend(module, given, *, keep):
         )  # fmt: skip
 
 
+SEGMENTERS = {"mask2former", "oneformer"}
+WITHOUT_PROJECTIONS = {"d-fine", "deimv2"}
+
+
 @pytest.mark.parametrize("shards", [False, True], ids=["one-file", "shards"])
-@pytest.mark.parametrize("name", [name for name in DETECTORS if name != "d-fine"])
+@pytest.mark.parametrize("name", [name for name in DETECTORS if name not in WITHOUT_PROJECTIONS])
 def test_transformers_folders(tmp_path, name, shards):
     pytest.importorskip("safetensors", reason="transformers writes with it")
     detector = DETECTORS[name]
@@ -111,7 +115,8 @@ def test_transformers_folders(tmp_path, name, shards):
     model.save_pretrained(tmp_path, **({"max_shard_size": "20KB"} if shards else {}))
     assert (tmp_path / "model.safetensors.index.json").exists() == shards
     checkpoint = checkpoints.load(tmp_path)
-    arguments = {"num_levels": 3} if name == "mask2former" else {}
+    # Their configurations do not say it.
+    arguments = {"num_levels": 3} if name in SEGMENTERS else {}
     for modules in (
         checkpoints.attention_modules(checkpoint, **arguments),
         checkpoints.attention_modules(model.state_dict(), model.config, **arguments),
@@ -120,7 +125,7 @@ def test_transformers_folders(tmp_path, name, shards):
         by_name = {prefix.split(".", 1)[1]: module for prefix, module in modules.items()}
         assert by_name.keys() == {prefix.split(".", 1)[1] for prefix in calls}
         for prefix, (given, expected) in calls.items():
-            found = attend(by_name[prefix.split(".", 1)[1]], given, keep=name != "mask2former")
+            found = attend(by_name[prefix.split(".", 1)[1]], given, keep=name not in SEGMENTERS)
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -163,24 +168,6 @@ def test_rt_detr_v2_with_lists_and_the_discrete_method(method, points):
     ):
         with pytest.raises(ValueError, match=message):
             checkpoints.attention_modules(source.state_dict(), settings | wrong)
-
-
-def test_mmcv_module():
-    pytest.importorskip("mmcv", reason="mmcv is not installed: its module is not compared")
-    ops = pytest.importorskip("mmcv.ops", reason="this mmcv comes without its operators")
-    source = ops.MultiScaleDeformableAttention(EMBED_DIM, HEADS, 2, 3, batch_first=True).eval()
-    for parameter in source.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    shapes, mask = [(8, 12), (4, 6)], torch.rand(2, 120) < 0.2
-    query, value, reference = torch.randn(2, 9, 32), torch.randn(2, 120, 32), torch.rand(2, 9, 2, 2)
-    with torch.no_grad():
-        expected = source(
-            query, value=value, reference_points=reference, key_padding_mask=mask,
-            spatial_shapes=torch.tensor(shapes), level_start_index=torch.tensor([0, 96]),
-        )  # fmt: skip
-        module = checkpoints.attention_modules(source.state_dict(), num_heads=4, num_levels=2)[""]
-        found = module(query, reference, value, shapes, mask) + query  # mmcv adds the identity
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def geometry(state_dict, config=None, **arguments):

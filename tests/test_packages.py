@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import packages
+import pytest
 
 # What the processes share: random weights that look at different places, a comparison of everything.
 COMPARE = """
@@ -13,7 +14,8 @@ torch.set_num_threads(1)
 
 def wake(model):
     for name, parameter in model.named_parameters():
-        if "sampling_offsets" in name or "attention_weights" in name:
+        # mmdet leaves level_embed as the memory was.
+        if any(part in name for part in ("sampling_offsets", "attention_weights", "level_embed")):
             torch.nn.init.normal_(parameter, std=0.1)
     return model
 
@@ -134,6 +136,113 @@ assert "rfdetr.models.ops.modules.ms_deform_attn.ms_deform_attn_core_pytorch" in
 assert saccade.unpatch("rfdetr").replaced == report.replaced
 """
     packages.run(COMPARE + RFDETR + code, "torchvision", "rfdetr")
+
+
+MMDET = """
+import warnings
+warnings.simplefilter("ignore")
+from saccade.integrations import checkpoints, extensions
+extensions.install("mmcv._ext")
+import mmdet
+from pathlib import Path
+from mmcv.ops import MultiScaleDeformableAttention
+from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+from mmengine.structures import InstanceData
+
+register_all_modules()
+
+def built(path, **changes):
+    config = Config.fromfile(Path(mmdet.__file__).parent / ".mim/configs" / path)
+    config.model.backbone.init_cfg = None
+    config.merge_from_dict({"model." + name: value for name, value in changes.items()})
+    return MODELS.build(config.model)
+
+def samples(height, width, objects=0):
+    sample, generator = DetDataSample(), torch.Generator().manual_seed(0)
+    size = (height, width)
+    sample.set_metainfo(dict(img_shape=size, batch_input_shape=size, ori_shape=size, scale_factor=(1, 1)))
+    corners = torch.rand(objects, 2, generator=generator, dtype=torch.float64) * 30
+    boxes = torch.cat([corners, corners + 20], -1)
+    sample.gt_instances = InstanceData(bboxes=boxes, labels=torch.arange(objects))
+    return [sample]
+
+def picture(height, width):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(1, 3, height, width, generator=generator, dtype=torch.float64)
+"""
+NAMES = ("torchvision", "mmcv", "mmdet", "mmengine")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "deformable_detr/deformable-detr_r50_16xb2-50e_coco.py",
+        "dino/dino-4scale_r50_8xb2-12e_coco.py",
+    ],
+)
+def test_mmdet_models_as_they_are_published(path):
+    code = f"""
+model = wake(built({path!r})).double().eval()
+size = (192, 256)
+check(model, lambda model: model(picture(*size), samples(*size), mode="tensor"), operators=12)
+"""
+    packages.run(COMPARE + MMDET + code, *NAMES)
+
+
+def test_mmdet_trains_the_same():
+    code = """
+layers = {"encoder.num_layers": 2, "decoder.num_layers": 2, "num_queries": 20}
+
+def make():
+    model = built("deformable_detr/deformable-detr_r50_16xb2-50e_coco.py", **layers).double()
+    model.backbone.requires_grad_(False)
+    return model
+
+def loss_of(model):
+    found = model(picture(64, 64), samples(64, 64, objects=2), mode="loss")
+    return sum(loss for name, loss in found.items() if "loss" in name)
+
+train(make, loss_of)
+"""
+    packages.run(COMPARE + MMDET + code, *NAMES, timeout=600)
+
+
+def test_mmcv_by_name_and_its_weights_in_a_saccade_module():
+    code = """
+source = wake(MultiScaleDeformableAttention(32, 4, 2, 3, batch_first=True)).eval()
+shapes, mask = [(8, 12), (4, 6)], torch.rand(2, 120) < 0.2
+query, value, reference = torch.randn(2, 9, 32), torch.randn(2, 120, 32), torch.rand(2, 9, 2, 2)
+
+def attended():
+    with torch.no_grad():
+        return source(
+            query,
+            value=value,
+            reference_points=reference,
+            key_padding_mask=mask,
+            spatial_shapes=torch.tensor(shapes),
+            level_start_index=torch.tensor([0, 96]),
+        )
+
+expected = attended()
+module = checkpoints.attention_modules(source.state_dict(), num_heads=4, num_levels=2)[""]
+found = module(query, reference, value, shapes, mask) + query  # mmcv adds the identity
+torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+report = saccade.patch("mmcv")
+file = "mmcv.ops.multi_scale_deform_attn."
+assert report.replaced == [
+    file + "MultiScaleDeformableAttnFunction", file + "multi_scale_deformable_attn_pytorch"
+]
+assert not report.left
+torch.testing.assert_close(attended(), expected, rtol=1e-5, atol=1e-5)
+assert saccade.unpatch("mmcv").replaced == report.replaced
+assert torch.equal(attended(), expected)
+"""
+    packages.run(COMPARE + MMDET + code, *NAMES)
 
 
 def test_a_layer_of_the_kernels_package():

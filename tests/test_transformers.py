@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -294,24 +295,21 @@ def check_operator(name):
         torch.rand(2, 20, 4, 2, 3, 2, generator=generator) * 1.4 - 0.2,
         torch.rand(2, 20, 4, 2, 3, generator=generator),
     ]
-    methods = [None]
     if attribute == "forward":
-        starts = torch.tensor([0, 9 * 13])
-        between = (torch.tensor(shapes), shapes, starts)
-        call = lambda function, value, *rest: function(owner(), value, *between, *rest, 64)  # noqa: E731
+        before = [owner()]
+        calls = [[[torch.tensor(shapes), shapes, torch.tensor([0, 9 * 13])], [64]]]
     elif attribute.endswith("_v2"):
-        methods = ["default", "discrete"]
         inputs[1:] = [inputs[1].flatten(3, 4), inputs[2].flatten(3, 4)]
-        call = lambda function, value, *rest: function(value, shapes, *rest, [3, 3], method)  # noqa: E731
+        before, calls = [], [[[shapes], [[3, 3], method]] for method in ("default", "discrete")]
     else:
-        call = lambda function, value, *rest: function(value, shapes, *rest)  # noqa: E731
-    for method in methods:
+        before, calls = [], [[[shapes], []]]
+    for between, after in calls:
         results = []
         for function in (original, replaced):
-            given = [tensor.double().requires_grad_() for tensor in inputs]
-            output = call(function, *given)
+            value, locations, weights = (tensor.double().requires_grad_() for tensor in inputs)
+            output = function(*before, value, *between, locations, weights, *after)
             output.square().sum().backward()
-            results.append([output] + [tensor.grad for tensor in given])
+            results.append([output, value.grad, locations.grad, weights.grad])
         for expected, found in zip(*results, strict=True):
             if expected is None:  # discrete sampling has no gradient by location
                 assert found is None or not found.any(), name
@@ -320,8 +318,6 @@ def check_operator(name):
 
 
 def resolved(path):
-    import sys
-
     if path in sys.modules:
         return sys.modules[path]
     outer, _, name = path.rpartition(".")
