@@ -19,7 +19,7 @@ CXX_FILES := csrc/*.cpp csrc/*.h csrc/*.inl csrc/simd/*.inl tests/native/*.cpp t
 demo: $(VENV)/.installed
 	$(BIN)/saccade detect examples/digit_scenes/scenes/scene_0.png --out saccade-out
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed $(VENV)/.packages
 	$(BIN)/python -m pytest -n 2 --dist loadscope --cov=saccade --cov-report=term
 
 lint: $(VENV)/.installed
@@ -33,12 +33,13 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-bench: $(VENV)/.installed
+bench: $(VENV)/.installed $(VENV)/.packages
 	$(BIN)/saccade bench --full --json benchmarks/results/cpu.json --plot docs/images/bench.png
 	$(BIN)/saccade bench --case tadtr-1d --case medical-3d --backward --threads 2 --threads 1 \
 	  --json benchmarks/results/family.json
 	$(BIN)/saccade bench fused --json benchmarks/results/fused.json
-	$(BIN)/saccade bench models --json benchmarks/results/models.json
+	$(BIN)/saccade bench models --seconds 20 --json benchmarks/results/models.json
+	$(BIN)/python -m benchmarks.packages
 	$(BIN)/saccade bench sweep --json benchmarks/results/sweep.json --plot docs/images/sweep.png
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks.floors
@@ -59,6 +60,14 @@ $(VENV)/.dependencies: pyproject.toml
 
 $(VENV)/.installed: $(VENV)/.dependencies $(LIBRARY_SOURCES)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --force-reinstall .
+	touch $@
+
+# Other people's packages, which the tests run against the library: in a folder of their own, without
+# their dependencies, which would bring another torch along.
+$(VENV)/.packages: .ci/packages.txt $(VENV)/.dependencies
+	rm -rf $(VENV)/packages
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/packages -r .ci/packages.txt || \
+	  echo "packages of .ci/packages.txt could not be installed: their tests are skipped"
 	touch $@
 
 clean:

@@ -17,7 +17,7 @@ from saccade.benchmark.report import Results, milliseconds, read, times
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/performance.md", "docs/gpu.md")
+PAGES = ("README.md", "docs/performance.md", "docs/gpu.md", "docs/integrations.md")
 MARKED = re.compile(
     r"(<!-- figures: (?P<name>\w+) -->\n).*?(<!-- end of figures -->)", flags=re.DOTALL
 )
@@ -97,6 +97,26 @@ def models(found: dict) -> list[str]:
         spent = f"{row['patched_ms'] / 1e3:.3g} against {row['eager_ms'] / 1e3:.3g} s"
         shares = [f"{row[key]:.0%}" for key in ("eager_share", "patched_share")]
         lines.append(_row([name, f"**{times(row['ratio'])}**", spent, *shares]))
+    return lines
+
+
+def drop_in(found: dict, packages: dict) -> list[str]:
+    """Whole models of every package: how many submodules were replaced, and what that brings."""
+    lines = [
+        f"`{found['command']}` and `{packages['command']}`, {found['date']}: "
+        f"{_versions(found['machine'])}; {found['threads']} threads.\n",
+        _row(["from", "model", "replaced", "forward"]),
+        _row(["---"] * 4),
+    ]
+    for home, rows in (("transformers", found["models"]), ("", packages["models"])):
+        for row in rows:
+            cells = [home or row["model"], row["input"]]
+            if row["reason"]:
+                lines.append(_row([*cells, "–", row["reason"]]))
+                continue
+            spent = f"{row['patched_ms'] / 1e3:.3g} against {row['eager_ms'] / 1e3:.3g} s"
+            replaced = f"{row['attention_modules']} submodules"
+            lines.append(_row([*cells, replaced, f"**{times(row['ratio'])}** {spent}"]))
     return lines
 
 
@@ -246,6 +266,12 @@ TABLES: dict[str, tuple[str, Callable[[Path], list[str]]]] = {
         lambda path: compiled_backward(json.loads(path.read_text())),
     ),
     "models": ("models.json", lambda path: models(json.loads(path.read_text()))),
+    "drop_in": (
+        "packages.json",
+        lambda path: drop_in(
+            json.loads(path.with_name("models.json").read_text()), json.loads(path.read_text())
+        ),
+    ),
     "floors": (
         "floors.json",
         lambda path: floors(

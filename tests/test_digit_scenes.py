@@ -88,7 +88,7 @@ def test_training_resumes_to_the_same_weights(tmp_path, monkeypatch, capsys):
 
 
 def test_training_runs_through_saccade(tmp_path, monkeypatch):
-    from saccade.integrations import transformers as integration
+    from saccade.integrations import operators as integration
 
     monkeypatch.setattr(train, "VALIDATION_SCENES", 1)
     calls = []
