@@ -94,7 +94,9 @@ def test_training_runs_through_saccade(tmp_path, monkeypatch):
     calls = []
     operator = integration.deformable_attention
     monkeypatch.setattr(
-        integration, "deformable_attention", lambda *args: calls.append(1) or operator(*args)
+        integration,
+        "deformable_attention",
+        lambda *args, **options: calls.append(1) or operator(*args, **options),
     )
     threads = torch.get_num_threads()
     try:
