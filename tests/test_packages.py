@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import packages
 import pytest
+from test_downstream import upstream
 
 # What the processes share: random weights that look at different places, a comparison of everything.
 COMPARE = """
@@ -243,6 +244,67 @@ assert saccade.unpatch("mmcv").replaced == report.replaced
 assert torch.equal(attended(), expected)
 """
     packages.run(COMPARE + MMDET + code, *NAMES)
+
+
+def test_a_package_that_nobody_listed():
+    code = """
+from rtdetr.nn.decoder import MSDeformableAttention
+module = wake(MSDeformableAttention(32, 4, 2, 3)).double()
+shapes = [(8, 12), (4, 6)]
+query, value = torch.randn(2, 9, 32).double(), torch.randn(2, 120, 32).double()
+boxes = torch.rand(2, 9, 1, 4).double()
+check(module, lambda module: module(query, boxes, value, shapes), operators=1)
+assert saccade.patch("rtdetr").replaced == ["rtdetr.nn.decoder.deformable_attention"]
+"""
+    packages.run(COMPARE + code, "rtdetr")
+
+
+@pytest.mark.parametrize(
+    ("repository", "file", "options"),
+    [
+        ("lyuwenyu+RT-DETR/rtdetr_pytorch", "rtdetr.rtdetr_decoder", [{"num_points": 4}]),
+        *(
+            (
+                repository,
+                file,
+                [{"num_points": [4, 2, 3], "method": how} for how in ("default", "discrete")],
+            )
+            for repository, file in (
+                ("lyuwenyu+RT-DETR/rtdetrv2_pytorch", "rtdetr.rtdetrv2_decoder"),
+                ("Peterande+D-FINE", "dfine.dfine_decoder"),
+            )
+        ),
+    ],
+)
+def test_the_authors_real_time_detectors(repository, file, options):
+    """Lists of points, a value in levels, their own clamp: in the files as they are."""
+    code = f"""
+import importlib
+import sys
+import types
+from pathlib import Path
+
+def bare(name):
+    "A package without what its __init__ brings along: data sets, logging, torchvision."
+    package = sys.modules[name] = types.ModuleType(name)
+    package.__path__ = [str(Path({upstream(repository)!r}, *name.split(".")))]
+    return package
+
+for name in ("src", "src.zoo", "src.zoo.rtdetr", "src.zoo.dfine", "src.core"):
+    bare(name)
+as_it_is = lambda found: found
+sys.modules["src.core"].register = lambda *given, **_: given[0] if given and given[0] else as_it_is
+decoder = importlib.import_module("src.zoo.{file}")
+shapes = [[8, 12], [4, 6], [2, 3]]
+query, boxes = torch.randn(2, 9, 64).double(), torch.rand(2, 9, 1, 4).double()
+value = torch.randn(2, 126, 64).double()
+if "dfine" in decoder.__name__:
+    value = value.unflatten(-1, (4, 16)).permute(0, 2, 3, 1).split([96, 24, 6], dim=-1)
+for options in {options}:
+    module = decoder.MSDeformableAttention(embed_dim=64, num_heads=4, num_levels=3, **options)
+    check(wake(module).double(), lambda module: module(query, boxes, value, shapes), operators=1)
+"""
+    packages.run(COMPARE + code, "torchvision")
 
 
 def test_a_layer_of_the_kernels_package():
