@@ -302,6 +302,7 @@ def test_bench_command_lists_and_refuses(small, capsys):
         ("--dtype", "int8"): "--dtype: expected one of float32, bfloat16, float16, got int8",
         ("--locations", "zeros"): "--locations: expected one of model-like, uniform, got zeros",
         ("--full", "--threads", "1"): "--full: expected it without",
+        ("--models", "--threads", "1"): "--models: expected it without",
     }.items():
         assert run("bench", *arguments) == 2
         assert message in capsys.readouterr().err

@@ -83,6 +83,19 @@ def test_wrong_outputs_of_a_patched_model_are_an_error(small, capsys, monkeypatc
     assert "--model: expected one of deformable-detr, " in capsys.readouterr().err
 
 
+def test_models_as_an_option(monkeypatch, capsys):
+    measured = []
+
+    def measure(detector, seconds):
+        measured.append(detector.name)
+        return models.ModelFigure(detector.name, detector.input, reason="nottoday")
+
+    monkeypatch.setattr(models, "measure", measure)
+    assert run("bench", "--models") == 0
+    assert measured == list(DETECTORS)
+    assert capsys.readouterr().out.count("nottoday") == len(DETECTORS)
+
+
 def test_infinite_logits_agree_when_they_are_in_the_same_place():
     want = [torch.tensor([[1.0, -math.inf], [2.0, -math.inf]])]
     assert models._compare("model", want, want) == 0

@@ -80,6 +80,9 @@ def bench(
         bool,
         typer.Option("--full", help="All that benchmarks/results/cpu.json holds; some 20 minutes."),
     ] = False,
+    models: Annotated[
+        bool, typer.Option("--models", help="Whole models instead; the same as: bench models.")
+    ] = False,
     json: JsonFile = None,
     plot: PlotFile = None,
     names: Annotated[bool, typer.Option("--list", help="Only list workloads and peers.")] = False,
@@ -105,8 +108,12 @@ def bench(
     _check("--peer", peer, all_peers())
     _check("--dtype", dtype, DTYPES)
     _check("--locations", locations, LOCATIONS)
-    if full and (case or peer or dtype or locations or threads or single_call):
-        fail("--full: expected it without --case, --peer, --dtype and the like: it has its own")
+    for option, wanted in (("--full", full), ("--models", models)):
+        if wanted and (case or peer or dtype or locations or threads or single_call):
+            fail(f"{option}: expected it without --case, --peer, --dtype and the like")
+    if models:
+        bench_models(context, json=json)
+        return
     if plot is not None:
         need("bench --plot", "bench", "matplotlib")
     if full:
