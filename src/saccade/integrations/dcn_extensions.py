@@ -16,7 +16,6 @@ from torch import Tensor
 
 from saccade.checks import (
     SpatialShapes,
-    as_ints,
     check_axes,
     check_tensor,
     compute_dtype,
@@ -25,6 +24,7 @@ from saccade.checks import (
 )
 from saccade.convolution import Window, deformable_convolution, understand_window
 from saccade.functional import deformable_attention
+from saccade.integrations.levels import shapes_of_levels
 
 
 def dcnv3_forward(
@@ -179,7 +179,7 @@ def flash_deform_attn_forward(
         ValueError: a shape does not fit, or level_start_index does not count up the levels of
             spatial_shapes; the message names the argument.
     """
-    shapes = _levels(spatial_shapes, level_start_index)
+    shapes = shapes_of_levels(spatial_shapes=spatial_shapes, level_start_index=level_start_index)
     return _flash(value, sampling_loc_attn, shapes=shapes, num_points=num_points)
 
 
@@ -195,7 +195,7 @@ def flash_deform_attn_backward(
     block_thread: int,
 ) -> tuple[Tensor, ...]:
     """The gradients of `flash_deform_attn_forward`: grad_value, grad_sampling_loc_attn."""
-    shapes = _levels(spatial_shapes, level_start_index)
+    shapes = shapes_of_levels(spatial_shapes=spatial_shapes, level_start_index=level_start_index)
     function = partial(_flash, shapes=shapes, num_points=num_points)
     return _gradients(function, (value, sampling_loc_attn), grad_output)
 
@@ -289,32 +289,6 @@ def _flash(
         logits.to(compute_dtype(value)).softmax(-1),
         num_points=num_points,
     )
-
-
-def _levels(spatial_shapes: Tensor, level_start_index: Tensor) -> list[tuple[int, int]]:
-    """The shapes as numbers; a ValueError unless the levels start where they say."""
-    check_tensor("spatial_shapes", spatial_shapes)
-    check_tensor("level_start_index", level_start_index)
-    if spatial_shapes.dim() != 2 or spatial_shapes.shape[1] != 2:
-        raise ValueError(f"spatial_shapes: expected [levels, 2], got {shape_of(spatial_shapes)}")
-    num_levels = spatial_shapes.shape[0]
-    if list(level_start_index.shape) != [num_levels]:
-        raise ValueError(
-            f"level_start_index: expected [{num_levels}], a number for each level of "
-            f"spatial_shapes, got {shape_of(level_start_index)}"
-        )
-    # Read back together: on a card each transfer waits for all work before it.
-    both = torch.cat((spatial_shapes.flatten(), level_start_index.to(spatial_shapes)))
-    numbers = as_ints("spatial_shapes", both)
-    sizes, starts = numbers[: num_levels * 2], numbers[num_levels * 2 :]
-    shapes = list(zip(sizes[::2], sizes[1::2], strict=True))
-    expected = [sum(height * width for height, width in shapes[:n]) for n in range(num_levels)]
-    if starts != expected:
-        raise ValueError(
-            f"level_start_index: expected {expected}, where the levels of {shapes} start one "
-            f"after the other, got {starts}"
-        )
-    return shapes
 
 
 def _gradients(

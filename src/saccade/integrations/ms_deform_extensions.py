@@ -6,8 +6,6 @@ importable. Of wrong arguments the originals make wrong numbers; these refuse th
 
 from __future__ import annotations
 
-import itertools
-import math
 from typing import cast
 
 import torch
@@ -17,10 +15,10 @@ from saccade import backend, reference
 from saccade.arguments import Call, Options, understand
 from saccade.checks import check_shape, check_tensor
 from saccade.functional import deformable_attention
+from saccade.integrations.levels import shapes_of_levels
 from saccade.ops.contract import arguments_of
 from saccade.ops.gradients import needs_autograd
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _BACKWARD = torch.ops.saccade.deformable_attention_backward.default
 
 
@@ -61,7 +59,9 @@ def ms_deform_attn_forward(
         >>> ms_deform_attn_forward(value, shapes, starts, locations, weights, 64).shape
         torch.Size([3, 5, 16])
     """
-    shapes = _shapes_of_levels(value_spatial_shapes, value_level_start_index)
+    shapes = shapes_of_levels(
+        value_spatial_shapes=value_spatial_shapes, value_level_start_index=value_level_start_index
+    )
     return deformable_attention(value, shapes, sampling_locations, attention_weights)
 
 
@@ -93,7 +93,9 @@ def ms_deform_attn_backward(
         TypeError: an argument is no tensor.
         ValueError: as `ms_deform_attn_forward`, or `grad_output` does not fit.
     """
-    shapes = _shapes_of_levels(value_spatial_shapes, value_level_start_index)
+    shapes = shapes_of_levels(
+        value_spatial_shapes=value_spatial_shapes, value_level_start_index=value_level_start_index
+    )
     options = Options(shapes, None, "linear", "zeros", "normalized", None)
     call = understand(value, sampling_locations, attention_weights, options)
     _check_gradient(grad_output, call)
@@ -152,36 +154,6 @@ def get_compiler_version() -> str:
 def get_compiling_cuda_version() -> str:
     """As `get_compiler_version`; in the words of mmcv's builds without CUDA."""
     return "not available"
-
-
-def _shapes_of_levels(spatial_shapes: Tensor, level_start_index: Tensor) -> list[tuple[int, int]]:
-    """The shapes as numbers, once it is sure that the levels lie where the caller says."""
-    axes: tuple[list[int | None], ...] = ([None, 2], [None])
-    given = (
-        ("value_spatial_shapes", spatial_shapes),
-        ("value_level_start_index", level_start_index),
-    )
-    for (name, tensor), expected in zip(given, axes, strict=True):
-        check_tensor(name, tensor)
-        if tensor.dtype not in _INTEGERS:
-            raise ValueError(f"{name}: expected a tensor of integers, got {tensor.dtype}")
-        check_shape(name, tensor, expected)
-    if level_start_index.device != spatial_shapes.device:
-        raise ValueError(
-            f"value_level_start_index: expected a tensor on {spatial_shapes.device} like "
-            f"value_spatial_shapes, got {level_start_index.device}"
-        )
-    # Together: on a GPU each reading back is a synchronisation.
-    numbers = torch.cat([spatial_shapes.flatten(), level_start_index]).tolist()
-    levels = len(spatial_shapes)
-    shapes = list(zip(numbers[: 2 * levels : 2], numbers[1 : 2 * levels : 2], strict=True))
-    *expected_starts, _ = itertools.accumulate(map(math.prod, shapes), initial=0)
-    if numbers[2 * levels :] != expected_starts:
-        raise ValueError(
-            f"value_level_start_index: expected {expected_starts}, where the levels "
-            f"{shapes} of value_spatial_shapes start, got {numbers[2 * levels :]}"
-        )
-    return shapes
 
 
 def _check_gradient(grad_output: Tensor, call: Call) -> None:

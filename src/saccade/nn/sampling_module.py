@@ -15,6 +15,7 @@ from saccade.checks import (
     check_border_height,
     check_option,
     check_tensor,
+    compute_dtype,
     positive_int,
     understand_spatial_shapes,
 )
@@ -123,7 +124,7 @@ class SamplingModule(nn.Module):
         """Sampling offsets [..., M, P, N] and attention logits [..., M, P] of queries [..., C]."""
         # 16-bit locations would be off by whole pixels on a large map. The layers predict offsets in
         # 16 bits where autocast says so; reference and offset are never added in 16 bits.
-        dtype = location_dtype(query)
+        dtype = compute_dtype(query)
         looks = (self.num_heads, sum(self.num_points))
         offsets: Tensor = self.sampling_offsets(query).to(dtype)
         logits: Tensor = self.attention_weights(query).to(dtype)
@@ -160,10 +161,6 @@ class MultiLevelModule(SamplingModule):
             f"num_levels={self.num_levels}, num_points={self.num_points}, "
             f"spatial_dims={self.spatial_dims}"
         )
-
-
-def location_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def check_shape(name: str, tensor: object, *expected: Sequence[int]) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from saccade.checks import (
     Interpolation,
     Padding,
+    compute_dtype,
     positive_int,
 )
 from saccade.nn.sampling_module import (
@@ -14,7 +15,6 @@ from saccade.nn.sampling_module import (
     check_channels,
     check_heads,
     check_shape,
-    location_dtype,
 )
 from saccade.sampling import Sampling
 
@@ -129,7 +129,7 @@ class DeformableAttention(SamplingModule):
                     "reference_points: expected a tensor, because this module was made with "
                     "predict_reference_points=False, got None"
                 )
-            reference_points = self.reference_points(query).to(location_dtype(query)).sigmoid()
+            reference_points = self.reference_points(query).to(compute_dtype(query)).sigmoid()
         check_shape(
             "reference_points",
             reference_points,
