@@ -37,8 +37,17 @@ def outputs_and_gradients(model, call):
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return {str(i): tensor.detach() for i, tensor in enumerate(found)} | gradients
 
+def attributes(model):
+    "Copies of the dictionaries of parameters and the like, by the identity of what is in them."
+    def copied(found):
+        return {key: id(value) for key, value in found.items()} if isinstance(found, dict) else found
+    return {
+        name: {key: copied(value) for key, value in vars(module).items()}
+        for name, module in model.named_modules()
+    }
+
 def check(model, call, operators):
-    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    before = attributes(model)
     keys = list(model.state_dict())
     expected = outputs_and_gradients(model, call)
     report = saccade.patch(model)
@@ -52,10 +61,13 @@ def check(model, call, operators):
         torch.testing.assert_close(found[name], want, rtol=1e-4, atol=atol)
     assert list(model.state_dict()) == keys
     assert saccade.unpatch(model).replaced == report.replaced
-    after = {name: dict(vars(module)) for name, module in model.named_modules()}
+    after = attributes(model)
     assert after.keys() == before.keys()
     for name, wanted in before.items():
-        assert all(after[name][key] is wanted[key] for key in wanted if not key.startswith("_"))
+        assert after[name].keys() == wanted.keys()
+        for key, value in wanted.items():
+            found = after[name][key]
+            assert found is value if not isinstance(value, dict) else found == value, (name, key)
 
 def train(make, loss_of):
     losses = []

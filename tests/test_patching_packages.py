@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import pickle
 import sys
 import textwrap
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -22,6 +25,10 @@ FILES = {
     """,
     "script.py": """
         raise SystemExit("sampling_locations: run by import")
+    """,
+    "benchmark.py": """
+        def core(value, spatial_shapes, sampling_locations, attention_weights): ...
+        raise SystemExit(3)
     """,
     "functions.py": """
         from test_patching import Core as _Core, sampled
@@ -80,14 +87,18 @@ def test_a_package_by_name(package, monkeypatch):
         f"{package}.layers.Layer.forward",
         f"{package}.layers.renamed",
     ]
-    assert report.left.keys() == {f"{package}.broken", f"{package}.functions.other"}
+    assert report.left.keys() == {
+        *(f"{package}.{name}" for name in ("benchmark", "broken", "functions.other"))
+    }
+    assert report.left[f"{package}.benchmark"] == "it cannot be imported: SystemExit: 3"
     assert "an_extension_that_nobody_compiled" in report.left[f"{package}.broken"]
     assert saccade.patch(sys.modules[package]) == report
     model, value = layers.Module(), torch.randn(2, 120, 16)
     calls.clear()
     output = model(value)
     assert len(calls) == 2
-    assert saccade.patch(model).replaced == ["", "layer"]  # nothing more to do
+    assert saccade.patch(model).replaced == ["", "layer"]
+    assert saccade.unpatch(model).replaced == ["", "layer"]
     assert saccade.unpatch(model).left == {
         "": "its package is patched, not this model",
         "layer": "its package is patched, not this model",
@@ -113,3 +124,38 @@ def test_a_package_goes_back_to_the_same_objects(package):
         assert vars(file).keys() == wanted.keys()
         assert all(vars(file)[name] is wanted[name] for name in wanted)
     assert saccade.unpatch(package) == PatchReport([], {})
+
+
+def test_models_made_while_a_package_is_patched(package):
+    functions = importlib.import_module(f"{package}.functions")
+    saccade.patch(package)
+    kept = torch.nn.Module()
+    kept.look, kept.again = functions.core, functools.partial(functions.core, num=1)
+    loaded = pickle.loads(pickle.dumps(kept))
+    assert saccade.patch(kept).replaced == [""]
+    saccade.unpatch(package)
+    assert loaded.look is functions.core
+    assert saccade.unpatch(kept).replaced == [""]
+    assert kept.look is functions.core
+    assert kept.again.func is functions.core
+    assert kept.again.keywords == {"num": 1}
+
+
+def test_odd_things_in_other_packages_do_no_harm(package, tmp_path, monkeypatch):
+    def loop():
+        pass
+
+    loop.__wrapped__ = loop
+    odd = ModuleType("odd_things")
+    odd.loop = loop
+    monkeypatch.setitem(sys.modules, "odd_things", odd)
+    (tmp_path / "forked_detr" / "folder.py").mkdir()
+    assert saccade.patch(package).replaced
+    saccade.unpatch(package)
+
+
+def test_a_package_that_lacks_what_it_needs(tmp_path, monkeypatch):
+    (tmp_path / "needs_much.py").write_text("import something_large")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ImportError, match="target: needs_much cannot be imported: No module named"):
+        saccade.patch("needs_much")

@@ -10,6 +10,7 @@ of the layouts in use, it can stand in for that function, and if not, it does no
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 from collections.abc import Callable
 from types import FunctionType, MethodType
@@ -34,12 +35,13 @@ _ROLES = {
     "num_points_list": "num_points",
     "method": "method",
     # Levels follow each other without gaps everywhere, so that where they start adds nothing.
-    "level_start_index": "unused",
-    "value_level_start_index": "unused",
-    "input_level_start_index": "unused",
+    "level_start_index": "starts",
+    "value_level_start_index": "starts",
+    "input_level_start_index": "starts",
     # How the CUDA operator of 2020 divides its batch.
-    "im2col_step": "unused",
+    "im2col_step": "step",
 }
+_OF_AUTOGRAD = ["value", "shapes", "starts", "locations", "weights", "step"]
 _NEEDED = {"value", "shapes", "locations", "weights"}
 # The methods of RT-DETRv2 and D-FINE, with the options of each that are in use: first those of transformers,
 # which clamps each axis by itself, then those of the authors, who clamp both to the height.
@@ -95,9 +97,11 @@ class Replacement:
         roles: dict[str, str],
         layout: Layout,
         methods: dict[str, dict[str, Any]],
+        defaults: dict[str, Any] | None = None,
     ) -> None:
         self.saccade_original = original
         self.roles = roles
+        self.defaults = defaults or {}
         self.names = list(roles)
         self.layout = layout
         self.methods = methods
@@ -113,10 +117,14 @@ class Replacement:
                 f"{len(positional)} by position and {sorted(named)} by name"
             )
         given = dict(zip(self.names, positional, strict=False)) | named
-        found: dict[str, Any] = {}
+        found = dict(self.defaults)
         for name, argument in given.items():
             if argument is not None:
                 found[self.roles[name]] = argument
+        for role in _NEEDED:
+            if role not in found and not (role == "shapes" and "sizes" in found):
+                missing = ", ".join(name for name in self.names if self.roles[name] == role)
+                raise TypeError(f"{self.__name__}: expected the argument {missing}, got none")
         method = found.get("method", "default")
         if method not in self.methods:
             raise ValueError(f"method: expected one of {', '.join(self.methods)}, got {method!r}")
@@ -145,21 +153,42 @@ class Replacement:
 
     def __reduce__(self) -> Any:
         # A pickled model comes back as its package wrote it; `patch` is said once more.
-        return _original, (self.saccade_original,)
+        original = self.saccade_original
+        return _in_file, (original.__module__, original.__qualname__)
 
     def __repr__(self) -> str:
         return f"<saccade for {self.__module__}.{self.__name__}>"
 
 
-def _original(original: Any) -> Any:
-    return original
+def _in_file(module: str, qualname: str) -> Any:
+    """The function of a file, not what may stand in for it there."""
+    found = functools.reduce(getattr, qualname.split("."), importlib.import_module(module))
+    return original_of(found) or found
+
+
+def mark(replacement: Any, original: Any) -> Any:
+    """Notes on a function or a partial call what it stands in for."""
+    # With itself: functools.wraps copies attributes to whatever is put around it.
+    replacement.saccade_original = (replacement, original)
+    return replacement
 
 
 def original_of(found: object) -> Any:
     """What a replacement stands in for; None where nothing was replaced."""
     # By type(): some objects answer isinstance() with a warning or an import.
-    if type(found) in (Replacement, FunctionType, MethodType, functools.partial):
-        return getattr(found, "saccade_original", None)
+    kind = type(found)
+    if kind is MethodType:
+        return original_of(found.__func__)  # type: ignore[attr-defined]
+    if kind is Replacement:
+        return found.saccade_original  # type: ignore[attr-defined]
+    if kind is FunctionType or kind is functools.partial:
+        marked, original = getattr(found, "saccade_original", None) or (None, None)
+        if marked is found:
+            return original
+    if kind is functools.partial and type(found.func) is Replacement:  # type: ignore[attr-defined]
+        # Made by a module, while its package was patched.
+        call: Any = found
+        return functools.partial(call.func.saccade_original, *call.args, **call.keywords)
     return None
 
 
@@ -184,11 +213,18 @@ def replacement_of(found: Callable[..., Any]) -> Replacement | str:
     names = _parameters(found)
     unknown = [name for name in names if name not in _ROLES]
     roles = {name: _ROLES[name] for name in names if name in _ROLES}
-    if unknown or not set(roles.values()) >= _NEEDED:
+    if unknown or not set(roles.values()) >= _NEEDED or len(set(roles.values())) < len(roles):
         return f"it takes ({', '.join(names)}), which is no operator that saccade knows"
-    if is_autograd_function(found):
-        # It cannot be tried without its compiled extension; its kind has had these arguments and this
-        # meaning since 2020.
+    if not is_autograd_function(found):
+        return _by_trial(found, roles)
+    if list(roles.values()) != _OF_AUTOGRAD:
+        return f"it takes ({', '.join(names)}), which is no operator that saccade knows"
+    trial = _trial([2, 2]).arguments(roles, LAYOUTS[0], "default")
+    try:
+        with torch.no_grad():
+            found.apply(*trial.values())  # type: ignore[attr-defined]
+    except Exception:  # whatever a compiled extension does that is missing or wants a GPU
+        # It cannot be tried. With these six arguments its kind has had this meaning since 2020.
         return Replacement(found, roles, LAYOUTS[0], {"default": {}})
     return _by_trial(found, roles)
 
@@ -206,14 +242,22 @@ def _parameters(found: object) -> list[str]:
     if is_autograd_function(found):
         names = list(inspect.signature(found.forward).parameters)  # type: ignore[attr-defined]
         return names[1:]  # without the context
-    if type(found) is not FunctionType:
-        return []
-    names = list(inspect.signature(found).parameters)
-    return names[1:] if _takes_self(found) else names
+    names = list(_signature(found).parameters) if type(found) is FunctionType else []
+    return names[1:] if names[:1] == ["self"] else names
 
 
-def _takes_self(found: Callable[..., Any]) -> bool:
-    return next(iter(inspect.signature(found).parameters), "") == "self"
+def _signature(found: Any) -> inspect.Signature:
+    try:
+        return inspect.signature(found)
+    except (TypeError, ValueError):  # a decorator that went wrong; not what is looked for
+        return inspect.Signature()
+
+
+class _NoModule:
+    """In the place of `self`: the operator has no use for its module."""
+
+    def __getattribute__(self, name: str) -> Any:
+        raise TypeError(f"it reads {name!r} of its module")
 
 
 class _Trial(NamedTuple):
@@ -224,6 +268,7 @@ class _Trial(NamedTuple):
     locations: Tensor
     weights: Tensor
     num_points: list[int]
+    starts: list[int]
 
     def arguments(self, roles: dict[str, str], layout: Layout, method: str) -> dict[str, Any]:
         of_role = {
@@ -234,16 +279,13 @@ class _Trial(NamedTuple):
             "weights": self.weights,
             "num_points": self.num_points,
             "method": method,
+            "starts": torch.tensor(self.starts, device="cpu"),
+            "step": 64,
         }
         if "num_points" not in roles.values():
             of_role["locations"] = self.locations.unflatten(3, (2, 2))
             of_role["weights"] = self.weights.unflatten(3, (2, 2))
-        found = {name: of_role[role] for name, role in roles.items() if role in of_role}
-        starts = torch.tensor([0, self.shapes[0][0] * self.shapes[0][1]], device="cpu")
-        for name, role in roles.items():
-            if role == "unused":
-                found[name] = 64 if name == "im2col_step" else starts
-        return found
+        return {name: of_role[role] for name, role in roles.items()}
 
 
 def _trial(num_points: list[int]) -> _Trial:
@@ -259,36 +301,86 @@ def _trial(num_points: list[int]) -> _Trial:
         random(2, 9, 2, 4, 2) * 1.6 - 0.3,
         random(2, 9, 2, 4),
         num_points,
+        [0, 5 * 7],
     )
 
 
 def _by_trial(found: Callable[..., Any], roles: dict[str, str]) -> Replacement | str:
+    """What stands in for a function, if in some layout and by some options it gives its numbers."""
     trial = _trial([3, 1] if "num_points" in roles.values() else [2, 2])
-    # The forward of an operator without parameters has no use for its module.
-    theirs = functools.partial(found, None) if _takes_self(found) else found
+    theirs = _as_function(found)
+    parameters = _signature(found).parameters
+    defaults = {
+        role: parameters[name].default
+        for name, role in roles.items()
+        if role in ("method", "num_points")
+        and parameters[name].default not in (None, inspect.Parameter.empty)
+    }
     methods: dict[str, dict[str, Any]] = {}
     failure = ""
     for layout in LAYOUTS:
         for method in METHODS if "method" in roles.values() else ("default",):
             arguments = trial.arguments(roles, layout, method)
-            try:
-                with torch.no_grad():
-                    expected = theirs(**arguments)
-            except Exception as error:  # whatever another package does with a wrong layout
-                failure = failure or f"{type(error).__name__}: {error}"
+            expected = _outcome(theirs, arguments)
+            if not isinstance(expected, Tensor):
+                failure = failure or expected
                 continue
             for options in METHODS[method]:
-                ours = Replacement(found, roles, layout, {method: options})
-                with torch.no_grad():
-                    output = ours(**arguments)
-                if (
-                    isinstance(expected, Tensor)
-                    and expected.shape == output.shape
-                    and torch.allclose(expected.double(), output, rtol=0, atol=1e-5)
-                ):
+                ours = Replacement(found, roles, layout, {method: options}, defaults)
+                if _same(expected, _outcome(ours, arguments)):
                     methods[method] = options
                     break
         if methods:
-            return Replacement(found, roles, layout, methods)
-    problem = f" (it failed with {failure})" if failure else ""
-    return f"on a trial it gives other numbers than saccade in every known layout{problem}"
+            break
+    if not methods:
+        problem = f" (it failed with {failure})" if failure else ""
+        return f"on a trial it gives other numbers than saccade in every known layout{problem}"
+    if defaults.get("method", "default") not in methods:
+        return f"its method is {defaults['method']!r} by default, expected {', '.join(methods)}"
+    if "starts" in roles.values():
+        # Levels in another order than their starts say: nobody should notice.
+        outcomes = [
+            _outcome(theirs, given.arguments(roles, layout, next(iter(methods))))
+            for given in (trial, trial._replace(starts=trial.starts[::-1]))
+        ]
+        if not _same(*outcomes):
+            return "it reads where the levels start, instead of one behind the other"
+    return Replacement(found, roles, layout, methods, defaults)
+
+
+def _as_function(found: Any) -> Callable[..., Any]:
+    if is_autograd_function(found):
+        return lambda **arguments: found.apply(*arguments.values())
+    if next(iter(_signature(found).parameters), "") == "self":
+        return functools.partial(found, _NoModule())
+    return found  # type: ignore[no-any-return]
+
+
+def _outcome(function: Callable[..., Any], arguments: dict[str, Any]) -> Tensor | str:
+    """What a function gives, or how it fails: whatever another package does with a wrong layout."""
+    try:
+        with torch.no_grad():
+            output = function(**arguments)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return output if isinstance(output, Tensor) else f"a {type(output).__name__}"
+
+
+def _same(expected: Tensor | str, found: Tensor | str) -> bool:
+    return (
+        isinstance(expected, Tensor)
+        and isinstance(found, Tensor)
+        and expected.shape == found.shape
+        and torch.allclose(expected.double(), found.double(), rtol=0, atol=1e-5)
+    )
+
+
+def as_forward(original: Any) -> Callable[..., Any]:
+    """The forward of a module that is the operator."""
+    replacement: Any = replacement_of(original)
+
+    @functools.wraps(original)
+    def forward(self: Any, *positional: Any, **named: Any) -> Any:
+        return replacement(*positional, **named)
+
+    return mark(forward, original)  # type: ignore[no-any-return]
