@@ -1,8 +1,7 @@
 """`patch` and `unpatch`: a loaded model, or a package by name.
 
-A model carries the operator in one of three ways: as a submodule without parameters that is nothing but
-the operator, as a function kept by the attention module, or as a function (or an autograd function) that
-the attention module's forward finds in its file. A package carries functions and classes.
+`operators` knows the operator when it sees it; `submodules` finds and replaces it in a model, `packages` in a
+package.
 """
 
 from __future__ import annotations
@@ -43,7 +42,8 @@ def patch(target: nn.Module | ModuleType | str) -> PatchReport:
     these themselves. Calling it twice changes nothing.
 
     What can be replaced is found by its arguments and then tried: a function must give Saccade's
-    numbers on a small random map.
+    numbers on a small random map. Files of a package in which such a function is defined are
+    imported, which runs them.
 
     Args:
         target: a model (of transformers, mmdet, RF-DETR, RT-DETR, D-FINE, Grounding DINO, detrex,
@@ -56,6 +56,7 @@ def patch(target: nn.Module | ModuleType | str) -> PatchReport:
         TypeError: `target` is of another type.
         ValueError: there is nothing that can be replaced; the message says what was found.
         ModuleNotFoundError: there is no package of this name.
+        ImportError: the package cannot be imported.
 
     Example:
         >>> import saccade
