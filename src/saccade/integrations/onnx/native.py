@@ -25,6 +25,7 @@ from saccade.ops import registration
 
 NAME = "native"
 DOMAIN = "saccade"
+SPINNING = "session.intra_op.allow_spinning"
 _OPTIONS = ("num_points", "interpolation", "padding", "coordinates")
 
 
@@ -82,6 +83,10 @@ def session_options(options: Any = None) -> Any:
     Args:
         options: an onnxruntime.SessionOptions to add to; None: a new one.
 
+    Threads: the kernel has torch's (`torch.set_num_threads`), the rest of the graph the session's
+    (`intra_op_num_threads`). They work by turns, so that the session's threads are told not to spin
+    while they wait, unless the options say something about that.
+
     Returns:
         The onnxruntime.SessionOptions, with Saccade's operators registered.
 
@@ -92,6 +97,10 @@ def session_options(options: Any = None) -> Any:
     _register_operators()
     if options is None:
         options = importlib.import_module("onnxruntime").SessionOptions()
+    try:
+        options.get_session_config_entry(SPINNING)
+    except RuntimeError:  # nothing was said
+        options.add_session_config_entry(SPINNING, "0")
     options.register_custom_ops_library(
         importlib.import_module("onnxruntime_extensions").get_library_path()
     )
