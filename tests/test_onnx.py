@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import doctest
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -28,6 +31,7 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
+ROOT = Path(__file__).resolve().parent.parent
 # Batch, queries and whether the maps have other sizes than those of the export.
 CALLS = [(2, 5, False), (1, 5, False), (3, 7, True), (8, 4, True)]
 RAGGED = {"queries_per_map": [3, 7]}
@@ -198,6 +202,22 @@ def test_a_float16_value_with_float32_positions(lowering):
     np.testing.assert_allclose(found, expected.numpy(), rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("lowering", ["grid_sample", "gather"])
+def test_float64_is_float64_throughout(lowering):
+    model = Plain({}, {"padding": "border"})
+    maps, query, mask = draw(2, 5, SHAPES[2], dtype=torch.float64)
+    example = maps, query.double(), mask
+    runner = Runner(export(model, example, lowering, dynamic=False), lowering)
+    assert_equal(runner(*example), model(*example), tolerance=1e-12)
+
+
+@pytest.mark.parametrize("lowering", ["plugin", "native"])
+def test_float64_is_refused_by_nodes_in_float32(lowering):
+    example = draw(2, 5, SHAPES[2], dtype=torch.float64)
+    with pytest.raises(torch.onnx.errors.OnnxExporterError, match="a float64 value: the lowering"):
+        export(Plain({}), example, lowering, dynamic=False)
+
+
 # --- the graphs ----------------------------------------------------------------------------------
 
 
@@ -216,3 +236,29 @@ def test_gather_has_five_axes_at_most_and_no_grid_sample():
         ranks |= {tensor.name: len(tensor.dims) for tensor in graph.initializer}
         assert {output for node in graph.node for output in node.output} <= ranks.keys()
         assert max(ranks.values()) <= 5
+
+
+@pytest.mark.parametrize(("lowering", "operator"), [("plugin", 1), ("native", 0)])
+def test_one_node_is_one_node(lowering, operator):
+    graph = export(Fused({}), draw(2, 5, SHAPES[2]), lowering).model_proto.graph
+    own = [node for node in graph.node if node.domain]
+    names = ("FusedDeformableAttention", "MultiscaleDeformableAttnPlugin_TRT")
+    assert [(node.domain, node.op_type) for node in own] == [
+        (("saccade", "trt.plugins")[operator], names[operator])
+    ]
+
+
+def test_the_page_runs():
+    result = doctest.testfile(str(ROOT / "docs/onnx.md"), module_relative=False)
+    assert result.attempted > 10
+    assert not result.failed
+
+
+def test_wrong_names_and_missing_packages_are_said(monkeypatch):
+    with pytest.raises(ValueError, match="lowering: expected one of 'grid_sample', 'gather'"):
+        saccade_onnx.translations("scatter")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="pip install onnx onnxscript"):
+        saccade_onnx.translations()
+    with pytest.raises(ModuleNotFoundError, match="pip install onnxruntime onnxruntime-extensions"):
+        saccade_onnx.session_options()
