@@ -34,7 +34,9 @@ def rebound(
     """The same function, finding `replace(found)` wherever it found something that is wanted.
 
     The file's own names stay as they are, for they belong to every model of the process. The copy of
-    them goes without `__name__`: torch.compile would look the names up in the file again.
+    them goes without `__name__`: torch.compile would look the names up in the file again. The code is a
+    copy as well: torch.compile keeps what it compiled by code, and would run it with the names of another
+    copy, or in a model that is not patched.
     """
     replaced = {
         name: replace(found)
@@ -51,7 +53,7 @@ def rebound(
         for cell in function.__closure__ or ()
     ]
     copy = FunctionType(
-        function.__code__,
+        function.__code__.replace(),
         names,
         function.__name__,
         function.__defaults__,
