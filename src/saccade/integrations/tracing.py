@@ -43,14 +43,16 @@ class symbolic_sizes(TorchFunctionMode):  # noqa: N801
         self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Called by torch in place of each of its functions."""
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
         if function in _OF_NUMBERS and args and _has_symbol(args[0]):
             return _tensor_of(args[0], kwargs.get("dtype") or torch.int64, kwargs.get("device"))
         if function is torch.linspace and len(args) == 3 and isinstance(args[2], torch.SymInt):
             start, end, steps = args
             # One pixel from each to the next, in all models seen. Others stay as they are.
             if statically_known_true(end + (1 - start) == steps):
-                return torch.arange(steps, **kwargs) + start
+                # A whole start would make whole numbers of them.
+                dtype = kwargs.pop("dtype", None) or torch.get_default_dtype()
+                return torch.arange(steps, dtype=dtype, **kwargs) + start
         return function(*args, **kwargs)
 
 
