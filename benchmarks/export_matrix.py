@@ -203,9 +203,14 @@ def _reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # A trace tells its own lines first, the operator's complaint somewhere below.
     said = [line for line in lines if "expected" in line or line.startswith("RuntimeError")]
-    told = (said or lines or [""])[0]
-    told = re.sub(r"\S*/(\w+\.\w+)", r"\1", told)  # no paths of this machine
-    return f"{type(error).__name__}: {told[:140]}".replace("|", "/")
+    told = re.sub(r"\S*/(\w+\.\w+)", r"\1", (said or lines or [""])[0])  # no paths of this machine
+    return f"{type(error).__name__}: {told}".replace("|", "/")
+
+
+def _in_short(told: str) -> str:
+    """Without the places in the sources and the sizes of one case: the same reason is told once."""
+    told = re.sub(r"(\w+Error: )+(understand, [\w.:]+, )?", r"\1", told)
+    return re.sub(r"\b\d{2,}\b", "n", told)[:160]
 
 
 def table() -> list[str]:
@@ -222,7 +227,7 @@ def table() -> list[str]:
             if not bad:
                 cells.append("yes")
                 continue
-            told = next(iter(bad.values()))
+            told = _in_short(next(iter(bad.values())))
             if told not in notes:
                 notes.append(told)
             failed = "no" if "same" in bad else "no " + ", no ".join(c for c in calls if c in bad)
