@@ -166,6 +166,7 @@ def test_docstrings_run():
         "docs/compositions.md",
         "docs/deformable_convolution.md",
         "docs/backends.md",
+        "docs/export.md",
     ],
 )
 def test_examples_of_the_pages_run(page):

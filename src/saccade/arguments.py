@@ -13,6 +13,7 @@ import math
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from saccade.argument_key import key_of, remember
@@ -273,7 +274,12 @@ def _check_queries(
             f"{shape_of(value)}, got {queries}"
         )
     total = locations.shape[0]
-    if any(number < 0 for number in queries) or sum(queries) != total:
+    if torch.compiler.is_compiling():
+        # Numbers read from a tensor are not known yet: the program checks them when it runs.
+        for number in queries:
+            torch._check(number >= 0, lambda: "queries_per_map: expected at least 0")
+        torch._check(sum(queries) == total, lambda: "queries_per_map: expected all queries")
+    elif any(number < 0 for number in queries) or sum(queries) != total:
         raise ValueError(
             f"queries_per_map: expected numbers of at least 0 that sum to {total}, the number of "
             f"queries of {name} {shape_of(locations)}, got {queries}"

@@ -1,0 +1,77 @@
+"""Sizes that stay sizes while others' models are exported.
+
+An exporter follows a size as a symbol. Two of torch's functions ask such a symbol for its number, which
+fixes the resolution in the exported program: `torch.tensor` of sizes, and `torch.linspace` up to a size.
+Deformable DETR and its family call both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.overrides import TorchFunctionMode
+
+_OF_NUMBERS = (torch.tensor, torch.as_tensor)
+
+
+class symbolic_sizes(TorchFunctionMode):  # noqa: N801
+    """Keeps the resolution dynamic where a model makes tensors of its sizes.
+
+    For `torch.export.export`, and what is built on it, of models whose own code calls `torch.tensor` or
+    `torch.linspace` with sizes, such as Deformable DETR and Mask2Former. Saccade's own modules do not
+    need it. Nothing changes for calls without symbols.
+
+    Example:
+        >>> import torch
+        >>> from saccade.integrations.tracing import symbolic_sizes
+        >>> class Sizes(torch.nn.Module):
+        ...     def forward(self, feature_map):
+        ...         return torch.tensor([feature_map.shape[2:]])
+        >>> dynamic = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+        >>> with symbolic_sizes():
+        ...     program = torch.export.export(
+        ...         Sizes(), (torch.zeros(1, 3, 8, 6),), dynamic_shapes=(dynamic,))
+        >>> program.module()(torch.zeros(1, 3, 16, 12))
+        tensor([[16, 12]])
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Called by torch in place of each of its functions."""
+        kwargs = dict(kwargs or {})
+        if function in _OF_NUMBERS and args and _has_symbol(args[0]):
+            return _tensor_of(args[0], kwargs.get("dtype") or torch.int64, kwargs.get("device"))
+        if function is torch.linspace and len(args) == 3 and isinstance(args[2], torch.SymInt):
+            start, end, steps = args
+            # One pixel from each to the next, in all models seen. Others stay as they are.
+            if statically_known_true(end + (1 - start) == steps):
+                # A whole start would make whole numbers of them.
+                dtype = kwargs.pop("dtype", None) or torch.get_default_dtype()
+                return torch.arange(steps, dtype=dtype, **kwargs) + start
+        return function(*args, **kwargs)
+
+
+def _numbers(nested: Any) -> Iterator[Any]:
+    if isinstance(nested, (list, tuple)):
+        for each in nested:
+            yield from _numbers(each)
+    else:
+        yield nested
+
+
+def _has_symbol(given: Any) -> bool:
+    numbers = list(_numbers(given))
+    return any(isinstance(number, torch.SymInt) for number in numbers) and all(
+        isinstance(number, int | torch.SymInt) for number in numbers
+    )
+
+
+def _tensor_of(nested: Any, dtype: torch.dtype, device: Any) -> Tensor:
+    if isinstance(nested, (list, tuple)):
+        return torch.stack([_tensor_of(each, dtype, device) for each in nested])
+    return torch.scalar_tensor(nested, dtype=dtype, device=device)

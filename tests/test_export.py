@@ -1,0 +1,77 @@
+"""torch.export and torch.jit.trace: dynamic batch, queries and resolution; the same detections."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from export_helpers import (
+    CASES,
+    assert_same_detections,
+    embedded_detector,
+    export_detector,
+)
+
+from saccade.integrations.tracing import symbolic_sizes
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_exported_saved_and_loaded(name, tmp_path):
+    make, inputs, dynamic_shapes = CASES[name]
+    module = make().eval()
+    with torch.no_grad():
+        program = torch.export.export(module, inputs(2, 5, 8, 12), dynamic_shapes=dynamic_shapes)
+        assert "saccade" in program.graph_module.code
+        torch.export.save(program, tmp_path / "program.pt2")
+        loaded = torch.export.load(tmp_path / "program.pt2").module()
+        for size in ((2, 5, 8, 12), (3, 7, 8, 12), (1, 5, 14, 10)):
+            call = inputs(*size)
+            torch.testing.assert_close(loaded(*call), module(*call))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", CASES)
+def test_a_trace_is_for_one_resolution(name):
+    """torch.jit.trace keeps the sizes of the maps as numbers; another resolution is an error."""
+    make, inputs, _ = CASES[name]
+    module = make().eval()
+    with torch.no_grad():
+        traced = torch.jit.trace(module, inputs(2, 5, 8, 12), check_trace=False)
+        for size in ((2, 5, 8, 12), (3, 7, 8, 12), (1, 5, 8, 12)):
+            call = inputs(*size)
+            torch.testing.assert_close(traced(*call), module(*call))
+        with pytest.raises(RuntimeError):
+            traced(*inputs(2, 5, 14, 10))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_the_embedded_detector_finds_the_same_exported_compiled_and_traced():
+    model, pixels = embedded_detector()
+    with torch.no_grad():
+        expected = model(pixels)
+        program = export_detector(model, pixels).module()
+        assert_same_detections(program(pixels), expected)
+        other = torch.cat([pixels, pixels[:1]])[:, :, :, :130]
+        torch.testing.assert_close(program(other), model(other))
+        traced = torch.jit.trace(model, (pixels,), check_trace=False)
+        assert_same_detections(traced(pixels), expected)
+        torch.compiler.reset()
+        compiled = torch.compile(model, dynamic=True, fullgraph=True, backend="aot_eager")
+        assert_same_detections(compiled(pixels), expected)
+
+
+def test_without_symbolic_sizes_a_model_fixes_its_resolution():
+    class Lines(torch.nn.Module):
+        def forward(self, feature_map):
+            height, width = feature_map.shape[2:]
+            rows = torch.linspace(0.5, height - 0.5, height)
+            columns = torch.linspace(0, width - 1, width)
+            return rows, columns, torch.as_tensor([(height, width)], dtype=torch.long)
+
+    dynamic = {axis: torch.export.Dim.DYNAMIC for axis in (2, 3)}
+    small, large = torch.zeros(1, 1, 8, 6), torch.zeros(1, 1, 16, 12)
+    with symbolic_sizes():
+        program = torch.export.export(Lines(), (small,), dynamic_shapes=(dynamic,))
+    torch.testing.assert_close(program.module()(large), Lines()(large), rtol=0, atol=0)
+    with pytest.raises(torch._dynamo.exc.UserError):
+        torch.export.export(Lines(), (small,), dynamic_shapes=(dynamic,))

@@ -1,0 +1,106 @@
+"""An exported detector ahead-of-time compiled, run from Python and from C++ without Python."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from export_helpers import (
+    ROOT,
+    assert_same_detections,
+    detections,
+    embedded_detector,
+    export_detector,
+)
+
+from saccade.ops import native
+
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(COMPILER is None, reason="AOTInductor and C++ need a C++ compiler"),
+    pytest.mark.skipif(native.failure is not None, reason=f"no native library: {native.failure}"),
+]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """The embedded detector, the scenes, and its package; compiling takes a minute or two."""
+    model, pixels = embedded_detector()
+    path = str(tmp_path_factory.mktemp("aoti") / "detector.pt2")
+    torch._inductor.aoti_compile_and_package(
+        export_detector(model, pixels),
+        package_path=path,
+        # What calls the kernels need not be optimised.
+        inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O0"},
+    )
+    return model, pixels, path
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    """examples/cpp, built as its CMakeLists.txt builds it."""
+    if not (shutil.which("cmake") and shutil.which("ninja")):
+        pytest.skip("examples/cpp is built by cmake and ninja")
+    folder = tmp_path_factory.mktemp("build")
+    run("cmake", "-G", "Ninja", "-S", str(ROOT / "examples/cpp"), "-B", str(folder),
+        f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}")  # fmt: skip
+    run("cmake", "--build", str(folder))
+    return folder / "detect"
+
+
+def run(*command):
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_from_python(compiled):
+    model, pixels, path = compiled
+    loaded = torch._inductor.aoti_load_package(path)
+    with torch.no_grad():
+        assert_same_detections(loaded(pixels), model(pixels))
+        for other in (pixels[:1], torch.cat([pixels, pixels])[:3, :, :, :130].contiguous()):
+            for found, expected in zip(loaded(other), model(other), strict=True):
+                torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_from_cpp_without_python(compiled, program, tmp_path):
+    model, pixels, path = compiled
+    libraries = run("ldd", str(program)) + run("ldd", str(native.LIBRARY))
+    assert "libtorch_cpu" in libraries
+    assert "libpython" not in libraries
+    for given in (pixels, torch.cat([pixels, pixels])[:3, :, :, :130].contiguous()):
+        given.numpy().tofile(tmp_path / "input.raw")
+        batch, _, height, width = map(str, given.shape)
+        printed = run(
+            str(program),
+            path,
+            str(native.LIBRARY),
+            str(tmp_path / "input.raw"),
+            batch,
+            height,
+            width,
+        )
+        rows = [line.split() for line in printed.splitlines()]
+        with torch.no_grad():
+            names, boxes = detections(model(given))
+        assert [(int(row[0]), int(row[1])) for row in rows] == [(i, label) for i, _, label in names]
+        found = torch.tensor([[float(number) for number in row[3:]] for row in rows])
+        torch.testing.assert_close(found, boxes, rtol=0, atol=1e-3)
+
+
+def test_cpp_says_what_is_wrong(program, tmp_path):
+    done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "expected: PACKAGE.pt2" in done.stderr
+    missing = str(Path(tmp_path) / "missing.so")
+    done = subprocess.run(
+        [str(program), "a.pt2", missing, "input.raw", "1", "8", "8"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "NATIVE_LIBRARY" in done.stderr
