@@ -11,6 +11,7 @@ The other commands need more packages; pip install 'saccade[detect]' brings all 
   doctor   what is installed, which kernel runs, and whether its numbers are right
   detect   find objects in pictures and show where their queries looked
   explain  deformable attention, one query, step by step
+  export   a detector as ONNX, as an AOTInductor package or a torch program, verified
   bench    the operator's speed on this machine"""
 
 

@@ -20,6 +20,7 @@ import saccade
 from saccade import doctor as doctor_report
 from saccade.benchmark.command import app as bench
 from saccade.checks import Interpolation, Padding
+from saccade.export.command import export
 from saccade.terminal import err, fail, need, out
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench, name="bench")
+app.command()(export)
 
 
 def _print_version(wanted: bool) -> None:

@@ -21,33 +21,22 @@ import saccade
 from saccade import backend, functional, reference
 from saccade.ops import native
 
+_CLI = ("typer", "rich")
+_EXPLAIN = (*_CLI, "matplotlib", "numpy")
+_DETECT = (*_EXPLAIN, "transformers", "PIL", "safetensors", "scipy")
+_ONNX = ("onnx", "onnxscript", "onnxruntime")
 EXTRAS = {
-    "cli": ("typer", "rich"),
-    "explain": ("typer", "rich", "matplotlib", "numpy"),
-    "detect": (
-        "typer",
-        "rich",
-        "matplotlib",
-        "numpy",
-        "transformers",
-        "PIL",
-        "safetensors",
-        "scipy",
-    ),
-    "bench": (
-        "typer",
-        "rich",
-        "matplotlib",
-        "numpy",
-        "transformers",
-        "onnx",
-        "onnxscript",
-        "onnxruntime",
-    ),
+    "cli": _CLI,
+    "explain": _EXPLAIN,
+    "detect": _DETECT,
+    "bench": (*_EXPLAIN, "transformers", *_ONNX),
+    "export": (*_DETECT, *_ONNX, "onnxruntime_extensions"),
 }
 """The modules that each extra of the package brings, for those the command line uses."""
 
 DEFAULT_MODEL = Path(__file__).resolve().parent / "vision" / "model"
+EXAMPLE_PICTURE = DEFAULT_MODEL / "scene.png"
+"""A held-out scene of the model's kind, which it was not trained on."""
 DEFAULT_MODEL_FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
 
 # Largest difference from the reference, in parts of the largest number of the reference's result.

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from saccade.functional import deformable_attention
+from saccade.integrations.onnx import plugin
 from saccade.integrations.onnx.problem import (
     RefusedError,
     Size,
@@ -80,6 +83,9 @@ def _node(
 def session_options(options: Any = None) -> Any:
     """ONNX Runtime's options for a session that runs the nodes of the lowering "native".
 
+    It runs the node of the lowering "plugin" too, so that a file made for TensorRT can be tried out
+    without a card.
+
     Args:
         options: an onnxruntime.SessionOptions to add to; None: a new one.
 
@@ -122,6 +128,28 @@ def _register_operators() -> None:
             outputs=[kinds.dt_float],
             attrs=dict.fromkeys((*_OPTIONS, *more), kinds.dt_string),
         )(functools.partial(_run, operator))
+    # TensorRT's node as well: a file that is meant for a card can be tried out here.
+    shapes, positions = [kinds.dt_int32] * 2, [kinds.dt_float] * 2
+    extensions.onnx_op(
+        op_type=f"{plugin.DOMAIN}::{plugin.NAME}",
+        inputs=[kinds.dt_float, *shapes, *positions],
+        outputs=[kinds.dt_float],
+        attrs=dict.fromkeys(plugin.ATTRIBUTES, kinds.dt_string),
+    )(_run_plugin)
+
+
+def _run_plugin(
+    value: Any, shapes: Any, starts: Any, locations: Any, weights: Any, **_: str
+) -> _Result:
+    """What TensorRT's plugin computes, on Saccade's kernel."""
+    tensors = map(torch.from_numpy, (value, locations, weights))
+    value, locations, weights = tensors
+    ends = list(itertools.accumulate(height * width for height, width in shapes.tolist()))
+    if starts.tolist() != [0, *ends[:-1]]:
+        raise ValueError(f"level_start_index: expected {[0, *ends[:-1]]}, got {starts.tolist()}")
+    with torch.inference_mode():
+        output = deformable_attention(value, shapes.tolist(), locations, weights)
+    return _Result(output.unflatten(-1, value.shape[2:]))
 
 
 def _run(

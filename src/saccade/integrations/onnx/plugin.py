@@ -12,6 +12,7 @@ LOWERING = "plugin"
 NAME = "MultiscaleDeformableAttnPlugin_TRT"
 # TensorRT's parser looks at the name alone; ONNX Runtime's TensorRT provider has plugins in here.
 DOMAIN = "trt.plugins"
+ATTRIBUTES = {"plugin_version": "1", "plugin_namespace": ""}
 _OTHERS = "'grid_sample', 'gather' or 'native'"
 
 
@@ -39,8 +40,7 @@ def lower(problem: Problem) -> Value:
         graph.reshape(_locations(problem), batch, queries, heads, levels, points, 2),
         graph.reshape(problem.weights, batch, queries, heads, levels, points),
     ]
-    attributes = {"plugin_version": "1", "plugin_namespace": ""}
-    output = graph.node(DOMAIN, NAME, inputs, attributes)  # [B, Q, M, D]
+    output = graph.node(DOMAIN, NAME, inputs, ATTRIBUTES)  # [B, Q, M, D]
     return problem.result(graph.reshape(output, batch, queries, heads * head_dim))
 
 

@@ -1,0 +1,134 @@
+"""What an exported program can be written as, and what runs the file."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from saccade import doctor
+from saccade.integrations.onnx import Lowering, session_options, translations
+
+Run = Callable[..., tuple[Tensor, ...]]
+"""Tensors in, in the order of the program's inputs, tensors out."""
+Format = Literal["onnx", "aoti", "torch"]
+SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "aoti": ".pt2", "torch": ".pt2"}
+
+
+def write(program: ExportedProgram, path: Path, to: Format, lowering: Lowering) -> None:
+    """Writes the program, as `to` says; `lowering` is for onnx alone."""
+    with quiet():
+        if to == "torch":
+            torch.export.save(program, path)
+        elif to == "aoti":
+            torch._inductor.aoti_compile_and_package(
+                program,
+                package_path=str(path),
+                # What calls the kernels need not be optimised, which takes minutes.
+                inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O0"},
+            )
+        else:
+            write_onnx(program, path, lowering)
+
+
+def write_onnx(program: ExportedProgram, path: Path, lowering: Lowering, **options: Any) -> None:
+    """Writes the program as ONNX; `options` are those of `torch.onnx.export`."""
+    with quiet():
+        written: Any = torch.onnx.export(
+            program,
+            dynamo=True,
+            verbose=False,
+            # Its rules give two constants of Deformable DETR's decoder one name (onnxscript 0.7).
+            optimize=False,
+            custom_translation_table=translations(lowering),
+            **options,
+        )
+        optimizer: Any = importlib.import_module("onnxscript").optimizer
+        optimizer.fold_constants(written.model)
+        optimizer.remove_unused_nodes(written.model)
+        # Each node carries where its line is on this machine: two thirds of the file, and private.
+        for node in written.model.graph.all_nodes():
+            node.metadata_props.clear()
+        written.save(str(path))
+
+
+def runtimes(path: Path, to: Format, lowering: Lowering) -> dict[str, Run]:
+    """Everything here that can run the file, by name and version."""
+    if to == "torch":
+        program: Any = torch.export.load(path).module()
+        return {"torch.export": _tuples(program)}
+    if to == "aoti":
+        return {"AOTInductor": _tuples(torch._inductor.aoti_load_package(str(path)))}
+    found = {f"ONNX Runtime {metadata.version('onnxruntime')}": in_onnxruntime(path, lowering)}
+    if lowering in ("grid_sample", "gather") and doctor.installed("openvino"):
+        found[f"OpenVINO {metadata.version('openvino').rsplit('.', 1)[0]}"] = in_openvino(path)
+    return found
+
+
+def in_onnxruntime(path: Path, lowering: Lowering) -> Run:
+    """The file in ONNX Runtime on the CPU, with as many threads as torch has."""
+    runtime: Any = importlib.import_module("onnxruntime")
+    options = runtime.SessionOptions()
+    if lowering in ("native", "plugin"):
+        options = session_options(options)
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 4  # what goes wrong is raised as well
+    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [node.name for node in session.get_inputs()]
+
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        arrays = (tensor.contiguous().numpy() for tensor in tensors)
+        feeds = dict(zip(names, arrays, strict=True))
+        return tuple(torch.from_numpy(array) for array in session.run(None, feeds))
+
+    return run
+
+
+def in_openvino(path: Path) -> Run:
+    """The file in OpenVINO on the CPU, in float32, with as many threads as torch has."""
+    openvino: Any = importlib.import_module("openvino")
+    # On processors with bfloat16 it would compute in that.
+    options = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
+    model = openvino.compile_model(str(path), "CPU", options)
+
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        found = model([tensor.contiguous().numpy() for tensor in tensors])
+        return tuple(torch.from_numpy(found[output].copy()) for output in model.outputs)
+
+    return run
+
+
+def _tuples(run: Callable[..., Any]) -> Run:
+    def in_tuples(*tensors: Tensor) -> tuple[Tensor, ...]:
+        found = run(*tensors)
+        return (found,) if isinstance(found, Tensor) else tuple(found)
+
+    return in_tuples
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the exporters' notes: names of axes, old parts of their own, what is not installed."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
