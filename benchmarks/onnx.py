@@ -1,8 +1,8 @@
 """An exported encoder in ONNX Runtime, by each lowering: `python -m benchmarks.onnx`.
 
-Six layers of `MultiScaleDeformableAttention` and a feed-forward network, at the sizes of a DETR encoder
-on a picture of 512 x 512, and the fused operator alone; medians of turns, printed and kept in
-benchmarks/results/onnx.json.
+Deformable DETR's encoder (six layers of `MultiScaleDeformableAttention` and a feed-forward network), the
+same layers without the feed-forward networks, and the fused operator alone, on pictures of two sizes;
+medians of turns, printed and kept in benchmarks/results/onnx.json.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import gc
 import importlib
 import json
 import tempfile
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,31 +30,41 @@ RESULTS = Path(__file__).resolve().parent / "results"
 LOWERINGS = ("grid_sample", "gather", "native")
 
 
-class Layer(nn.Module):
-    """One layer of Deformable DETR's encoder."""
+SIZES = {"512 x 512": (512, 512), "800 x 1333": (800, 1333)}
+"""Of the pictures, (height, width)."""
 
-    def __init__(self, embed_dim: int = 256, hidden: int = 1024) -> None:
+
+class Layer(nn.Module):
+    """One layer of Deformable DETR's encoder; `hidden` 0: without the feed-forward network."""
+
+    def __init__(self, hidden: int, embed_dim: int = 256) -> None:
         super().__init__()
         self.attention = saccade.nn.MultiScaleDeformableAttention(embed_dim)
         # Trained offsets differ from query to query.
         nn.init.normal_(self.attention.sampling_offsets.weight, std=0.1)
         nn.init.normal_(self.attention.attention_weights.weight, std=0.1)
-        self.norms = nn.ModuleList([nn.LayerNorm(embed_dim), nn.LayerNorm(embed_dim)])
-        self.expand, self.contract = nn.Linear(embed_dim, hidden), nn.Linear(hidden, embed_dim)
+        self.norm = nn.LayerNorm(embed_dim)
+        self.forward_network: nn.Module | None = None
+        if hidden:
+            self.forward_network = nn.Sequential(
+                nn.Linear(embed_dim, hidden), nn.ReLU(), nn.Linear(hidden, embed_dim)
+            )
+            self.last_norm = nn.LayerNorm(embed_dim)
 
     def forward(self, tokens: Tensor, reference: Tensor, shapes: list[tuple[int, ...]]) -> Tensor:
         """Tokens [B, S, C] to tokens."""
-        tokens = self.norms[0](tokens + self.attention(tokens, reference, tokens, shapes))
-        found: Tensor = self.norms[1](tokens + self.contract(self.expand(tokens).relu()))
+        found: Tensor = self.norm(tokens + self.attention(tokens, reference, tokens, shapes))
+        if self.forward_network is not None:
+            found = self.last_norm(found + self.forward_network(found))
         return found
 
 
 class Encoder(nn.Module):
     """Maps [B, 256, H, W] of four levels to tokens [B, S, 256]."""
 
-    def __init__(self, layers: int = 6) -> None:
+    def __init__(self, hidden: int, layers: int = 6) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([Layer() for _ in range(layers)])
+        self.layers = nn.ModuleList([Layer(hidden) for _ in range(layers)])
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         """As docs/onnx.md has it: numbers from the shapes of the maps."""
@@ -73,10 +84,13 @@ def _centres(height: int, width: int) -> Tensor:
     return torch.stack((x, y), -1).flatten(0, 1)
 
 
+Shapes = list[tuple[int, int]]
+
+
 class Operator(nn.Module):
     """The fused operator of one layer."""
 
-    def __init__(self, shapes: list[tuple[int, ...]]) -> None:
+    def __init__(self, shapes: list[tuple[int, int]]) -> None:
         super().__init__()
         self.shapes = shapes
 
@@ -87,16 +101,15 @@ class Operator(nn.Module):
         )
 
 
-def encoder(side: int) -> tuple[nn.Module, tuple[Any, ...]]:
+def encoder(shapes: Shapes, hidden: int = 1024) -> tuple[nn.Module, tuple[Any, ...]]:
     """The encoder and its maps."""
     torch.manual_seed(0)
-    return Encoder().eval(), ([torch.randn(1, 256, *shape) for shape in _shapes(side)],)
+    return Encoder(hidden).eval(), ([torch.randn(1, 256, *shape) for shape in shapes],)
 
 
-def operator(side: int) -> tuple[nn.Module, tuple[Any, ...]]:
+def operator(shapes: Shapes) -> tuple[nn.Module, tuple[Any, ...]]:
     """The operator, as one layer of the encoder calls it."""
     torch.manual_seed(0)
-    shapes = _shapes(side)
     reference = torch.cat([_centres(*shape) for shape in shapes])[None, :, None]
     count = reference.shape[1]
     inputs = (
@@ -108,8 +121,16 @@ def operator(side: int) -> tuple[nn.Module, tuple[Any, ...]]:
     return Operator(list(shapes)).eval(), inputs
 
 
-def _shapes(side: int) -> list[tuple[int, int]]:
-    return [(side // step, side // step) for step in (8, 16, 32, 64)]
+CASES: dict[str, Callable[[Shapes], tuple[nn.Module, tuple[Any, ...]]]] = {
+    "encoder": encoder,
+    "encoder without feed-forward networks": functools.partial(encoder, hidden=0),
+    "operator": operator,
+}
+
+
+def pyramid(picture: tuple[int, int]) -> Shapes:
+    """The four maps of a picture (height, width)."""
+    return [(-(-picture[0] // step), -(-picture[1] // step)) for step in (8, 16, 32, 64)]
 
 
 def measure(
@@ -170,23 +191,22 @@ def main() -> None:
     """Measures and writes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=RESULTS / "onnx.json")
-    parser.add_argument("--side", type=int, default=512, help="of the picture, in pixels")
     parser.add_argument("--seconds", type=float, default=25)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
-    found = {
-        name: measure(*make(arguments.side), arguments.seconds, arguments.threads)
-        for name, make in (("encoder", encoder), ("operator", operator))
-    }
+    found: dict[str, dict[str, Any]] = {}
+    for size, picture in SIZES.items():
+        for name, make in CASES.items():
+            case = measure(*make(pyramid(picture)), arguments.seconds, arguments.threads)
+            found.setdefault(size, {})[name] = case
+            print(size, name, case["milliseconds"], case["native_is_faster_than"], flush=True)
     versions = {name: metadata.version(name) for name in ("onnxruntime-extensions", "onnxscript")}
     results = {
         "command": "python -m benchmarks.onnx",
         "date": datetime.date.today().isoformat(),
         "machine": machine() | versions,
-        "side": arguments.side,
-        **found,
+        "pictures": found,
     }
-    print(json.dumps(found, indent=2))
     arguments.output.write_text(json.dumps(results, indent=2) + "\n")
     print(f"written: {arguments.output}")
 

@@ -49,12 +49,12 @@ def random_detector(**options: Any) -> PreTrainedModel:
     return model
 
 
-def save_random_detector(folder: Path) -> Path:
+def save_random_detector(folder: Path, shortest_edge: int = 64) -> Path:
     """`random_detector` as `save_pretrained` writes it."""
     from transformers import DeformableDetrImageProcessorPil
 
     random_detector().save_pretrained(folder)
-    size = {"shortest_edge": 64, "longest_edge": 96}
+    size = {"shortest_edge": shortest_edge, "longest_edge": shortest_edge * 3 // 2}
     DeformableDetrImageProcessorPil(size=size).save_pretrained(folder)
     return folder
 

@@ -64,14 +64,19 @@ def write_onnx(program: ExportedProgram, path: Path, lowering: Lowering, **optio
 def runtimes(path: Path, to: Format, lowering: Lowering) -> dict[str, Run]:
     """Everything here that can run the file, by name and version."""
     if to == "torch":
-        program: Any = torch.export.load(path).module()
-        return {"torch.export": _tuples(program)}
+        return {"torch.export": in_program(path)}
     if to == "aoti":
         return {"AOTInductor": _tuples(torch._inductor.aoti_load_package(str(path)))}
     found = {f"ONNX Runtime {metadata.version('onnxruntime')}": in_onnxruntime(path, lowering)}
     if lowering in ("grid_sample", "gather") and doctor.installed("openvino"):
         found[f"OpenVINO {metadata.version('openvino').rsplit('.', 1)[0]}"] = in_openvino(path)
     return found
+
+
+def in_program(path: Path) -> Run:
+    """The program of torch.export, in torch."""
+    program: Any = torch.export.load(path).module()
+    return _tuples(program)
 
 
 def in_onnxruntime(path: Path, lowering: Lowering) -> Run:

@@ -1,0 +1,252 @@
+"""`saccade export`: files that were verified, as dynamic as the model allows, and none that was not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+Image = pytest.importorskip("PIL.Image")
+pytest.importorskip("transformers")
+typer_testing = pytest.importorskip("typer.testing")
+
+from vision_helpers import (  # noqa: E402
+    gradient_picture,
+    save_random_detector,
+    save_random_rt_detr,
+)
+
+from saccade import doctor  # noqa: E402
+from saccade.export import detectors, formats  # noqa: E402
+from saccade.export.detectors import ExportError, export_detector  # noqa: E402
+from saccade.vision.detector import Detector  # noqa: E402
+
+PICTURE = gradient_picture(96, 64)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    # Its last level is more than one row, which an exporter would take for a size of its own kind.
+    return save_random_detector(tmp_path_factory.mktemp("model") / "a-detr", shortest_edge=128)
+
+
+@pytest.fixture(scope="module")
+def detector(folder):
+    return Detector.load(str(folder))
+
+
+class TinyModel(torch.nn.Module):
+    """Logits and boxes of the 64 cells of a picture: exported in a second, with the same contract."""
+
+    def __init__(self, fixed_size=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = torch.nn.Conv2d(3, 9, 3, padding=1)
+        self.fixed_size = fixed_size
+
+    def forward(self, pixel_values):
+        if self.fixed_size is not None:
+            pixel_values = pixel_values + torch.zeros(self.fixed_size)
+        cells = torch.nn.functional.adaptive_avg_pool2d(self.layer(pixel_values), 8)
+        rows = cells.flatten(2).transpose(1, 2)
+        logits, boxes = 50 * rows[..., :5], rows[..., 5:].sigmoid()
+        return SimpleNamespace(logits=logits, pred_boxes=boxes)
+
+
+class TinyProcessor:
+    """Pixels of 64 x 96, and detections as DETR's post-processing gives them."""
+
+    def __call__(self, images, return_tensors):
+        pixels = np.stack([np.asarray(image.resize((96, 64))) for image in images]) / 255
+        return {"pixel_values": torch.tensor(pixels, dtype=torch.float32).permute(0, 3, 1, 2)}
+
+    def post_process_object_detection(self, outputs, threshold, target_sizes):
+        found = []
+        for logits, boxes in zip(outputs.logits, outputs.pred_boxes, strict=True):
+            scores, labels = logits.sigmoid().max(-1)
+            centre, size = boxes.chunk(2, -1)
+            boxes = torch.cat([centre - size / 2, centre + size / 2], -1)
+            found.append({"scores": scores, "labels": labels, "boxes": boxes})
+        return found
+
+
+def tiny(**options):
+    return SimpleNamespace(
+        name="an owner/tiny", model=TinyModel(**options).eval(), processor=TinyProcessor()
+    )
+
+
+@pytest.fixture
+def invoke(monkeypatch):
+    from saccade.cli import app
+
+    def call(*arguments):
+        # Wide enough that no line of a table breaks.
+        monkeypatch.setenv("COLUMNS", "200")
+        return typer_testing.CliRunner().invoke(app, ["export", *map(str, arguments)])
+
+    return call
+
+
+def export(detector, path, to="torch", **options):
+    return export_detector(detector, to, path, picture=PICTURE, seconds=0, **options)
+
+
+@pytest.mark.slow
+def test_a_program_that_takes_any_batch_and_resolution(detector, tmp_path):
+    path = tmp_path / "new" / "detr.pt2"
+    done = export(detector, path)
+    assert (done.path, done.dynamic, done.size) == (path, ("batch", "height", "width"), (128, 192))
+    (checked,) = done.runtimes.values()
+    assert list(checked.comparisons) == [
+        "batch 1, 128 x 192", "batch 2, 128 x 192", "batch 2, 96 x 128"
+    ]  # fmt: skip
+    assert all(found.same and found.detections >= 10 for found in checked.comparisons.values())
+    program = torch.export.load(path).module()
+    pixels = torch.randn(3, 3, 160, 128)
+    with torch.no_grad():
+        expected = detector.model(pixel_values=pixels)
+        torch.testing.assert_close(program(pixels), (expected.logits, expected.pred_boxes))
+
+
+def test_fixed(tmp_path):
+    done = export(tiny(), tmp_path / "tiny.pt2", fixed=True)
+    assert (done.dynamic, done.fixed_because) == ((), ())
+    program = torch.export.load(done.path).module()
+    with pytest.raises((RuntimeError, AssertionError)):
+        program(torch.randn(2, 3, 64, 96))
+
+
+def test_a_model_whose_code_fixes_the_resolution(tmp_path):
+    done = export(tiny(fixed_size=(64, 96)), tmp_path / "tiny.pt2")
+    assert done.dynamic == ("batch",)
+    (reason,) = done.fixed_because
+    assert reason.startswith("batch and height and width: ")
+
+
+def perturbed(change):
+    """`formats.runtimes` of files that do not give the model's numbers."""
+
+    def runtimes(path, to, lowering):
+        real = formats.in_program(path)
+
+        def run(pixels):
+            logits, boxes = real(pixels)
+            return change(logits), boxes
+
+        return {"a broken runtime": run}
+
+    return runtimes
+
+
+def test_other_numbers_leave_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "runtimes", perturbed(lambda logits: logits + 0.01))
+    path = tmp_path / "tiny.pt2"
+    path.write_text("of yesterday")
+    with pytest.raises(ExportError, match=r"no file was left[^$]*largest difference 0.01"):
+        export(tiny(), path)
+    # What was there was not made by this export, and stays.
+    assert path.read_text() == "of yesterday"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_numbers_that_are_right_for_one_picture_alone(tmp_path, monkeypatch):
+    """A file that is wrong for a batch is written again, for a batch of one."""
+    monkeypatch.setattr(formats, "runtimes", perturbed(lambda logits: logits.roll(1, 0)))
+    done = export(tiny(), tmp_path / "tiny.pt2")
+    assert done.dynamic == ()
+    assert [reason.split(": ")[:2] for reason in done.fixed_because] == [
+        ["batch and height and width", "batch 2, 64 x 96"], ["batch", "batch 2, 64 x 96"]
+    ]  # fmt: skip
+
+
+def test_a_wrong_name():
+    with pytest.raises(ExportError, match=r"expected a name that ends with \.pt2"):
+        export(tiny(), Path("tiny.onnx"))
+    with pytest.raises(ValueError, match=r"to: expected .*'onnx'.* got 'tflite'"):
+        export(tiny(), None, to="tflite")
+
+
+def test_the_name_of_a_file():
+    assert detectors._file_name("SenseTime/deformable-detr") == "deformable-detr"
+    assert detectors._file_name("saccade's digits") == "saccade_s_digits"
+
+
+@pytest.mark.slow
+def test_rt_detr(tmp_path):
+    """Its two stages choose queries by score; as dynamic as its own code allows."""
+    detector = Detector.load(str(save_random_rt_detr(tmp_path / "rt-detr")))
+    done = export(detector, tmp_path / "rt-detr.pt2")
+    assert done.path.is_file()
+    print(done)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lowering", ["grid_sample", "plugin"])
+def test_the_command(invoke, folder, tmp_path, lowering):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime_extensions")
+    path, picture = tmp_path / "detr.onnx", tmp_path / "picture.png"
+    PICTURE.save(picture)
+    result = invoke(
+        folder, "--to", "onnx", "--lowering", lowering, "--out", path, "--picture", picture,
+        "--seconds", 0,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert f"Written: {path}" in result.output
+    assert "pixel_values [batch, 3, height, width]" in result.output
+    assert f"ONNX Runtime {onnxruntime.__version__}" in result.output
+    assert "all the same" in result.output
+    assert "Verified: batch 1, 128 x 192; batch 2, 128 x 192; batch 2, 96 x 128" in result.output
+    assert ("TensorRT itself did not run it" in result.output) == (lowering == "plugin")
+    # The file tells nothing about the machine it was made on.
+    assert str(doctor.DEFAULT_MODEL.parent.parent).encode() not in path.read_bytes()
+    assert list(tmp_path.glob("*.onnx*")) == [path]
+
+
+def test_the_command_without_a_picture_takes_the_scene(invoke, tmp_path, monkeypatch):
+    seen = []
+
+    def refuse(detector, to, path, *, picture, **options):
+        seen.append((detector.name, to, picture.size))
+        raise ExportError("not today")
+
+    monkeypatch.setattr(detectors, "export_detector", refuse)
+    result = invoke("--to", "torch")
+    assert result.exit_code == 1
+    assert "error: not today" in result.output
+    assert seen == [("saccade's digits", "torch", (160, 160))]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (["--to", "tflite"], 2, "tflite"),
+        (["--lowering", "magic"], 2, "magic"),
+        (["no-such-folder"], 2, "neither a folder nor the id of a model"),
+        (["--picture", "no-such.png"], 2, "no-such.png there is no such file"),
+        (["--out", "."], 2, "--out: expected a file, got the folder ."),
+        (["--to", "torch", "--out", "model.onnx"], 1, "ends with .pt2"),
+    ],
+)
+def test_wrong_usage(invoke, arguments, code, told):
+    result = invoke(*arguments)
+    assert result.exit_code == code, result.output
+    assert told in result.output
+
+
+def test_what_is_missing_is_named(invoke, monkeypatch):
+    monkeypatch.setattr(doctor, "missing_modules", lambda extra: ["onnxscript"])
+    result = invoke()
+    assert result.exit_code == 2
+    assert "needs onnxscript, not installed here: pip install 'saccade[export]'" in result.output
+
+
+def test_the_scene_is_a_picture_that_the_model_reads():
+    picture = Image.open(doctor.EXAMPLE_PICTURE).convert("RGB")
+    (found,) = Detector.load().detect([picture])
+    assert sorted(each.label for each in found.detections) == ["1", "2", "2", "5", "8", "9", "9"]
