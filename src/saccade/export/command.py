@@ -25,7 +25,7 @@ def export(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[FOLDER|HUB-ID]",
+            metavar="FOLDER|HUB-ID",
             help="A detector of the Deformable-DETR family in the format of transformers. Without "
             "it: the model that comes with Saccade, which finds handwritten digits.",
             show_default=False,
