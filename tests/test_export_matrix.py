@@ -14,7 +14,10 @@ from benchmarks.export_targets import TARGETS
 from saccade.ops import native
 
 # What is refused, and a part of the message; everything else is equal to eager.
-REFUSED = {(target, "trace"): {"other resolution": "value: expected"} for target in TARGETS}
+REFUSED = {(target, "trace"): {"other resolution": "value: expected"} for target in TARGETS} | {
+    ("nn.DeformableAttention", f"OpenVINO, {lowering}"): dict.fromkeys(CALLS, "infer_request")
+    for lowering in ("grid_sample", "gather")
+}
 SMALL = [name for name, target in TARGETS.items() if not target.whole]
 # Swin is not run here, for its export takes some minutes.
 WHOLE = [name for name, target in TARGETS.items() if target.whole and "Swin" not in name]
@@ -56,7 +59,7 @@ def need(runtime):
         pytest.skip("AOTInductor needs a C++ compiler")
 
 
-def assert_as_expected(work, target, runtime):
+def check(work, target, runtime):
     need(runtime)
     refused = REFUSED.get((target, runtime), {})
     outcomes = cell(work, runtime)
@@ -64,7 +67,7 @@ def assert_as_expected(work, target, runtime):
     for call, told in outcomes.items():
         if call in refused:
             assert refused[call] in told
-            assert any(part in told for part in export_matrix.EXPLAINED), "not explained"
+            assert export_matrix.explained(target, told), "not explained"
         else:
             assert told == "yes", call
 
@@ -72,13 +75,13 @@ def assert_as_expected(work, target, runtime):
 @pytest.mark.parametrize("runtime", QUICK)
 @pytest.mark.parametrize("target", SMALL)
 def test_operators_and_modules(work_on, target, runtime):
-    assert_as_expected(work_on(target), target, runtime)
+    check(work_on(target), target, runtime)
 
 
 @pytest.mark.slow
 def test_a_package_compiled_ahead_of_time(work_on):
     target = "nn.MultiScaleDeformableAttention"
-    assert_as_expected(work_on(target), target, "AOTI")
+    check(work_on(target), target, "AOTI")
 
 
 @pytest.mark.slow
@@ -86,7 +89,7 @@ def test_a_package_compiled_ahead_of_time(work_on):
 @pytest.mark.parametrize("target", WHOLE)
 def test_whole_models(work_on, target, runtime):
     pytest.importorskip("transformers")
-    assert_as_expected(work_on(target), target, runtime)
+    check(work_on(target), target, runtime)
 
 
 def test_a_difference_is_no_success(tmp_path, monkeypatch):
@@ -107,8 +110,12 @@ def test_the_page_says_the_same():
     notes = dict(re.findall(r"^(\d+)\. (.+)$", marked[0], flags=re.MULTILINE))
     assert set(notes.values()) <= set(export_matrix.EXPLAINED.values()), "a refusal not explained"
     for target, *cells in rows[2:]:
+        if "Swin" in target:  # by the page alone, see above
+            continue
         for runtime, told in zip(RUNTIMES, cells, strict=True):
             refused = REFUSED.get((target, runtime), {})
-            assert {call for call in CALLS if call in told} == set(refused), (target, runtime)
+            assert (told == "yes") == (not refused), (target, runtime, told)
+            # What is refused at the exported size is refused altogether.
+            said = {call for call in CALLS if call in told} if "same" not in refused else set(CALLS)
+            assert said == set(refused)
             assert set(re.findall(r"\((\d+)\)", told)) <= notes.keys()
-            assert told == "yes" or refused
