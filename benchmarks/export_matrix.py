@@ -1,8 +1,9 @@
-"""What can be exported, tried out: the table of docs/export.md.
+"""What can be exported, and what runs it: the table of docs/export.md, tried out.
 
-`python -m benchmarks.export_matrix` prints it, `--write` puts it between the marks of the page. Each
-cell runs in a process of its own, with a limit. `TARGETS` and `RUNTIMES` are tables of functions: a
-further runtime is one more entry.
+`python -m benchmarks.export_matrix` prints it, `--write` puts it between the marks of the page, `--keep
+FILE` goes on where an earlier run stopped. A target (benchmarks/export_targets.py) is exported once, and
+its program goes through all that runs programs, in a process with a limit; torch.compile and
+torch.jit.trace have processes of their own.
 """
 
 from __future__ import annotations
@@ -13,255 +14,265 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import saccade
-from saccade.benchmark.detectors import DETECTORS
-from saccade.integrations.tracing import symbolic_sizes
+from benchmarks.export_targets import TARGETS, Target, Tensors
+from saccade.export import formats
+from saccade.export.detectors import reason
+from saccade.integrations.onnx import Lowering
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "export.md"
 MARKED = re.compile(r"(<!-- matrix -->\n).*?(<!-- end of matrix -->)", flags=re.DOTALL)
-LIMIT_SECONDS = 400
-CHANNELS, HEADS, QUERIES = 32, 4, 10
-Tensors = tuple[Tensor, ...]
+QUERIES = 10
+# The batch, and which of the target's two sizes; the first is what is exported.
+CALLS = {"same": (3, 0), "batch 1": (1, 0), "batch 8": (8, 0), "other resolution": (3, 1)}
+Outcomes = dict[str, str]
+"""For each call "yes", or why not."""
 
 
-class Target(NamedTuple):
-    """Something to export: how it is made, its inputs for (batch, scale), its dynamic axes."""
+class Work:
+    """A target on its way through the runtimes; what several of them need is made once."""
 
-    make: Callable[[], nn.Module]
-    inputs: Callable[[int, int], Tensors]
-    dynamic: tuple[dict[int, Any], ...]
-    strict: bool = False
+    def __init__(self, target: Target, folder: Path) -> None:
+        torch.manual_seed(0)
+        self.target, self.folder = target, folder
+        self.module: nn.Module = target.make().eval()
+        self._made: dict[str, Any] = {}
 
+    def inputs(self, call: str) -> Tensors:
+        """Random tensors for a call."""
+        batch, size = CALLS[call]
+        return self.target.inputs(batch, QUERIES, *self.target.sizes[size])
 
-class _Operator(nn.Module):
-    def forward(self, feature_map: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-        shapes = [feature_map.shape[1:3]]
-        return saccade.deformable_attention(feature_map.flatten(1, 2), shapes, locations, weights)
+    def program(self) -> torch.export.ExportedProgram:
+        """Exported at the first size."""
+        return self._once("program", lambda: self.target.export(self.module, self.inputs("same")))
 
+    def onnx(self, lowering: Lowering) -> Path:
+        """The program as a file."""
+        path = self.folder / f"{lowering}.onnx"
+        # The signature of the writer is that of a program, not of the module: names are its own.
+        self._once(lowering, lambda: formats.write_onnx(self.program(), path, lowering))
+        return path
 
-class _Fused(nn.Module):
-    def forward(
-        self, feature_map: Tensor, points: Tensor, offsets: Tensor, logits: Tensor
-    ) -> Tensor:
-        shapes = [feature_map.shape[1:3]]
-        return saccade.fused_deformable_attention(
-            feature_map.flatten(1, 2), shapes, points, offsets, logits
-        )
-
-
-class _Levels(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = saccade.nn.MultiScaleDeformableAttention(CHANNELS, HEADS, 2, 4)
-
-    def forward(self, query: Tensor, points: Tensor, fine: Tensor, coarse: Tensor) -> Tensor:
-        shapes = [feature_map.shape[2:] for feature_map in (fine, coarse)]
-        value = torch.cat([each.flatten(2).transpose(1, 2) for each in (fine, coarse)], 1)
-        found: Tensor = self.attention(query, points, value, shapes)
-        return found
-
-
-class _Detector(nn.Module):
-    """A patched model of transformers: one tensor in, those of its outputs that are numbers out."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.model = DETECTORS[name].build(small=True)
-        saccade.patch(self.model)
-
-    def forward(self, pixel_values: Tensor) -> Tensors:
-        found = self.model(pixel_values=pixel_values)
-        names = ("logits", "pred_boxes", "class_queries_logits", "masks_queries_logits")
-        return tuple(found[name] for name in names if name in found)
+    def _once(self, name: str, make: Callable[[], Any]) -> Any:
+        """The same result, or the same error, however often it is asked for."""
+        if name not in self._made:
+            try:
+                self._made[name] = make()
+            except Exception as error:  # whatever a toolchain raises is the answer
+                self._made[name] = error
+        if isinstance(self._made[name], Exception):
+            raise self._made[name]
+        return self._made[name]
 
 
-_DYNAMIC = torch.export.Dim.DYNAMIC
-_QUERIES = {0: _DYNAMIC, 1: _DYNAMIC}
-_LAST, _FIRST = ({axis: _DYNAMIC for axis in axes} for axes in ((0, 1, 2), (0, 2, 3)))
-
-
-def _given(batch: int, scale: int) -> Tensors:
-    return (
-        torch.randn(batch, 8 * scale, 12 * scale, HEADS, 8),
-        torch.rand(batch, QUERIES, HEADS, 1, 4, 2),
-        torch.rand(batch, QUERIES, HEADS, 1, 4),
-    )
-
-
-def _fused(batch: int, scale: int) -> Tensors:
-    feature_map, offsets, logits = _given(batch, scale)
-    return feature_map, torch.rand(batch, QUERIES, 1, 2), offsets, logits
-
-
-def _levels(batch: int, scale: int) -> Tensors:
-    maps = [torch.randn(batch, CHANNELS, size * scale, (size + 4) * scale) for size in (8, 4)]
-    return torch.randn(batch, QUERIES, CHANNELS), torch.rand(batch, QUERIES, 1, 2), *maps
-
-
-def _map(batch: int, scale: int) -> Tensors:
-    query = torch.randn(batch, QUERIES, CHANNELS)
-    return query, torch.randn(batch, 8 * scale, 12 * scale, CHANNELS)
-
-
-def _pixels(batch: int, scale: int) -> Tensors:
-    return (torch.randn(batch, 3, 64 + 32 * scale, 96 + 32 * scale),)
-
-
-TARGETS: dict[str, Target] = {
-    "op": Target(_Operator, _given, (_LAST, _QUERIES, _QUERIES)),
-    "fused op": Target(_Fused, _fused, (_LAST, _QUERIES, _QUERIES, _QUERIES)),
-    "nn.MultiScaleDeformableAttention": Target(
-        _Levels, _levels, (_QUERIES, _QUERIES, _FIRST, _FIRST)
-    ),
-    "nn.DeformableAttention": Target(
-        lambda: saccade.nn.DeformableAttention(CHANNELS, HEADS), _map, (_QUERIES, _LAST)
-    ),
-    "patched Deformable DETR": Target(lambda: _Detector("deformable-detr"), _pixels, (_FIRST,)),
-    # It takes `len` of a tensor for the batch, which only a strict export follows.
-    "patched RT-DETRv2": Target(lambda: _Detector("rt-detr-v2"), _pixels, (_FIRST,), strict=True),
-    "patched Mask2Former": Target(lambda: _Detector("mask2former"), _pixels, (_FIRST,)),
-}
-
-
-def _compile(target: Target, module: nn.Module, inputs: Tensors) -> Callable[..., Any]:
+def _compile(work: Work) -> Callable[..., Any]:
     # transformers reads a number back in a check of its own.
-    torch._dynamo.config.capture_scalar_outputs = True
-    return torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        compiled = torch.compile(work.module, fullgraph=True, dynamic=True, backend="aot_eager")
+        compiled(*work.inputs("same"))
+    return torch._dynamo.config.patch(capture_scalar_outputs=True)(compiled)
 
 
-def _export(target: Target, module: nn.Module, inputs: Tensors) -> torch.export.ExportedProgram:
-    dynamic: Any = target.dynamic
-    with symbolic_sizes():
-        if isinstance(module, saccade.nn.DeformableAttention):
-            dynamic = dict(zip(("query", "feature_map"), target.dynamic, strict=True))
-        return torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=target.strict)
+def _trace(work: Work) -> Callable[..., Any]:
+    with formats.quiet():
+        return torch.jit.trace(work.module, work.inputs("same"), check_trace=False)
 
 
-def _exported(target: Target, module: nn.Module, inputs: Tensors) -> Callable[..., Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "program.pt2"
-        torch.export.save(_export(target, module, inputs), path)
-        return torch.export.load(path).module()
+def _exported(work: Work) -> Callable[..., Any]:
+    path = work.folder / "exported.pt2"
+    torch.export.save(work.program(), path)
+    return torch.export.load(path).module()
 
 
-def _trace(target: Target, module: nn.Module, inputs: Tensors) -> Callable[..., Any]:
-    traced: Callable[..., Any] = torch.jit.trace(module, inputs, check_trace=False)
-    return traced
+def _aoti(work: Work) -> Callable[..., Any]:
+    path = work.folder / "compiled.pt2"
+    formats.write(work.program(), path, "aoti", "grid_sample")
+    return torch._inductor.aoti_load_package(str(path))
 
 
-def _aoti(target: Target, module: nn.Module, inputs: Tensors) -> Callable[..., Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = torch._inductor.aoti_compile_and_package(
-            _export(target, module, inputs),
-            package_path=str(Path(folder) / "program.pt2"),
-            inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O0"},
-        )
-        loaded: Callable[..., Any] = torch._inductor.aoti_load_package(path)
-        return loaded
+def _onnxruntime(lowering: Lowering, work: Work) -> Callable[..., Any]:
+    return formats.in_onnxruntime(work.onnx(lowering), lowering)
 
 
-RUNTIMES: dict[str, Callable[[Target, nn.Module, Tensors], Callable[..., Any]]] = {
+def _openvino(lowering: Lowering, work: Work) -> Callable[..., Any]:
+    return formats.in_openvino(work.onnx(lowering))
+
+
+RUNTIMES: dict[str, Callable[[Work], Callable[..., Any]]] = {
     "compile": _compile,
-    "export": _exported,
     "trace": _trace,
+    "export": _exported,
     "AOTI": _aoti,
+    "ONNX Runtime, grid_sample": partial(_onnxruntime, "grid_sample"),
+    "ONNX Runtime, gather": partial(_onnxruntime, "gather"),
+    "ONNX Runtime, plugin": partial(_onnxruntime, "plugin"),
+    "ONNX Runtime, native": partial(_onnxruntime, "native"),
+    "OpenVINO, grid_sample": partial(_openvino, "grid_sample"),
+    "OpenVINO, gather": partial(_openvino, "gather"),
 }
-CALLS = {"same": (3, 1), "other batch": (4, 1), "other resolution": (3, 2)}
+# What shares a process, and for how many seconds it may run.
+GROUPS = {("compile",): 600, ("trace",): 300, tuple(RUNTIMES)[2:]: 1500}
 
 
-def cell(target: str, runtime: str) -> dict[str, str]:
-    """For each call "yes" or why not."""
-    torch.manual_seed(0)
-    module = TARGETS[target].make().eval()
+def cell(work: Work, runtime: str) -> Outcomes:
+    """What becomes of each call."""
     outcomes = {}
     with torch.no_grad():
         try:
-            run = RUNTIMES[runtime](TARGETS[target], module, TARGETS[target].inputs(*CALLS["same"]))
-        except Exception as error:  # whatever a toolchain raises is the answer
-            return dict.fromkeys(CALLS, _reason(error))
-        for call, size in CALLS.items():
-            inputs = TARGETS[target].inputs(*size)
+            run = RUNTIMES[runtime](work)
+        except Exception as error:
+            return dict.fromkeys(CALLS, _told(error))
+        for call in CALLS:
+            inputs = work.inputs(call)
             try:
-                expected, found = module(*inputs), run(*inputs)
-                if isinstance(expected, Tensor) and not isinstance(found, Tensor):
-                    found = found[0]
-                torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+                expected, found = _tuple(work.module(*inputs)), _tuple(run(*inputs))
+                torch.testing.assert_close(found, expected, **work.target.tolerance)
                 outcomes[call] = "yes"
             except Exception as error:
-                outcomes[call] = _reason(error)
+                outcomes[call] = _told(error)
     return outcomes
 
 
-def _reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # A trace tells its own lines first, the operator's complaint somewhere below.
-    said = [line for line in lines if "expected" in line or line.startswith("RuntimeError")]
-    told = re.sub(r"\S*/(\w+\.\w+)", r"\1", (said or lines or [""])[0])  # no paths of this machine
-    return f"{type(error).__name__}: {told}".replace("|", "/")
+def _tuple(outputs: Any) -> Tensors:
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
-def _in_short(told: str) -> str:
-    """Without the places in the sources and the sizes of one case: the same reason is told once."""
+def _told(error: Exception) -> str:
+    """The reason, without places in sources, paths and sizes of one case: it is told once."""
+    told = re.sub(r"\S*/(\w+\.\w+)", r"\1", reason(error))
     told = re.sub(r"(\w+Error: )+(understand, [\w.:]+, )?", r"\1", told)
-    return re.sub(r"\b\d{2,}\b", "n", told)[:160]
+    return re.sub(r"\b\d{2,}\b", "n", told).replace("|", "/")[:160]
 
 
-def table() -> list[str]:
+_WINDOWS = (
+    "Swin, without Saccade too: it decides by the numbers of the resolution whether to pad its maps to "
+    "whole windows. A program is for resolutions that decide the same; torch.export refuses others by "
+    "a guard, ONNX Runtime stops at an addition within Swin."
+)
+# What a reader should know of an expected refusal: a part of the target's name, a part of the message.
+# A message that is not here is printed as it is, and the test of the page objects.
+EXPLAINED = {
+    ("", "value: expected [batch, n, heads or 1, head_dim]"): (
+        "A trace keeps the sizes of the maps as numbers, and Saccade refuses maps of other sizes."
+    ),
+    ("Swin", "Guard failed"): _WINDOWS,
+    ("Swin", "node_Add"): _WINDOWS,
+    ("nn.DeformableAttention", "infer_request"): (
+        'OpenVINO stops at a multiplication of shapes that broadcast ("Eltwise shape infer"), in a '
+        "file that ONNX Runtime runs; up to that node the file runs there too. Not yet understood."
+    ),
+}
+NOT_RUN = "not run"
+
+
+def explained(target: str, told: str) -> str | None:
+    """The explanation of an expected refusal; None: there is none."""
+    found = (text for (name, part), text in EXPLAINED.items() if name in target and part in told)
+    return next(found, None)
+
+
+def table(found: dict[str, dict[str, Outcomes]]) -> list[str]:
     """A row for each target, a column for each runtime; below it why what is refused is."""
-    calls = [call for call in CALLS if call != "same"]
     rows = ["| | " + " | ".join(RUNTIMES) + " |", "| --- |" + " --- |" * len(RUNTIMES)]
     notes: list[str] = []
-    for target in TARGETS:
-        cells = [target]
-        for runtime in RUNTIMES:
-            outcomes = _in_a_process(target, runtime)
-            print(target, runtime, outcomes, file=sys.stderr, flush=True)
-            bad = {call: told for call, told in outcomes.items() if told != "yes"}
-            if not bad:
-                cells.append("yes")
-                continue
-            told = _in_short(next(iter(bad.values())))
-            if told not in notes:
-                notes.append(told)
-            failed = "no" if "same" in bad else "no " + ", no ".join(c for c in calls if c in bad)
-            cells.append(f"{failed} ({notes.index(told) + 1})")
-        rows.append("| " + " | ".join(cells) + " |")
-    return [*rows, "", *(f"{number}. {told}" for number, told in enumerate(notes, 1))]
+    for target, by_runtime in found.items():
+        cells = [
+            _in_a_cell(target, by_runtime[name], notes) if name in by_runtime else NOT_RUN
+            for name in RUNTIMES
+        ]
+        rows.append(f"| {target} | " + " | ".join(cells) + " |")
+    packages = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "openvino")
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in packages)
+    return [
+        *rows,
+        "",
+        *(f"{n}. {told}" for n, told in enumerate(notes, 1)),
+        "",
+        f"With {versions}.",
+    ]
 
 
-def _in_a_process(target: str, runtime: str) -> dict[str, str]:
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.export_matrix", "--cell"]
-    try:
-        done = subprocess.run(
-            [*command, target, runtime],
-            capture_output=True, text=True, check=False, timeout=LIMIT_SECONDS,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return dict.fromkeys(CALLS, f"not finished after {LIMIT_SECONDS} seconds")
-    lines = done.stdout.splitlines()
-    if done.returncode or not lines:
-        return dict.fromkeys(CALLS, f"ended with {done.returncode}")
-    outcomes: dict[str, str] = json.loads(lines[-1])
-    return outcomes
+def _in_a_cell(target: str, outcomes: Outcomes, notes: list[str]) -> str:
+    """What is refused, by reason, or "yes"; a reason that is new is added to the notes."""
+    refused: dict[str, list[str]] = {}
+    for call, told in outcomes.items():
+        if told != "yes":
+            refused.setdefault(explained(target, told) or told, []).append(call)
+    if not refused:
+        return "yes"
+    notes += [told for told in refused if told not in notes]
+    return "; ".join(
+        f"no{'' if 'same' in calls else ' ' + ' or '.join(calls)} ({notes.index(told) + 1})"
+        for told, calls in refused.items()
+    )
+
+
+def _in_a_process(target: str, runtimes: tuple[str, ...], seconds: int) -> dict[str, Outcomes]:
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.export_matrix", "--cells", target]
+    with tempfile.TemporaryFile("w+") as printed:
+        try:
+            done: Any = subprocess.run(
+                [*command, *runtimes], stdout=printed, stderr=subprocess.DEVNULL,
+                check=False, timeout=seconds,
+            )  # fmt: skip
+            ended = f"the process ended with {done.returncode}"
+        except subprocess.TimeoutExpired:
+            ended = f"not finished after {seconds // 60} minutes"
+        printed.seek(0)
+        found = dict(json.loads(line) for line in printed if line.startswith('["'))
+    missing = [runtime for runtime in runtimes if runtime not in found]
+    # The first that is missing ended the process; those after it were not tried.
+    untold = {name: dict.fromkeys(CALLS, ended if name == missing[0] else "") for name in missing}
+    return {**found, **untold}
+
+
+def _all(keep: Path | None, only: list[str]) -> dict[str, dict[str, Outcomes]]:
+    found = json.loads(keep.read_text()) if keep and keep.exists() else {}
+    for target in only:
+        row = found.setdefault(target, {})
+        for runtimes, seconds in GROUPS.items():
+            left = tuple(runtime for runtime in runtimes if not any(row.get(runtime, {}).values()))
+            while left:
+                row |= _in_a_process(target, left, seconds)
+                for runtime in left:
+                    print(target, runtime, row[runtime], file=sys.stderr, flush=True)
+                left = tuple(runtime for runtime in left if not any(row[runtime].values()))
+            if keep:
+                keep.write_text(json.dumps(found, indent=1))
+    return {target: found[target] for target in TARGETS if target in found}
+
+
+def _cells(target: str, runtimes: list[str]) -> Iterator[tuple[str, Outcomes]]:
+    with tempfile.TemporaryDirectory() as folder:
+        work = Work(TARGETS[target], Path(folder))
+        for runtime in runtimes:
+            yield runtime, cell(work, runtime)
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--write", action="store_true", help="put the table into docs/export.md")
-    parser.add_argument("--cell", nargs=2, metavar=("TARGET", "RUNTIME"))
+    parser.add_argument("--keep", type=Path, help="outcomes, kept and not tried again")
+    parser.add_argument("--kept", action="store_true", help="try nothing, show what was kept")
+    parser.add_argument("--only", nargs="+", default=list(TARGETS), metavar="TARGET")
+    parser.add_argument("--cells", nargs="+", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.cell:
-        print(json.dumps(cell(*given.cell)))
+    if given.cells:
+        for runtime, outcomes in _cells(given.cells[0], given.cells[1:]):
+            print("\n" + json.dumps([runtime, outcomes]), flush=True)
         return
-    lines = "\n".join(table()) + "\n"
+    kept = json.loads(given.keep.read_text()) if given.kept else _all(given.keep, given.only)
+    lines = "\n".join(table({name: kept.get(name, {}) for name in TARGETS})) + "\n"
     print(lines)
     if given.write:
         page = PAGE.read_text()

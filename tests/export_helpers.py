@@ -1,4 +1,4 @@
-"""What the tests of export share: modules by the recipe of docs/export.md, the embedded detector."""
+"""What the tests of export share: what is exported, and the embedded detector."""
 
 from __future__ import annotations
 
@@ -6,96 +6,31 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch.export import Dim
 
 import saccade
+from benchmarks.export_targets import (
+    CHANNELS,
+    CHANNELS_FIRST,
+    CHANNELS_LAST,
+    HEADS,
+    TARGETS,
+    Target,
+)
 from saccade.integrations.tracing import symbolic_sizes
 
 ROOT = Path(__file__).resolve().parent.parent
 SCENES = [ROOT / f"examples/digit_scenes/scenes/scene_{number}.png" for number in (0, 1)]
-CHANNELS, HEADS = 32, 4
-
-
-class Levels(torch.nn.Module):
-    """Feature maps to the module; the sizes are those of the maps."""
-
-    def __init__(self):
-        super().__init__()
-        self.attention = saccade.nn.MultiScaleDeformableAttention(CHANNELS, HEADS, 2, 4)
-
-    def forward(self, query, reference_points, fine, coarse):
-        shapes = [feature_map.shape[2:] for feature_map in (fine, coarse)]
-        value = torch.cat([each.flatten(2).transpose(1, 2) for each in (fine, coarse)], 1)
-        return self.attention(query, reference_points, value, shapes)
-
-
-class Operator(torch.nn.Module):
-    """The operator alone, on one map [B, H, W, M, D]."""
-
-    def forward(self, feature_map, locations, weights):
-        shapes = [feature_map.shape[1:3]]
-        return saccade.deformable_attention(feature_map.flatten(1, 2), shapes, locations, weights)
-
-
-class FusedOperator(torch.nn.Module):
-    """The fused operator alone, on one map [B, H, W, M, D]."""
-
-    def forward(self, feature_map, reference_points, offsets, logits):
-        return saccade.fused_deformable_attention(
-            feature_map.flatten(1, 2), [feature_map.shape[1:3]], reference_points, offsets, logits
-        )
-
-
-def of_levels(batch, queries, height, width):
-    return (
-        torch.randn(batch, queries, CHANNELS),
-        torch.rand(batch, queries, 1, 2),
-        torch.randn(batch, CHANNELS, height, width),
-        torch.randn(batch, CHANNELS, height // 2, width // 2),
-    )
-
-
-def of_operator(batch, queries, height, width):
-    return (
-        torch.randn(batch, height, width, HEADS, 8),
-        torch.rand(batch, queries, HEADS, 1, 4, 2),
-        torch.rand(batch, queries, HEADS, 1, 4),
-    )
-
-
-def of_fused(batch, queries, height, width):
-    feature_map, offsets, logits = of_operator(batch, queries, height, width)
-    return feature_map, torch.rand(batch, queries, 1, 2), offsets, logits
-
-
-def of_a_map(batch, queries, height, width):
-    query = torch.randn(batch, queries, CHANNELS)
-    return query, torch.randn(batch, height, width, CHANNELS)
 
 
 def of_a_convolution(batch, queries, height, width):
     return (torch.randn(batch, height, width, CHANNELS),)
 
 
-AUTO = Dim.DYNAMIC
-QUERIES = {0: AUTO, 1: AUTO}
-CHANNELS_FIRST = {0: AUTO, 2: AUTO, 3: AUTO}
-CHANNELS_LAST = {0: AUTO, 1: AUTO, 2: AUTO}
-# How each is made, its inputs, and which axes are dynamic.
-CASES = {
-    "op": (Operator, of_operator, (CHANNELS_LAST, QUERIES, QUERIES)),
-    "fused op": (FusedOperator, of_fused, (CHANNELS_LAST, QUERIES, QUERIES, QUERIES)),
-    "MultiScaleDeformableAttention": (
-        Levels, of_levels, (QUERIES, QUERIES, CHANNELS_FIRST, CHANNELS_FIRST),
-    ),
-    "DeformableAttention": (
-        lambda: saccade.nn.DeformableAttention(CHANNELS, HEADS, 4), of_a_map,
-        {"query": QUERIES, "feature_map": CHANNELS_LAST},
-    ),
-    "DeformableConv": (
-        lambda: saccade.nn.DeformableConv(CHANNELS, HEADS), of_a_convolution, (CHANNELS_LAST,),
-    ),
-}  # fmt: skip
+CASES = {name: target for name, target in TARGETS.items() if not target.whole} | {
+    "nn.DeformableConv": Target(
+        lambda: saccade.nn.DeformableConv(CHANNELS, HEADS), of_a_convolution, (CHANNELS_LAST,)
+    )
+}
 
 
 class Plain(torch.nn.Module):

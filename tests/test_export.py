@@ -16,10 +16,10 @@ from saccade.integrations.tracing import symbolic_sizes
 
 @pytest.mark.parametrize("name", CASES)
 def test_exported_saved_and_loaded(name, tmp_path):
-    make, inputs, dynamic_shapes = CASES[name]
-    module = make().eval()
+    target = CASES[name]
+    module, inputs = target.make().eval(), target.inputs
     with torch.no_grad():
-        program = torch.export.export(module, inputs(2, 5, 8, 12), dynamic_shapes=dynamic_shapes)
+        program = torch.export.export(module, inputs(2, 5, 8, 12), dynamic_shapes=target.dynamic)
         assert "saccade" in program.graph_module.code
         torch.export.save(program, tmp_path / "program.pt2")
         loaded = torch.export.load(tmp_path / "program.pt2").module()
@@ -32,8 +32,7 @@ def test_exported_saved_and_loaded(name, tmp_path):
 @pytest.mark.parametrize("name", CASES)
 def test_a_trace_is_for_one_resolution(name):
     """torch.jit.trace keeps the sizes of the maps as numbers; another resolution is an error."""
-    make, inputs, _ = CASES[name]
-    module = make().eval()
+    module, inputs = CASES[name].make().eval(), CASES[name].inputs
     with torch.no_grad():
         traced = torch.jit.trace(module, inputs(2, 5, 8, 12), check_trace=False)
         for size in ((2, 5, 8, 12), (3, 7, 8, 12), (1, 5, 8, 12)):
