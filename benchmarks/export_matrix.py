@@ -166,10 +166,6 @@ EXPLAINED = {
     ),
     ("Swin", "Guard failed"): _WINDOWS,
     ("Swin", "node_Add"): _WINDOWS,
-    ("nn.DeformableAttention", "infer_request"): (
-        'OpenVINO stops at a multiplication of shapes that broadcast ("Eltwise shape infer"), in a '
-        "file that ONNX Runtime runs; up to that node the file runs there too. Not yet understood."
-    ),
 }
 NOT_RUN = "not run"
 

@@ -14,10 +14,7 @@ from benchmarks.export_targets import TARGETS
 from saccade.ops import native
 
 # What is refused, and a part of the message; everything else is equal to eager.
-REFUSED = {(target, "trace"): {"other resolution": "value: expected"} for target in TARGETS} | {
-    ("nn.DeformableAttention", f"OpenVINO, {lowering}"): dict.fromkeys(CALLS, "infer_request")
-    for lowering in ("grid_sample", "gather")
-}
+REFUSED = {(target, "trace"): {"other resolution": "value: expected"} for target in TARGETS}
 SMALL = [name for name, target in TARGETS.items() if not target.whole]
 # Swin is not run here, for its export takes some minutes.
 WHOLE = [name for name, target in TARGETS.items() if target.whole and "Swin" not in name]

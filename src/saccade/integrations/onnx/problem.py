@@ -237,9 +237,10 @@ def fused(arguments: Sequence[Any]) -> Problem:
     spatial_dims = known_size("sampling_offsets", offsets, 4)
     shapes = unflattened(sizes, spatial_dims)
     # References of the points, or one for all, with an axis for the heads: [B, Q, 1, P or 1, N or 2 N].
-    of_points = op.Gather(
-        graph.compute(references), graph.whole(index if any(index) else [0]), axis=2
-    )
+    of_points = graph.compute(references)
+    if references.shape[2] != 1:
+        # Not a Gather of the only one: OpenVINO 2026.4 takes that together with Unsqueeze, wrongly.
+        of_points = op.Gather(of_points, graph.whole(index if any(index) else [0]), axis=2)
     of_points = op.Unsqueeze(of_points, graph.whole([2]))
     boxes = known_size("reference_points", references, 3) > spatial_dims
     moved = op.Mul(graph.compute(offsets), _offset_step(graph, shapes, options, boxes))
