@@ -155,8 +155,8 @@ def _told(error: Exception) -> str:
 
 _WINDOWS = (
     "Swin, without Saccade too: it decides by the numbers of the resolution whether to pad its maps to "
-    "whole windows. A program is for resolutions that decide the same; torch.export refuses others by "
-    "a guard, ONNX Runtime stops at an addition within Swin."
+    "whole windows, so that a program is for one resolution; torch.export refuses others by a guard, "
+    "which forbids batch 1 too, and the runtimes of ONNX stop at an addition within Swin."
 )
 # What a reader should know of an expected refusal: a part of the target's name, a part of the message.
 # A message that is not here is printed as it is, and the test of the page objects.
@@ -166,6 +166,10 @@ EXPLAINED = {
     ),
     ("Swin", "Guard failed"): _WINDOWS,
     ("Swin", "node_Add"): _WINDOWS,
+    ("Swin", "infer_request"): _WINDOWS,
+    ("Swin", "not finished after 10 minutes"): (
+        "Not finished after 10 minutes on two busy cores; Swin with dynamic sizes is slow to compile."
+    ),
 }
 NOT_RUN = "not run"
 

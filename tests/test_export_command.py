@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +24,7 @@ from vision_helpers import (  # noqa: E402
 from saccade import doctor  # noqa: E402
 from saccade.export import detectors, formats  # noqa: E402
 from saccade.export.detectors import ExportError, export_detector  # noqa: E402
+from saccade.integrations.onnx import session_options  # noqa: E402
 from saccade.vision.detector import Detector  # noqa: E402
 
 PICTURE = gradient_picture(96, 64)
@@ -102,7 +105,7 @@ def test_a_program_that_takes_any_batch_and_resolution(detector, tmp_path):
     assert (done.path, done.dynamic, done.size) == (path, ("batch", "height", "width"), (128, 192))
     (checked,) = done.runtimes.values()
     assert list(checked.comparisons) == [
-        "batch 1, 128 x 192", "batch 2, 128 x 192", "batch 2, 96 x 128"
+        "batch 1, 128 x 192", "batch 2, 128 x 192", "batch 2, 96 x 128", "batch 3, 192 x 224",
     ]  # fmt: skip
     assert all(found.same and found.detections >= 10 for found in checked.comparisons.values())
     program = torch.export.load(path).module()
@@ -181,7 +184,24 @@ def test_rt_detr(tmp_path):
     detector = Detector.load(str(save_random_rt_detr(tmp_path / "rt-detr")))
     done = export(detector, tmp_path / "rt-detr.pt2")
     assert done.path.is_file()
-    print(done)
+    assert "batch" in done.dynamic
+    (checked,) = done.runtimes.values()
+    assert checked.largest_difference < 1e-4
+
+
+def assert_tells_nothing_of_this_machine(content):
+    for folder in (sys.prefix, str(Path.home()), str(doctor.DEFAULT_MODEL.parent.parent)):
+        assert folder.encode() not in content
+
+
+def test_a_program_keeps_neither_the_picture_nor_the_folders_of_this_machine(tmp_path):
+    done = export(tiny(), tmp_path / "tiny.pt2")
+    with zipfile.ZipFile(done.path) as archive:
+        for name in archive.namelist():
+            assert_tells_nothing_of_this_machine(archive.read(name))
+        inputs = [name for name in archive.namelist() if "sample_inputs" in name]
+        assert sum(archive.getinfo(name).file_size for name in inputs) < 5000
+    assert torch.export.load(done.path).example_inputs is None
 
 
 @pytest.mark.slow
@@ -203,8 +223,9 @@ def test_the_command(invoke, folder, tmp_path, lowering):
     assert "all the same" in result.output
     assert "Verified: batch 1, 128 x 192; batch 2, 128 x 192; batch 2, 96 x 128" in result.output
     assert ("TensorRT itself did not run it" in result.output) == (lowering == "plugin")
-    # The file tells nothing about the machine it was made on.
-    assert str(doctor.DEFAULT_MODEL.parent.parent).encode() not in path.read_bytes()
+    assert_tells_nothing_of_this_machine(path.read_bytes())
+    session = onnxruntime.InferenceSession(path, session_options())
+    assert [node.name for node in session.get_outputs()] == ["logits", "pred_boxes"]
     assert list(tmp_path.glob("*.onnx*")) == [path]
 
 
@@ -231,6 +252,7 @@ def test_the_command_without_a_picture_takes_the_scene(invoke, tmp_path, monkeyp
         (["--picture", "no-such.png"], 2, "no-such.png there is no such file"),
         (["--out", "."], 2, "--out: expected a file, got the folder ."),
         (["--to", "torch", "--out", "model.onnx"], 1, "ends with .pt2"),
+        (["--to", "onnx", "--out", "model.pt2"], 1, "ends with .onnx"),
     ],
 )
 def test_wrong_usage(invoke, arguments, code, told):

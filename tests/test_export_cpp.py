@@ -16,6 +16,7 @@ from export_helpers import (
     export_detector,
 )
 
+from saccade.export import formats
 from saccade.ops import native
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
@@ -31,12 +32,7 @@ def compiled(tmp_path_factory):
     """The embedded detector, the scenes, and its package; compiling takes a minute or two."""
     model, pixels = embedded_detector()
     path = str(tmp_path_factory.mktemp("aoti") / "detector.pt2")
-    torch._inductor.aoti_compile_and_package(
-        export_detector(model, pixels),
-        package_path=path,
-        # What calls the kernels need not be optimised.
-        inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O0"},
-    )
+    formats.write(export_detector(model, pixels), Path(path), "aoti", "grid_sample")
     return model, pixels, path
 
 
@@ -60,12 +56,16 @@ def run(*command):
 
 def test_from_python(compiled):
     model, pixels, path = compiled
-    loaded = torch._inductor.aoti_load_package(path)
+    (loaded,) = formats.runtimes(Path(path), "aoti", "grid_sample").values()
     with torch.no_grad():
         assert_same_detections(loaded(pixels), model(pixels))
         for other in (pixels[:1], torch.cat([pixels, pixels])[:3, :, :, :130].contiguous()):
             for found, expected in zip(loaded(other), model(other), strict=True):
                 torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+        # Four channels, and another dtype: what the package was not compiled for.
+        for wrong in (torch.zeros(1, 4, 160, 160), pixels.double()):
+            with pytest.raises(RuntimeError):
+                loaded(wrong)
 
 
 def test_from_cpp_without_python(compiled, program, tmp_path):
@@ -104,3 +104,22 @@ def test_cpp_says_what_is_wrong(program, tmp_path):
     )  # fmt: skip
     assert done.returncode == 2
     assert "NATIVE_LIBRARY" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("x", "8", "8"), "BATCH: expected a whole number of at least 1, got x"),
+        (("1", "-8", "8"), "HEIGHT: expected a whole number of at least 1, got -8"),
+        (("1", "8", "1e3"), "WIDTH: expected a whole number of at least 1, got 1e3"),
+        (("1", "8", "9"), "INPUT.raw: expected 864"),
+        (("1", "8", "8"), "a.pt2"),
+    ],
+)
+def test_cpp_refuses(program, tmp_path, arguments, told):
+    given = tmp_path / "input.raw"
+    torch.zeros(1, 3, 8, 8).numpy().tofile(given)
+    command = [str(program), str(tmp_path / "a.pt2"), str(native.LIBRARY), str(given), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert told in done.stderr

@@ -114,6 +114,23 @@ def test_other_shapes_and_numbers_that_are_not_finite():
         same(changed(logits=(0, 0, float("nan"))))
 
 
+def test_what_is_not_finite_in_both_is_the_same():
+    logits, boxes = outputs()
+    logits[:, :, 4] = -torch.inf  # a class that is switched off
+    found = compare((logits, boxes), (logits.clone(), boxes), detections_of)
+    assert (found.same, found.largest_difference) == (True, 0)
+    with pytest.raises(ValueError, match="not finite"):
+        compare((logits, boxes), (-logits, boxes), detections_of)
+    with pytest.raises(ValueError, match="expected 2 outputs, got 1"):
+        compare((logits, boxes), (logits,), detections_of)
+
+
+def test_boxes_without_an_area():
+    logits, boxes = outputs()
+    boxes[..., 2:] = 0
+    assert compare((logits, boxes), (logits, boxes), detections_of).same
+
+
 def test_box_iou():
     first = torch.tensor([[0.0, 0, 2, 2], [0, 0, 1, 1]])
     second = torch.tensor([[1.0, 0, 3, 2], [5, 5, 6, 6]])

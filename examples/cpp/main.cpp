@@ -8,31 +8,53 @@
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/torch.h>
 
+#include <charconv>
 #include <cstdlib>
+#include <cstring>
 #include <fstream>
 #include <iostream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
-int main(int argc, char** argv) {
-  if (argc < 7) {
-    std::cerr << "expected: PACKAGE.pt2 NATIVE_LIBRARY INPUT.raw BATCH HEIGHT WIDTH [LEAST_SCORE]\n";
-    return 2;
+namespace {
+
+// The whole text as a number of at least 1.
+int64_t positive(const char* name, const char* text) {
+  int64_t number = 0;
+  const char* end = text + std::strlen(text);
+  const auto [stopped, error] = std::from_chars(text, end, number);
+  if (error != std::errc() || stopped != end || number < 1) {
+    throw std::runtime_error(std::string(name) + ": expected a whole number of at least 1, got " + text);
   }
+  return number;
+}
+
+torch::Tensor read_pixels(const char* path, int64_t batch, int64_t height, int64_t width) {
+  std::ifstream file(path, std::ios::binary | std::ios::ate);
+  const double expected = 4.0 * 3 * static_cast<double>(batch) * height * width;
+  const auto size = file ? static_cast<double>(file.tellg()) : 0.0;
+  if (!file || size != expected) {
+    throw std::runtime_error(std::string("INPUT.raw: expected ") + std::to_string(expected) + " bytes in " +
+                             path + ", got " + std::to_string(size));
+  }
+  torch::Tensor pixels = torch::empty({batch, 3, height, width});
+  file.seekg(0);
+  file.read(static_cast<char*>(pixels.data_ptr()), static_cast<std::streamsize>(pixels.nbytes()));
+  return pixels;
+}
+
+void detect(int argc, char** argv) {
+  // Without it a package takes inputs of sizes that it was not compiled for, and computes wrong numbers.
+  setenv("AOTI_RUNTIME_CHECK_INPUTS", "1", 1);
   // The library registers saccade's operators with torch when it is loaded.
   if (dlopen(argv[2], RTLD_NOW | RTLD_GLOBAL) == nullptr) {
-    std::cerr << "NATIVE_LIBRARY: " << dlerror() << "\n";
-    return 2;
+    throw std::runtime_error(std::string("NATIVE_LIBRARY: ") + dlerror());
   }
-  const int64_t batch = std::atoll(argv[4]), height = std::atoll(argv[5]), width = std::atoll(argv[6]);
-  const double least_score = argc > 7 ? std::atof(argv[7]) : 0.5;
-
-  torch::Tensor pixels = torch::empty({batch, 3, height, width});
-  std::ifstream file(argv[3], std::ios::binary);
-  if (!file.read(static_cast<char*>(pixels.data_ptr()), static_cast<std::streamsize>(pixels.nbytes()))) {
-    std::cerr << "INPUT.raw: expected " << pixels.nbytes() << " bytes in " << argv[3] << "\n";
-    return 2;
-  }
+  const int64_t batch = positive("BATCH", argv[4]);
+  const torch::Tensor pixels =
+      read_pixels(argv[3], batch, positive("HEIGHT", argv[5]), positive("WIDTH", argv[6]));
+  const double least_score = argc > 7 ? std::stod(argv[7]) : 0.5;
 
   torch::inductor::AOTIModelPackageLoader model(argv[1]);
   const std::vector<torch::Tensor> outputs = model.run({pixels});
@@ -50,6 +72,21 @@ int main(int argc, char** argv) {
       }
       std::cout << "\n";
     }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc < 7) {
+    std::cerr << "expected: PACKAGE.pt2 NATIVE_LIBRARY INPUT.raw BATCH HEIGHT WIDTH [LEAST_SCORE]\n";
+    return 2;
+  }
+  try {
+    detect(argc, argv);
+  } catch (const std::exception& error) {
+    std::cerr << error.what() << "\n";
+    return 2;
   }
   return 0;
 }

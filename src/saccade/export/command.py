@@ -11,12 +11,12 @@ import typer
 from rich.table import Table
 
 from saccade import doctor
-from saccade.export.formats import Format
+from saccade.export.formats import CHECK_INPUTS, Format
 from saccade.integrations.onnx import Lowering
 from saccade.terminal import err, fail, need, out
 
 if TYPE_CHECKING:
-    from saccade.export.detectors import Export
+    from saccade.export.detectors import Checked, Export
 
 # transformers, onnx and the rest are imported after the arguments.
 
@@ -115,7 +115,7 @@ def export(
                 seconds=seconds,
                 tell=tell,
             )
-        except (ExportError, OSError) as error:
+        except (ExportError, OSError, ValueError) as error:
             err.print(f"error: {error}", markup=False, soft_wrap=True)
             raise typer.Exit(1) from error
     _print(done, to, lowering)
@@ -145,7 +145,7 @@ def _print(done: Export, to: Format, lowering: Lowering) -> None:
         table.add_row(
             name,
             f"{checked.largest_difference:.1e}",
-            f"{compared}, all the same",
+            f"{compared}, all the same{_apart(checked)}",
             f"{checked.milliseconds:.1f}",
         )
     out.print(table)
@@ -157,6 +157,12 @@ def _print(done: Export, to: Format, lowering: Lowering) -> None:
         out.print(note, markup=False, soft_wrap=True)
 
 
+def _apart(checked: Checked) -> str:
+    """Rows of queries that one of both did not choose, which the largest difference leaves out."""
+    apart = sum(each.rows_apart for each in checked.comparisons.values())
+    return f" ({apart} other rows of other queries)" if apart else ""
+
+
 def _notes(to: Format, lowering: Lowering, path: Path) -> list[str]:
     """What the file needs where it runs."""
     if to == "torch":
@@ -164,7 +170,9 @@ def _notes(to: Format, lowering: Lowering, path: Path) -> list[str]:
     if to == "aoti":
         return [
             f"To run it: import saccade; torch._inductor.aoti_load_package({str(path)!r}); in C++ as "
-            "examples/cpp does. It was compiled for this processor and this torch."
+            f"examples/cpp does. Set {CHECK_INPUTS}=1 in the environment: without it the package takes "
+            "inputs of other sizes and computes wrong numbers. It was compiled for this processor and "
+            "this torch."
         ]
     if lowering == "plugin":
         return [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.nn.functional import pad
 
 from saccade.benchmark.timing import alternate
 from saccade.checks import check_option
@@ -68,7 +68,7 @@ class Export:
 def export_detector(
     detector: Detector,
     to: Format,
-    path: Path | None = None,
+    path: str | Path | None = None,
     *,
     picture: Image.Image,
     lowering: Lowering = "grid_sample",
@@ -102,15 +102,21 @@ def export_detector(
     """
     check_option("to", to, Format)
     check_option("lowering", lowering, Lowering)
-    path = Path(f"{_file_name(detector.name)}{SUFFIXES[to]}") if path is None else path
-    if to != "onnx" and path.suffix != ".pt2":
-        raise ExportError(f"{path}: expected a name that ends with .pt2, as torch asks for")
+    path = Path(f"{_file_name(detector.name)}{SUFFIXES[to]}" if path is None else path)
+    if path.suffix != SUFFIXES[to]:
+        raise ExportError(f"{path}: expected a name that ends with {SUFFIXES[to]}")
+    if path.is_dir():
+        raise ExportError(f"{path}: expected a file, got a folder")
+    if not isinstance(picture, Image.Image):
+        raise TypeError(f"picture: expected a PIL.Image.Image, got {type(picture).__name__}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     attempt = _Attempt(detector, to, lowering, picture, threshold, tell)
     reasons: list[str] = []
     for axes in ((),) if fixed else ((0, 2, 3), (0,), ()):
         wanted = " and ".join(AXES[axis] for axis in axes) or "fixed sizes"
         try:
-            with tempfile.TemporaryDirectory() as folder:
+            # Beside the target, so that a file appears there whole or not at all.
+            with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saccade-") as folder:
                 file = Path(folder) / path.name
                 checked, runs = attempt(file, axes)
                 tell("measuring")
@@ -121,9 +127,9 @@ def export_detector(
                 }
                 with torch.inference_mode():
                     timings = alternate(calls, seconds)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                for part in Path(folder).iterdir():  # a large ONNX model has its weights beside it
-                    shutil.move(part, path.parent / part.name)
+                # A large ONNX model has its weights beside it; they come first.
+                for part in sorted(Path(folder).iterdir(), key=lambda part: part.name == path.name):
+                    part.replace(path.parent / part.name)
         except _NotThisWay as error:
             reasons.append(f"{wanted}: {error}")
             continue
@@ -175,7 +181,9 @@ class _Attempt:
         self._to, self._lowering, self._tell = to, lowering, tell
         # Another picture of the same size makes a batch.
         pictures = [picture, ImageOps.mirror(picture)]
-        self._pixels: Tensor = self._processor(images=pictures, return_tensors="pt")["pixel_values"]
+        pixels: Tensor = self._processor(images=pictures, return_tensors="pt")["pixel_values"]
+        dtype = next(detector.model.parameters()).dtype
+        self._pixels = pixels.to(dtype).contiguous()
 
     def pixels(self, batch: int) -> Tensor:
         """The picture, or both."""
@@ -194,7 +202,8 @@ class _Attempt:
         try:
             program = self._program(axes)
             self._tell(f"writing {self._to} ({sizes})")
-            formats.write(program, file, self._to, self._lowering)
+            names = {"output_names": ["logits", "pred_boxes"]} if self._to == "onnx" else {}
+            formats.write(program, file, self._to, self._lowering, **names)
             runs = formats.runtimes(file, self._to, self._lowering)
         except ModuleNotFoundError:
             raise
@@ -246,12 +255,15 @@ class _Attempt:
             yield self.pixels(2)
         if 2 in axes:
             height, width = self._pixels.shape[2:]
-            yield self.pixels(2)[:, :, : _smaller(height), : _smaller(width)].contiguous()
+            smaller = self.pixels(2)[:, :, : _smaller(height), : _smaller(width)]
+            yield smaller.contiguous()
+            # Three pictures that are higher and wider.
+            yield pad(self._pixels[[0, 1, 0]], (0, STEP, 0, 2 * STEP))
 
 
 def _smaller(size: int) -> int:
-    """A side that is some three quarters as long."""
-    return max(STEP, round(0.75 * size / STEP) * STEP)
+    """A side that is some three quarters as long; the same where that leaves nothing."""
+    return min(size, max(STEP, int(0.75 * size / STEP) * STEP))
 
 
 def _told(comparison: Comparison) -> str:
@@ -268,6 +280,7 @@ def reason(error: BaseException) -> str:
     while error.__cause__ is not None and type(error).__module__.startswith("torch.onnx"):
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith("Exception from ")] or lines
     said = [line for line in lines if "expected" in line or line.startswith("RuntimeError")]
     return f"{type(error).__name__}: {(said or lines or [''])[0][:300]}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,21 +24,32 @@ Run = Callable[..., tuple[Tensor, ...]]
 Format = Literal["onnx", "aoti", "torch"]
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "aoti": ".pt2", "torch": ".pt2"}
 
+AOTI_OPTIONS: dict[str, Any] = {
+    # What calls the kernels need not be optimised, which takes minutes.
+    "aot_inductor.compile_wrapper_opt_level": "O0",
+    # Exported with a batch of two, it runs with one: the check of inputs need not forbid that.
+    "aot_inductor.check_lowerbound": False,
+}
+CHECK_INPUTS = "AOTI_RUNTIME_CHECK_INPUTS"
+"""Set to 1 in the environment before the first run, a package refuses inputs it was not compiled for;
+otherwise it computes wrong numbers from them, or reads beyond them."""
 
-def write(program: ExportedProgram, path: Path, to: Format, lowering: Lowering) -> None:
-    """Writes the program, as `to` says; `lowering` is for onnx alone."""
+
+def write(
+    program: ExportedProgram, path: Path, to: Format, lowering: Lowering, **options: Any
+) -> None:
+    """Writes the program, as `to` says; `lowering` and `options` of the export are for onnx alone."""
+    if to == "onnx":
+        write_onnx(program, path, lowering, **options)
+        return
     with quiet():
         if to == "torch":
+            _forget_where_it_was_made(program)
             torch.export.save(program, path)
-        elif to == "aoti":
-            torch._inductor.aoti_compile_and_package(
-                program,
-                package_path=str(path),
-                # What calls the kernels need not be optimised, which takes minutes.
-                inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O0"},
-            )
         else:
-            write_onnx(program, path, lowering)
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=str(path), inductor_configs=AOTI_OPTIONS
+            )
 
 
 def write_onnx(program: ExportedProgram, path: Path, lowering: Lowering, **options: Any) -> None:
@@ -66,6 +78,7 @@ def runtimes(path: Path, to: Format, lowering: Lowering) -> dict[str, Run]:
     if to == "torch":
         return {"torch.export": in_program(path)}
     if to == "aoti":
+        os.environ.setdefault(CHECK_INPUTS, "1")
         return {"AOTInductor": _tuples(torch._inductor.aoti_load_package(str(path)))}
     found = {f"ONNX Runtime {metadata.version('onnxruntime')}": in_onnxruntime(path, lowering)}
     if lowering in ("grid_sample", "gather") and doctor.installed("openvino"):
@@ -113,6 +126,14 @@ def in_openvino(path: Path) -> Run:
         return tuple(torch.from_numpy(found[output].copy()) for output in model.outputs)
 
     return run
+
+
+def _forget_where_it_was_made(program: ExportedProgram) -> None:
+    """Without the inputs it was exported with, somebody's picture, and the folders of this machine."""
+    program.example_inputs = None
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)
 
 
 def _tuples(run: Callable[..., Any]) -> Run:

@@ -63,11 +63,14 @@ def compare(
     Raises:
         ValueError: the outputs have other shapes, or are not finite.
     """
+    if len(found) != len(expected):
+        raise ValueError(f"expected {len(expected)} outputs, got {len(found)}")
     for have, want in zip(found, expected, strict=True):
         if have.shape != want.shape:
             raise ValueError(f"expected an output {list(want.shape)}, got {list(have.shape)}")
-        if not bool(have.isfinite().all()) and bool(want.isfinite().all()):
-            raise ValueError("an output has numbers that are not finite")
+        finite = want.isfinite()
+        if not bool((have.isfinite() == finite).all()) or not have[~finite].equal(want[~finite]):
+            raise ValueError("an output has other numbers that are not finite than expected")
     largest, apart = _rows(_joined(expected), _joined(found))
     counted, missed = 0, 0
     for wanted, given in zip(detections_of(expected), detections_of(found), strict=True):
@@ -79,7 +82,8 @@ def compare(
 
 
 def _joined(outputs: Sequence[Tensor]) -> Tensor:
-    return torch.cat([output.double() for output in outputs], -1)
+    """Side by side; what is not finite is equal by now, and counts as 0."""
+    return torch.cat([output.double().nan_to_num(0.0, 0.0, 0.0) for output in outputs], -1)
 
 
 def _rows(expected: Tensor, found: Tensor) -> tuple[float, int]:
@@ -121,7 +125,9 @@ def box_iou(first: Tensor, second: Tensor) -> Tensor:
     high = torch.minimum(first[..., 2:], second[..., 2:])
     common = (high - low).clamp(min=0).prod(-1)
     areas = [(boxes[..., 2:] - boxes[..., :2]).prod(-1) for boxes in (first, second)]
-    found: Tensor = common / (areas[0] + areas[1] - common)
+    union = areas[0] + areas[1] - common
+    # Boxes without an area have none in common; at the same place they are the same.
+    found: Tensor = torch.where(union > 0, common / union, (first == second).all(-1).double())
     return found
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -127,7 +128,7 @@ def _register_operators() -> None:
             inputs=tensors,
             outputs=[kinds.dt_float],
             attrs=dict.fromkeys((*_OPTIONS, *more), kinds.dt_string),
-        )(functools.partial(_run, operator))
+        )(functools.partial(_or_nothing, functools.partial(_run, operator)))
     # TensorRT's node as well: a file that is meant for a card can be tried out here.
     shapes, positions = [kinds.dt_int32] * 2, [kinds.dt_float] * 2
     extensions.onnx_op(
@@ -135,15 +136,27 @@ def _register_operators() -> None:
         inputs=[kinds.dt_float, *shapes, *positions],
         outputs=[kinds.dt_float],
         attrs=dict.fromkeys(plugin.ATTRIBUTES, kinds.dt_string),
-    )(_run_plugin)
+    )(functools.partial(_or_nothing, _run_plugin))
+
+
+def _or_nothing(run: Callable[..., _Result], *arguments: Any, **attributes: str) -> _Result:
+    """What a node gives, and nothing where it cannot.
+
+    An exception that leaves a Python operator ends the process. An empty output does not: the next
+    node refuses its shape.
+    """
+    try:
+        return run(*arguments, **attributes)
+    except Exception as error:  # whatever the arguments of a broken file bring about
+        logging.getLogger("saccade").error("a node of an ONNX graph gives nothing: %s", error)
+        return _Result(torch.empty(0))
 
 
 def _run_plugin(
     value: Any, shapes: Any, starts: Any, locations: Any, weights: Any, **_: str
 ) -> _Result:
     """What TensorRT's plugin computes, on Saccade's kernel."""
-    tensors = map(torch.from_numpy, (value, locations, weights))
-    value, locations, weights = tensors
+    value, locations, weights = map(torch.from_numpy, (value, locations, weights))
     ends = list(itertools.accumulate(height * width for height, width in shapes.tolist()))
     if starts.tolist() != [0, *ends[:-1]]:
         raise ValueError(f"level_start_index: expected {[0, *ends[:-1]]}, got {starts.tolist()}")
