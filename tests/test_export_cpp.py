@@ -113,7 +113,7 @@ def test_cpp_says_what_is_wrong(program, tmp_path):
         (("1", "-8", "8"), "HEIGHT: expected a whole number of at least 1, got -8"),
         (("1", "8", "1e3"), "WIDTH: expected a whole number of at least 1, got 1e3"),
         (("1", "8", "9"), "INPUT.raw: expected 864"),
-        (("1", "8", "8"), "a.pt2"),
+        (("1", "8", "8"), "PACKAGE.pt2: cannot be read"),
     ],
 )
 def test_cpp_refuses(program, tmp_path, arguments, told):

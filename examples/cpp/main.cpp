@@ -56,6 +56,9 @@ void detect(int argc, char** argv) {
       read_pixels(argv[3], batch, positive("HEIGHT", argv[5]), positive("WIDTH", argv[6]));
   const double least_score = argc > 7 ? std::stod(argv[7]) : 0.5;
 
+  if (!std::ifstream(argv[1])) {
+    throw std::runtime_error(std::string("PACKAGE.pt2: cannot be read: ") + argv[1]);
+  }
   torch::inductor::AOTIModelPackageLoader model(argv[1]);
   const std::vector<torch::Tensor> outputs = model.run({pixels});
   const torch::Tensor scores = outputs.at(0).sigmoid(), boxes = outputs.at(1);

@@ -274,9 +274,8 @@ def _check_queries(
             f"{shape_of(value)}, got {queries}"
         )
     total = locations.shape[0]
-    known = all(isinstance(number, int) for number in (*queries, total))
-    if not known:
-        # Numbers read from a tensor while torch compiles: the program checks them when it runs.
+    if torch.compiler.is_compiling():
+        # Numbers read from a tensor are not known yet: the program checks them when it runs.
         for number in queries:
             torch._check(number >= 0, lambda: "queries_per_map: expected at least 0")
         torch._check(sum(queries) == total, lambda: "queries_per_map: expected all queries")
