@@ -38,8 +38,8 @@ def changed(**of_row):
     return logits, boxes
 
 
-def same(found, threshold=0.5):
-    return compare(outputs(), found, detections_of, threshold)
+def same(found, threshold=0.5, chooses_queries=True):
+    return compare(outputs(), found, detections_of, threshold, chooses_queries=chooses_queries)
 
 
 def best(image=0):
@@ -62,6 +62,8 @@ def test_rows_that_changed_places_are_the_same():
     found = same((logits[:, order], boxes[:, order]))
     assert found.same
     assert (found.rows_apart, found.largest_difference) == (0, 0)
+    # Where each row belongs to a query of its own, they are not.
+    assert not same((logits[:, order], boxes[:, order]), chooses_queries=False).same
 
 
 def test_a_row_of_another_query_counts_where_it_is_no_detection():
@@ -70,6 +72,9 @@ def test_a_row_of_another_query_counts_where_it_is_no_detection():
     assert (found.rows_apart, found.detections_missed) == (1, 0)
     assert found.same
     assert found.largest_difference == 0
+    found = same(changed(boxes=(0, worst, 0.3)), threshold=0.9, chooses_queries=False)
+    assert found.largest_difference == pytest.approx(0.3)
+    assert not found.same
     # The same in a detection is a detection missed, from both sides.
     found = same(changed(boxes=(0, best(), 0.3)))
     assert found.detections_missed == 2

@@ -184,6 +184,11 @@ class _Attempt:
         pixels: Tensor = self._processor(images=pictures, return_tensors="pt")["pixel_values"]
         dtype = next(detector.model.parameters()).dtype
         self._pixels = pixels.to(dtype).contiguous()
+        with torch.inference_mode():
+            found = detector.model(pixel_values=self.pixels(1))
+        # Models of two stages tell the scores by which they chose their queries.
+        stages = (getattr(found, name, None) for name in ("enc_outputs_class", "enc_topk_logits"))
+        self._chooses_queries = any(scores is not None for scores in stages)
 
     def pixels(self, batch: int) -> Tensor:
         """The picture, or both."""
@@ -242,7 +247,13 @@ class _Attempt:
             try:
                 with torch.inference_mode():
                     expected, given = self.run(pixels), run(pixels)
-                found[call] = compare(expected, given, detections_of, self._threshold)
+                found[call] = compare(
+                    expected,
+                    given,
+                    detections_of,
+                    self._threshold,
+                    chooses_queries=self._chooses_queries,
+                )
             except Exception as error:
                 raise _NotThisWay(f"{call}: {reason(error)}") from error
             if not found[call].same:

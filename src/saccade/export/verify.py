@@ -51,6 +51,8 @@ def compare(
     found: Sequence[Tensor],
     detections_of: Callable[[Sequence[Tensor]], Detections],
     threshold: float = 0.5,
+    *,
+    chooses_queries: bool = False,
 ) -> Comparison:
     """Compares outputs (logits [B, Q, classes], boxes [B, Q, 4]) of two runs.
 
@@ -59,6 +61,8 @@ def compare(
         found: what the runtime gives.
         detections_of: the model's post-processing, without a threshold.
         threshold: detections with a higher score are compared, and never fewer than the ten best.
+        chooses_queries: the model chooses its queries by score: rows may change places, and a few be
+            those of other queries. Otherwise each row is compared with its own.
 
     Raises:
         ValueError: the outputs have other shapes, or are not finite.
@@ -71,7 +75,11 @@ def compare(
         finite = want.isfinite()
         if not bool((have.isfinite() == finite).all()) or not have[~finite].equal(want[~finite]):
             raise ValueError("an output has other numbers that are not finite than expected")
-    largest, apart = _rows(_joined(expected), _joined(found))
+    wanted_rows, found_rows = _joined(expected), _joined(found)
+    difference, apart = (wanted_rows - found_rows).abs().amax(-1), 0
+    if chooses_queries:
+        difference, apart = _of_partners(wanted_rows, found_rows, difference)
+    largest = float(difference.max()) if difference.numel() else 0.0
     counted, missed = 0, 0
     for wanted, given in zip(detections_of(expected), detections_of(found), strict=True):
         count = max(int((wanted["scores"] > threshold).sum()), BEST)
@@ -86,9 +94,8 @@ def _joined(outputs: Sequence[Tensor]) -> Tensor:
     return torch.cat([output.double().nan_to_num(0.0, 0.0, 0.0) for output in outputs], -1)
 
 
-def _rows(expected: Tensor, found: Tensor) -> tuple[float, int]:
-    """The largest difference, and how many rows are another query's, of [B, Q, numbers]."""
-    difference = (expected - found).abs().amax(-1)
+def _of_partners(expected: Tensor, found: Tensor, difference: Tensor) -> tuple[Tensor, int]:
+    """The differences [B, Q] where rows changed places, and how many rows are another query's."""
     apart = 0
     for image in range(len(expected)):
         rows = (difference[image] > TOLERANCE).nonzero()[:, 0]
@@ -104,7 +111,7 @@ def _rows(expected: Tensor, found: Tensor) -> tuple[float, int]:
         if left <= MOST_APART * expected.shape[1]:
             apart += left
             difference[image, rows[~moved]] = 0.0
-    return float(difference.max()) if difference.numel() else 0.0, apart
+    return difference, apart
 
 
 def _missed(wanted: dict[str, Tensor], found: dict[str, Tensor], count: int) -> int:
