@@ -74,3 +74,25 @@ def test_without_symbolic_sizes_a_model_fixes_its_resolution():
     torch.testing.assert_close(program.module()(large), Lines()(large), rtol=0, atol=0)
     with pytest.raises(torch._dynamo.exc.UserError):
         torch.export.export(Lines(), (small,), dynamic_shapes=(dynamic,))
+
+
+def test_symbolic_sizes_leaves_alone_what_it_would_change():
+    class Lines(torch.nn.Module):
+        def forward(self, feature_map):
+            height = feature_map.shape[2]
+            numbers = torch.tensor([height, 0.5])
+            return torch.linspace(0.5, height - 0.5, steps=height, dtype=torch.float64), numbers
+
+    class Whole(torch.nn.Module):
+        def forward(self, feature_map):
+            height = feature_map.shape[2]
+            return torch.linspace(0.5, height - 0.5, height, dtype=torch.int64)
+
+    small = torch.zeros(1, 1, 8, 6)
+    with symbolic_sizes():
+        program = torch.export.export(
+            Lines(), (small,), dynamic_shapes=({2: torch.export.Dim.AUTO},)
+        )
+        whole = torch.export.export(Whole(), (small,), dynamic_shapes=({2: torch.export.Dim.AUTO},))
+    torch.testing.assert_close(program.module()(small), Lines()(small), rtol=0, atol=0)
+    torch.testing.assert_close(whole.module()(small), Whole()(small), rtol=0, atol=0)

@@ -262,3 +262,43 @@ def test_wrong_names_and_missing_packages_are_said(monkeypatch):
         saccade_onnx.translations()
     with pytest.raises(ModuleNotFoundError, match="pip install onnxruntime onnxruntime-extensions"):
         saccade_onnx.session_options()
+
+
+def test_a_broken_file_does_not_end_the_process(caplog):
+    """An exception that leaves a Python operator would: `terminate`, not to be caught."""
+    pytest.importorskip("onnxruntime_extensions")
+    from onnx import TensorProto, helper
+
+    from saccade.integrations.onnx import plugin
+
+    shapes = {"value": [1, 6, 1, 4], "locations": [1, 2, 1, 1, 3, 2], "weights": [1, 2, 1, 1, 3]}
+    inputs = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, sizes)
+        for name, sizes in shapes.items()
+    ] + [
+        helper.make_tensor_value_info("shapes", TensorProto.INT32, [1, 2]),
+        helper.make_tensor_value_info("starts", TensorProto.INT32, [1]),
+    ]
+    names = ["value", "shapes", "starts", "locations", "weights"]
+    node = helper.make_node(
+        plugin.NAME, names, ["output"], domain=plugin.DOMAIN, **plugin.ATTRIBUTES
+    )
+    output = helper.make_tensor_value_info("output", TensorProto.FLOAT, None)
+    model = helper.make_model(
+        helper.make_graph([node], "broken", inputs, [output]),
+        opset_imports=[helper.make_opsetid("", 18), helper.make_opsetid(plugin.DOMAIN, 1)],
+        ir_version=10,
+    )
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), saccade_onnx.session_options()
+    )
+    given = {name: np.zeros(sizes, np.float32) for name, sizes in shapes.items()}
+    given["starts"] = np.zeros(1, np.int32)
+    good = session.run(None, given | {"shapes": np.array([[2, 3]], np.int32)})
+    assert good[0].shape == (1, 2, 1, 4)
+    for wrong in ([[2, 4]], [[-2, -3]]):
+        found = session.run(None, given | {"shapes": np.array(wrong, np.int32)})
+        assert found[0].size == 0
+        assert "gives nothing" in caplog.text
