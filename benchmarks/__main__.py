@@ -7,19 +7,16 @@ benchmarks/results/whole.json with the machine, the versions and the command.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 from pathlib import Path
 
+from benchmarks.keeping import RESULTS, keep
 from benchmarks.whole import (
     gradients_are_bitwise_equal,
     import_time,
     peak_memory,
     small_calls,
 )
-from saccade.benchmark.timing import machine
-
-RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def main() -> None:
@@ -27,11 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=RESULTS / "whole.json")
     arguments = parser.parse_args()
-    results: dict[str, object] = {
-        "command": "python -m benchmarks",
-        "date": datetime.date.today().isoformat(),
-        "machine": machine(),
-    }
+    results: dict[str, object] = {}
     for name, measure in (
         ("import", import_time),
         ("peak_memory_detr_encoder_forward", peak_memory),
@@ -40,9 +33,7 @@ def main() -> None:
     ):
         results[name] = measure()
         print(f"{name}: {json.dumps(results[name])}", flush=True)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(results, indent=2) + "\n")
-    print(f"written: {arguments.output}")
+    keep(arguments.output, "python -m benchmarks", results)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ benchmarks/results/compile.json.
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
 import json
 import time
@@ -21,9 +20,10 @@ from PIL import Image
 from torch import nn
 
 import saccade
-from benchmarks.onnx import RESULTS, SIZES, encoder, operator, pyramid
+from benchmarks.keeping import RESULTS, keep
+from benchmarks.onnx import SIZES, encoder, operator, pyramid
 from saccade import doctor
-from saccade.benchmark.timing import alternate, machine
+from saccade.benchmark.timing import alternate
 from saccade.vision.detector import Detector
 
 SHAPES = pyramid(SIZES["800 x 1333"])
@@ -107,15 +107,8 @@ def main() -> None:
     for name, make in CASES.items():
         found[name] = measure(*make(), arguments.seconds)
         print(name, json.dumps(found[name]), flush=True)
-    results = {
-        "command": "python -m benchmarks.compile",
-        "date": datetime.date.today().isoformat(),
-        "machine": machine(),
-        "threads": arguments.threads,
-        "cases": found,
-    }
-    arguments.output.write_text(json.dumps(results, indent=2) + "\n")
-    print(f"written: {arguments.output}")
+    results = {"threads": arguments.threads, "cases": found}
+    keep(arguments.output, "python -m benchmarks.compile", results)
 
 
 if __name__ == "__main__":

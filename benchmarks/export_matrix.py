@@ -27,6 +27,7 @@ from benchmarks.export_targets import TARGETS, Target, Tensors
 from saccade.export import formats
 from saccade.export.detectors import reason
 from saccade.integrations.onnx import Lowering
+from saccade.integrations.quiet import quiet_exporters
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "export.md"
 MARKED = re.compile(r"(<!-- matrix -->\n).*?(<!-- end of matrix -->)", flags=re.DOTALL)
@@ -58,7 +59,6 @@ class Work:
     def onnx(self, lowering: Lowering) -> Path:
         """The program as a file."""
         path = self.folder / f"{lowering}.onnx"
-        # The signature of the writer is that of a program, not of the module: names are its own.
         self._once(lowering, lambda: formats.write_onnx(self.program(), path, lowering))
         return path
 
@@ -83,20 +83,20 @@ def _compile(work: Work) -> Callable[..., Any]:
 
 
 def _trace(work: Work) -> Callable[..., Any]:
-    with formats.quiet():
+    with quiet_exporters():
         return torch.jit.trace(work.module, work.inputs("same"), check_trace=False)
 
 
 def _exported(work: Work) -> Callable[..., Any]:
     path = work.folder / "exported.pt2"
     torch.export.save(work.program(), path)
-    return torch.export.load(path).module()
+    return formats.in_program(path)
 
 
 def _aoti(work: Work) -> Callable[..., Any]:
     path = work.folder / "compiled.pt2"
     formats.write(work.program(), path, "aoti", "grid_sample")
-    return torch._inductor.aoti_load_package(str(path))
+    return formats.in_package(path)
 
 
 def _onnxruntime(lowering: Lowering, work: Work) -> Callable[..., Any]:

@@ -7,16 +7,14 @@ forward and for forward with backward, and keeps all in benchmarks/results/floor
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import subprocess
 import tempfile
 from pathlib import Path
 
-from saccade.benchmark.timing import machine
+from benchmarks.keeping import RESULTS, keep
 
 SOURCE = Path(__file__).resolve().parent / "floors.cpp"
-RESULTS = Path(__file__).resolve().parent / "results" / "floors.json"
 # Arithmetic on rows at hand, and traffic with memory, that no kernel can do without. Forward: four rows
 # a point; locations, weights and value read once, the output written. Backward: the rows for the dot
 # products, the sums of the cells; all that and grad_output read once, three gradients written.
@@ -85,20 +83,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=RESULTS / "floors.json")
     arguments = parser.parse_args()
-    results: dict[str, object] = {
-        "command": "python -m benchmarks.floors",
-        "date": datetime.date.today().isoformat(),
-        "machine": machine(),
-        "unit": "milliseconds, the least of the repeats",
-    }
+    results: dict[str, object] = {"unit": "milliseconds, the least of the repeats"}
     for threads in arguments.threads:
         parts = measure(threads, arguments.repeats)
         found = {"parts": parts, "floors": floors(parts)}
         results[f"threads {threads}"] = found
         print(threads, "threads:", json.dumps(found, indent=1))
-    arguments.output.write_text(json.dumps(results, indent=2) + "\n")
+    keep(arguments.output, "python -m benchmarks.floors", results)
 
 
 if __name__ == "__main__":

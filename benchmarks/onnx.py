@@ -8,11 +8,9 @@ medians of turns, printed and kept in benchmarks/results/onnx.json.
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
 import gc
 import importlib
-import json
 import tempfile
 from collections.abc import Callable
 from importlib import metadata
@@ -23,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 import saccade
+from benchmarks.keeping import RESULTS, keep
 from saccade.benchmark.timing import alternate, machine
 from saccade.integrations import onnx as saccade_onnx
 
-RESULTS = Path(__file__).resolve().parent / "results"
 LOWERINGS = ("grid_sample", "gather", "native")
 
 
@@ -201,14 +199,8 @@ def main() -> None:
             found.setdefault(size, {})[name] = case
             print(size, name, case["milliseconds"], case["native_is_faster_than"], flush=True)
     versions = {name: metadata.version(name) for name in ("onnxruntime-extensions", "onnxscript")}
-    results = {
-        "command": "python -m benchmarks.onnx",
-        "date": datetime.date.today().isoformat(),
-        "machine": machine() | versions,
-        "pictures": found,
-    }
-    arguments.output.write_text(json.dumps(results, indent=2) + "\n")
-    print(f"written: {arguments.output}")
+    results = {"machine": machine() | versions, "pictures": found}
+    keep(arguments.output, "python -m benchmarks.onnx", results)
 
 
 if __name__ == "__main__":

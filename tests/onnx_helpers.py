@@ -29,6 +29,21 @@ def flattened(maps):
     return torch.cat([feature_map.flatten(2) for feature_map in maps], 2).transpose(1, 2)
 
 
+def of_points(query, shapes):
+    """What a query says, taken apart: [B, Q, M, P, N], as locations a little outside too, and [B, Q, M, P]."""
+    spatial_dims, points = len(shapes[0]), len(shapes) * POINTS
+    count = HEADS * points * spatial_dims
+    return (
+        query[..., :count].unflatten(-1, (HEADS, points, spatial_dims)),
+        query[..., count : count + HEADS * points].unflatten(-1, (HEADS, points)),
+    )
+
+
+def value_of(maps, options):
+    """[B, S, heads, D], by the option `value_heads`, which the operator does not know."""
+    return flattened(maps).unflatten(-1, (options.pop("value_heads", HEADS), -1))
+
+
 class Plain(nn.Module):
     """Calls of the operator, one for each dict of options; `value_heads` is one of them."""
 
@@ -37,15 +52,11 @@ class Plain(nn.Module):
         self.calls = calls
 
     def forward(self, maps, query, mask):
-        # What a query says, taken apart: locations a little outside the map too, and weights.
         shapes, found = shapes_of(maps), []
-        spatial_dims, points = len(shapes[0]), len(maps) * POINTS
-        count = HEADS * points * spatial_dims
-        locations = query[..., :count].unflatten(-1, (HEADS, points, spatial_dims))
-        weights = query[..., count : count + HEADS * points].unflatten(-1, (HEADS, points))
+        locations, weights = of_points(query, shapes)
         for call in self.calls:
             options = {"num_points": POINTS} | call
-            value = flattened(maps).unflatten(-1, (options.pop("value_heads", HEADS), -1))
+            value = value_of(maps, options)
             if options.pop("masked", False):
                 options["value_padding_mask"] = mask
             at, counted = locations, weights
@@ -70,18 +81,16 @@ class Fused(nn.Module):
 
     def forward(self, maps, query, mask):
         shapes, found = shapes_of(maps), []
-        spatial_dims, points = len(shapes[0]), len(maps) * POINTS
-        count = HEADS * points * spatial_dims
-        offsets = (query[..., :count] * 3).unflatten(-1, (HEADS, points, spatial_dims))
-        logits = query[..., count : count + HEADS * points].unflatten(-1, (HEADS, points))
+        offsets, logits = of_points(query, shapes)
+        offsets = offsets * 3
         for call in self.calls:
             options = {"num_points": POINTS} | call
-            coordinates = spatial_dims * (2 if options.pop("boxes", False) else 1)
+            coordinates = len(shapes[0]) * (2 if options.pop("boxes", False) else 1)
             references = query[..., : options.pop("references", 1) * coordinates]
             references = references.unflatten(-1, (-1, coordinates))
             if options.get("coordinates") == "pixel":
                 references = references * 6
-            value = flattened(maps).unflatten(-1, (options.pop("value_heads", HEADS), -1))
+            value = value_of(maps, options)
             found.append(
                 saccade.fused_deformable_attention(
                     value, shapes, references, offsets, logits, **options

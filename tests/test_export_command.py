@@ -15,6 +15,7 @@ Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("transformers")
 typer_testing = pytest.importorskip("typer.testing")
 
+from export_helpers import corners  # noqa: E402
 from vision_helpers import (  # noqa: E402
     gradient_picture,
     save_random_detector,
@@ -70,9 +71,7 @@ class TinyProcessor:
         found = []
         for logits, boxes in zip(outputs.logits, outputs.pred_boxes, strict=True):
             scores, labels = logits.sigmoid().max(-1)
-            centre, size = boxes.chunk(2, -1)
-            boxes = torch.cat([centre - size / 2, centre + size / 2], -1)
-            found.append({"scores": scores, "labels": labels, "boxes": boxes})
+            found.append({"scores": scores, "labels": labels, "boxes": corners(boxes)})
         return found
 
 

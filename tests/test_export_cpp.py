@@ -56,7 +56,7 @@ def run(*command):
 
 def test_from_python(compiled):
     model, pixels, path = compiled
-    (loaded,) = formats.runtimes(Path(path), "aoti", "grid_sample").values()
+    loaded = formats.in_package(Path(path))
     with torch.no_grad():
         assert_same_detections(loaded(pixels), model(pixels))
         for other in (pixels[:1], torch.cat([pixels, pixels])[:3, :, :, :130].contiguous()):
@@ -112,7 +112,10 @@ def test_cpp_says_what_is_wrong(program, tmp_path):
         (("x", "8", "8"), "BATCH: expected a whole number of at least 1, got x"),
         (("1", "-8", "8"), "HEIGHT: expected a whole number of at least 1, got -8"),
         (("1", "8", "1e3"), "WIDTH: expected a whole number of at least 1, got 1e3"),
-        (("1", "8", "9"), "INPUT.raw: expected 864"),
+        (("1", "8", "9"), "INPUT.raw: expected 864 bytes in"),
+        (("1", "8", "9"), ", got 768\n"),
+        (("1", "8", "8", "xx"), "LEAST_SCORE: expected a number from 0 to 1, got xx"),
+        (("1", "8", "8", "1.5"), "LEAST_SCORE: expected a number from 0 to 1, got 1.5"),
         (("1", "8", "8"), "PACKAGE.pt2: cannot be read"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from export_helpers import corners
 
 from saccade.export.verify import TOLERANCE, box_iou, compare
 
@@ -23,9 +24,8 @@ def detections_of(found):
     for logits, boxes in zip(*found, strict=True):
         scores, labels = logits.sigmoid().max(-1)
         order = scores.argsort(descending=True)
-        corners = torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], -1)
         detections.append(
-            {"scores": scores[order], "labels": labels[order], "boxes": corners[order]}
+            {"scores": scores[order], "labels": labels[order], "boxes": corners(boxes)[order]}
         )
     return detections
 

@@ -12,7 +12,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <iomanip>
 #include <iostream>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -30,13 +32,29 @@ int64_t positive(const char* name, const char* text) {
   return number;
 }
 
+// The whole text as a number from 0 to 1.
+double score(const char* name, const char* text) {
+  char* stopped = nullptr;
+  const double number = std::strtod(text, &stopped);
+  if (stopped == text || *stopped != '\0' || !(number >= 0 && number <= 1)) {
+    throw std::runtime_error(std::string(name) + ": expected a number from 0 to 1, got " + text);
+  }
+  return number;
+}
+
 torch::Tensor read_pixels(const char* path, int64_t batch, int64_t height, int64_t width) {
   std::ifstream file(path, std::ios::binary | std::ios::ate);
+  if (!file) {
+    throw std::runtime_error(std::string("INPUT.raw: cannot be read: ") + path);
+  }
+  // In double, for the product of three large numbers may be beyond int64_t.
   const double expected = 4.0 * 3 * static_cast<double>(batch) * height * width;
-  const auto size = file ? static_cast<double>(file.tellg()) : 0.0;
-  if (!file || size != expected) {
-    throw std::runtime_error(std::string("INPUT.raw: expected ") + std::to_string(expected) + " bytes in " +
-                             path + ", got " + std::to_string(size));
+  const auto size = static_cast<int64_t>(file.tellg());
+  if (static_cast<double>(size) != expected) {
+    std::ostringstream told;
+    told << "INPUT.raw: expected " << std::fixed << std::setprecision(0) << expected << " bytes in " << path
+         << ", got " << size;
+    throw std::runtime_error(told.str());
   }
   torch::Tensor pixels = torch::empty({batch, 3, height, width});
   file.seekg(0);
@@ -54,7 +72,7 @@ void detect(int argc, char** argv) {
   const int64_t batch = positive("BATCH", argv[4]);
   const torch::Tensor pixels =
       read_pixels(argv[3], batch, positive("HEIGHT", argv[5]), positive("WIDTH", argv[6]));
-  const double least_score = argc > 7 ? std::stod(argv[7]) : 0.5;
+  const double least_score = argc > 7 ? score("LEAST_SCORE", argv[7]) : 0.5;
 
   if (!std::ifstream(argv[1])) {
     throw std::runtime_error(std::string("PACKAGE.pt2: cannot be read: ") + argv[1]);

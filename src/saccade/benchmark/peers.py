@@ -6,12 +6,10 @@ where it knows no 16-bit values. What it cannot do it says; nothing is left out 
 
 from __future__ import annotations
 
-import logging
 import math
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from io import BytesIO
 from typing import Any
 
@@ -21,6 +19,7 @@ from torch import Tensor
 import saccade
 from saccade.benchmark.workloads import Inputs, Workload
 from saccade.doctor import installed
+from saccade.integrations.quiet import quiet_exporters
 from saccade.ops import native
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -281,26 +280,12 @@ def _exported(attend: Attend, inputs: Inputs) -> bytes:
             return attend(value, locations, weights)
 
     file = BytesIO()
-    with _quiet_exporter():
+    with quiet_exporters():
         program: Any = torch.onnx.export(
             Graph(), tuple(inputs[:3]), dynamo=True, opset_version=ONNX_OPSET, verbose=False
         )
         program.save(file)
     return file.getvalue()
-
-
-@contextmanager
-def _quiet_exporter() -> Any:
-    """The exporter tells of missing torchvision operators, which no graph here has."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def all_peers() -> dict[str, Peer]:

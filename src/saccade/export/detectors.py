@@ -21,6 +21,7 @@ from saccade.export import formats
 from saccade.export.formats import SUFFIXES, Format, Run
 from saccade.export.verify import Comparison, compare, post_processed
 from saccade.integrations.onnx import Lowering
+from saccade.integrations.quiet import quiet_exporters
 from saccade.integrations.tracing import symbolic_sizes
 from saccade.vision.detector import Detector
 
@@ -28,6 +29,7 @@ from saccade.vision.detector import Detector
 STEP = 32
 EAGER = "eager"
 AXES = {0: "batch", 2: "height", 3: "width"}
+OUTPUT_NAMES = ("logits", "pred_boxes")
 
 
 class ExportError(Exception):
@@ -82,7 +84,8 @@ def export_detector(
     The file takes `pixel_values` [B, 3, H, W], as the detector's processor makes them, and gives
     `logits` [B, Q, classes] and `pred_boxes` [B, Q, 4] (centre x, centre y, width, height; 0 to 1).
     It appears at `path` after everything that can run it here has given the detector's numbers: for
-    the picture, for a batch of two, and for another resolution, as far as these are dynamic.
+    the picture, for a batch of two, and for a smaller and a larger resolution, as far as these are
+    dynamic.
 
     Args:
         detector: what to export, its attention computed by Saccade.
@@ -113,7 +116,6 @@ def export_detector(
     attempt = _Attempt(detector, to, lowering, picture, threshold, tell)
     reasons: list[str] = []
     for axes in ((),) if fixed else ((0, 2, 3), (0,), ()):
-        wanted = " and ".join(AXES[axis] for axis in axes) or "fixed sizes"
         try:
             # Beside the target, so that a file appears there whole or not at all.
             with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saccade-") as folder:
@@ -131,29 +133,31 @@ def export_detector(
                 for part in sorted(Path(folder).iterdir(), key=lambda part: part.name == path.name):
                     part.replace(path.parent / part.name)
         except _NotThisWay as error:
-            reasons.append(f"{wanted}: {error}")
+            reasons.append(f"{_in_words(axes)}: {error}")
             continue
         return Export(
             path,
             tuple(AXES[axis] for axis in axes),
             (pixels.shape[2], pixels.shape[3]),
-            tuple(dict.fromkeys(reasons)),
+            tuple(reasons),
             timings[EAGER].milliseconds,
             {
                 name: Checked(comparisons, timings[name].milliseconds)
                 for name, comparisons in checked.items()
             },
         )
-    told = "\n".join(dict.fromkeys(reasons))
-    raise ExportError(f"{detector.name} could not be exported to {to}; no file was left.\n{told}")
+    told = "\n".join(
+        [f"{detector.name} could not be exported to {to}; no file was left.", *reasons]
+    )
+    raise ExportError(told)
 
 
 class _NotThisWay(Exception):  # noqa: N818
     """An attempt that failed; the message is the reason, in a line."""
 
 
-class _Outputs(nn.Module):
-    """One tensor in, two out, which every runtime takes."""
+class Outputs(nn.Module):
+    """A detector with one tensor in and two out (logits, boxes), which every runtime takes."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -176,7 +180,7 @@ class _Attempt:
         threshold: float,
         tell: Callable[[str], None],
     ) -> None:
-        self.model = _Outputs(detector.model).eval()
+        self.model = Outputs(detector.model).eval()
         self._processor, self._threshold = detector.processor, threshold
         self._to, self._lowering, self._tell = to, lowering, tell
         # Another picture of the same size makes a batch.
@@ -202,13 +206,11 @@ class _Attempt:
     def __call__(
         self, file: Path, axes: tuple[int, ...]
     ) -> tuple[dict[str, dict[str, Comparison]], dict[str, Run]]:
-        sizes = ", ".join(AXES[axis] for axis in axes) or "fixed sizes"
-        self._tell(f"exporting ({sizes})")
+        self._tell(f"exporting ({_in_words(axes)})")
         try:
             program = self._program(axes)
-            self._tell(f"writing {self._to} ({sizes})")
-            names = {"output_names": ["logits", "pred_boxes"]} if self._to == "onnx" else {}
-            formats.write(program, file, self._to, self._lowering, **names)
+            self._tell(f"writing {self._to} ({_in_words(axes)})")
+            formats.write(program, file, self._to, self._lowering, OUTPUT_NAMES)
             runs = formats.runtimes(file, self._to, self._lowering)
         except ModuleNotFoundError:
             raise
@@ -225,7 +227,7 @@ class _Attempt:
             (pixels,),
             dynamic_shapes=(dict.fromkeys(axes, Dim.DYNAMIC),),
         )
-        with torch.no_grad(), symbolic_sizes(), formats.quiet():
+        with torch.no_grad(), symbolic_sizes(), quiet_exporters():
             try:
                 return export(strict=False)
             except Exception as first:
@@ -272,6 +274,10 @@ class _Attempt:
             yield pad(self._pixels[[0, 1, 0]], (0, STEP, 0, 2 * STEP))
 
 
+def _in_words(axes: tuple[int, ...]) -> str:
+    return " and ".join(AXES[axis] for axis in axes) or "fixed sizes"
+
+
 def _smaller(size: int) -> int:
     """A side that is some three quarters as long; the same where that leaves nothing."""
     return min(size, max(STEP, int(0.75 * size / STEP) * STEP))
@@ -280,8 +286,8 @@ def _smaller(size: int) -> int:
 def _told(comparison: Comparison) -> str:
     return (
         f"largest difference {comparison.largest_difference:.2g}, {comparison.rows_apart} of "
-        f"{comparison.rows} rows of another query, {comparison.detections_missed} of "
-        f"{comparison.detections} detections without a counterpart"
+        f"{comparison.rows} rows of another query, {comparison.detections_missed} detections of "
+        "either without a counterpart in the other"
     )
 
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import os
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +15,7 @@ from torch.export import ExportedProgram
 
 from saccade import doctor
 from saccade.integrations.onnx import Lowering, session_options, translations
+from saccade.integrations.quiet import quiet_exporters
 
 Run = Callable[..., tuple[Tensor, ...]]
 """Tensors in, in the order of the program's inputs, tensors out."""
@@ -36,13 +34,21 @@ otherwise it computes wrong numbers from them, or reads beyond them."""
 
 
 def write(
-    program: ExportedProgram, path: Path, to: Format, lowering: Lowering, **options: Any
+    program: ExportedProgram,
+    path: Path,
+    to: Format,
+    lowering: Lowering,
+    output_names: Sequence[str] | None = None,
 ) -> None:
-    """Writes the program, as `to` says; `lowering` and `options` of the export are for onnx alone."""
+    """Writes the program, as `to` says; `lowering` and `output_names` are of onnx alone.
+
+    For torch the program loses its example inputs and the notes on where its lines stand, here too: they
+    would be in the file.
+    """
     if to == "onnx":
-        write_onnx(program, path, lowering, **options)
+        write_onnx(program, path, lowering, output_names)
         return
-    with quiet():
+    with quiet_exporters():
         if to == "torch":
             _forget_where_it_was_made(program)
             torch.export.save(program, path)
@@ -52,9 +58,14 @@ def write(
             )
 
 
-def write_onnx(program: ExportedProgram, path: Path, lowering: Lowering, **options: Any) -> None:
-    """Writes the program as ONNX; `options` are those of `torch.onnx.export`."""
-    with quiet():
+def write_onnx(
+    program: ExportedProgram,
+    path: Path,
+    lowering: Lowering,
+    output_names: Sequence[str] | None = None,
+) -> None:
+    """Writes the program as ONNX; inputs are called as in the program, outputs too if not named here."""
+    with quiet_exporters():
         written: Any = torch.onnx.export(
             program,
             dynamo=True,
@@ -62,7 +73,7 @@ def write_onnx(program: ExportedProgram, path: Path, lowering: Lowering, **optio
             # Its rules give two constants of Deformable DETR's decoder one name (onnxscript 0.7).
             optimize=False,
             custom_translation_table=translations(lowering),
-            **options,
+            output_names=output_names,
         )
         optimizer: Any = importlib.import_module("onnxscript").optimizer
         optimizer.fold_constants(written.model)
@@ -78,8 +89,7 @@ def runtimes(path: Path, to: Format, lowering: Lowering) -> dict[str, Run]:
     if to == "torch":
         return {"torch.export": in_program(path)}
     if to == "aoti":
-        os.environ.setdefault(CHECK_INPUTS, "1")
-        return {"AOTInductor": _tuples(torch._inductor.aoti_load_package(str(path)))}
+        return {"AOTInductor": in_package(path)}
     found = {f"ONNX Runtime {metadata.version('onnxruntime')}": in_onnxruntime(path, lowering)}
     if lowering in ("grid_sample", "gather") and doctor.installed("openvino"):
         found[f"OpenVINO {metadata.version('openvino').rsplit('.', 1)[0]}"] = in_openvino(path)
@@ -90,6 +100,12 @@ def in_program(path: Path) -> Run:
     """The program of torch.export, in torch."""
     program: Any = torch.export.load(path).module()
     return _tuples(program)
+
+
+def in_package(path: Path) -> Run:
+    """The package of AOTInductor, which checks its inputs."""
+    os.environ.setdefault(CHECK_INPUTS, "1")
+    return _tuples(torch._inductor.aoti_load_package(str(path)))
 
 
 def in_onnxruntime(path: Path, lowering: Lowering) -> Run:
@@ -142,19 +158,3 @@ def _tuples(run: Callable[..., Any]) -> Run:
         return (found,) if isinstance(found, Tensor) else tuple(found)
 
     return in_tuples
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the exporters' notes: names of axes, old parts of their own, what is not installed."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

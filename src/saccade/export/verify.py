@@ -32,9 +32,10 @@ class Comparison:
     """Rows that are another query's: scores that are nearly equal change places between runtimes."""
     rows: int
     detections: int
-    """How many were compared."""
+    """How many of the eager run were looked for in the other."""
     detections_missed: int
-    """How many have no counterpart of the same class with an IoU above 0.99."""
+    """How many have no counterpart in the other run (the same class and score, an IoU above 0.99): those
+    of the eager one and those of the run together, so that a changed detection counts twice."""
 
     @property
     def same(self) -> bool:
@@ -65,7 +66,8 @@ def compare(
             those of other queries. Otherwise each row is compared with its own.
 
     Raises:
-        ValueError: the outputs have other shapes, or are not finite.
+        ValueError: the outputs are of another number, have other shapes, or are not finite in other
+            places.
     """
     if len(found) != len(expected):
         raise ValueError(f"expected {len(expected)} outputs, got {len(found)}")

@@ -16,6 +16,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.overrides import TorchFunctionMode
 
 _OF_NUMBERS = (torch.tensor, torch.as_tensor)
+_OF_LINSPACE = ("start", "end", "steps", "out")
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 
 
@@ -48,30 +49,31 @@ class symbolic_sizes(TorchFunctionMode):  # noqa: N801
         plain = kwargs.keys() <= {"dtype", "device"}
         if function in _OF_NUMBERS and plain and len(args) == 1 and _has_symbol(args[0]):
             return _tensor_of(args[0], kwargs.get("dtype") or torch.int64, kwargs.get("device"))
-        if function is torch.linspace and _is_counted(args, kwargs):
-            start, end, *steps = args
-            steps = steps[0] if steps else kwargs["steps"]
+        if function is torch.linspace and (counted := _counted(*args, **kwargs)):
+            start, end, steps = counted
             # One pixel from each to the next, in all models seen. Others stay as they are.
             if statically_known_true(end + (1 - start) == steps):
-                options = {key: value for key, value in kwargs.items() if key != "steps"}
+                options = {key: value for key, value in kwargs.items() if key not in _OF_LINSPACE}
                 # A whole start would make whole numbers of them.
                 dtype = options.pop("dtype", None) or torch.get_default_dtype()
                 return torch.arange(steps, dtype=dtype, **options) + start
         return function(*args, **kwargs)
 
 
-def _is_counted(args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a linspace goes from number to number in as many steps as a symbol says."""
-    numbers = (*args, *(kwargs[key] for key in ("steps",) if key in kwargs))
-    dtype = kwargs.get("dtype")
-    return (
-        len(args) >= 2
-        and len(numbers) == 3
-        and isinstance(numbers[2], torch.SymInt)
-        and all(isinstance(number, _NUMBERS) for number in numbers)
-        and (dtype is None or dtype.is_floating_point)
-        and kwargs.get("out") is None
-    )
+def _counted(
+    start: Any = None,
+    end: Any = None,
+    steps: Any = None,
+    *,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+    **_: Any,
+) -> tuple[Any, Any, Any] | None:
+    """(start, end, steps) of a linspace from number to number in as many steps as a symbol says."""
+    numbers = (start, end, steps)
+    if not isinstance(steps, torch.SymInt) or not all(isinstance(n, _NUMBERS) for n in numbers):
+        return None
+    return numbers if out is None and (dtype is None or dtype.is_floating_point) else None
 
 
 def _numbers(nested: Any) -> Iterator[Any]:
