@@ -115,6 +115,16 @@ def test_a_first_batch_of_two():
     assert graphs_for(module, [on_a_map(batch, 10, 1) for batch in (2, 3, 4)]) == [1, 1, 1]
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_an_error_says_what_came(dynamic):
+    """Also where sizes are symbols, which the compiler makes no text of but by a format."""
+    value, shapes, locations, weights = plain(2, 10, 1)
+    torch.compiler.reset()
+    compiled = torch.compile(saccade.deformable_attention, dynamic=dynamic, backend="eager")
+    with pytest.raises(ValueError, match=r"attention_weights: expected \[2, 10, .*got \[2, 9, "):
+        compiled(value, shapes, locations, weights[:, :9])
+
+
 def test_a_patched_layer_whose_graph_breaks_and_its_unpatched_twin():
     """What is compiled for one patched layer runs with that layer's names, in no other."""
     model = DETECTORS["rt-detr-v2"].build(small=True)

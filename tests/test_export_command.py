@@ -45,15 +45,17 @@ def detector(folder):
 class TinyModel(torch.nn.Module):
     """Logits and boxes of the 64 cells of a picture: exported in a second, with the same contract."""
 
-    def __init__(self, fixed_size=None):
+    def __init__(self, fixed_size=None, fewer_rows_differ=0):
         super().__init__()
         torch.manual_seed(0)
         self.layer = torch.nn.Conv2d(3, 9, 3, padding=1)
-        self.fixed_size = fixed_size
+        self.fixed_size, self.fewer_rows_differ = fixed_size, fewer_rows_differ
 
     def forward(self, pixel_values):
         if self.fixed_size is not None:
             pixel_values = pixel_values + torch.zeros(self.fixed_size)
+        if pixel_values.shape[2] < self.fewer_rows_differ:
+            pixel_values = -pixel_values
         cells = torch.nn.functional.adaptive_avg_pool2d(self.layer(pixel_values), 8)
         rows = cells.flatten(2).transpose(1, 2)
         logits, boxes = 50 * rows[..., :5], rows[..., 5:].sigmoid()
@@ -120,6 +122,14 @@ def test_fixed(tmp_path):
     program = torch.export.load(done.path).module()
     with pytest.raises((RuntimeError, AssertionError)):
         program(torch.randn(2, 3, 64, 96))
+
+
+def test_the_smallest_picture(tmp_path):
+    done = export(tiny(fewer_rows_differ=24), tmp_path / "tiny.pt2")
+    assert done.dynamic == ("batch", "height", "width")
+    assert done.least_size[0] == 24
+    done = export(tiny(fewer_rows_differ=24), tmp_path / "tiny.pt2", fixed=True)
+    assert done.least_size == done.size == (64, 96)
 
 
 def test_a_model_whose_code_fixes_the_resolution(tmp_path):
@@ -218,6 +228,7 @@ def test_the_command(invoke, folder, tmp_path, lowering):
     assert result.exit_code == 0, result.output
     assert f"Written: {path}" in result.output
     assert "pixel_values [batch, 3, height, width]" in result.output
+    assert "pictures of at least " in result.output
     assert f"ONNX Runtime {onnxruntime.__version__}" in result.output
     assert "all the same" in result.output
     assert "Verified: batch 1, 128 x 192; batch 2, 128 x 192; batch 2, 96 x 128" in result.output
@@ -225,6 +236,8 @@ def test_the_command(invoke, folder, tmp_path, lowering):
     assert_tells_nothing_of_this_machine(path.read_bytes())
     session = onnxruntime.InferenceSession(path, session_options())
     assert [node.name for node in session.get_outputs()] == ["logits", "pred_boxes"]
+    assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
+    assert [node.shape[0] for node in session.get_outputs()] == ["batch", "batch"]
     assert list(tmp_path.glob("*.onnx*")) == [path]
 
 
@@ -250,6 +263,7 @@ def test_the_command_without_a_picture_takes_the_scene(invoke, tmp_path, monkeyp
         (["no-such-folder"], 2, "neither a folder nor the id of a model"),
         (["--picture", "no-such.png"], 2, "no-such.png there is no such file"),
         (["--out", "."], 2, "--out: expected a file, got the folder ."),
+        (["--to", "aoti", "--lowering", "gather"], 2, "--lowering: expected with --to onnx alone"),
         (["--to", "torch", "--out", "model.onnx"], 1, "ends with .pt2"),
         (["--to", "onnx", "--out", "model.pt2"], 1, "ends with .onnx"),
     ],

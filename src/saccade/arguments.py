@@ -271,14 +271,18 @@ def _check_queries(
     if len(queries) != value.shape[0]:
         raise ValueError(
             f"queries_per_map: expected {value.shape[0]} numbers, one for each map of value "
-            f"{shape_of(value)}, got {queries}"
+            f"{shape_of(value)}, got {len(queries)}"
         )
     total = locations.shape[0]
     if torch.compiler.is_compiling():
-        # Numbers read from a tensor are not known yet: the program checks them when it runs.
+        # Numbers read from a tensor are not known yet: the program checks them when it runs. What torch
+        # prints then can hold no numbers.
         for number in queries:
-            torch._check(number >= 0, lambda: "queries_per_map: expected at least 0")
-        torch._check(sum(queries) == total, lambda: "queries_per_map: expected all queries")
+            torch._check(number >= 0, lambda: "queries_per_map: expected at least 0, got less")
+        torch._check(
+            sum(queries) == total,
+            lambda: "queries_per_map: expected the number of all queries as their sum, got another",
+        )
     elif any(number < 0 for number in queries) or sum(queries) != total:
         raise ValueError(
             f"queries_per_map: expected numbers of at least 0 that sum to {total}, the number of "

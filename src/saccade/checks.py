@@ -257,7 +257,7 @@ def check_shape(name: str, tensor: Tensor, expected: Sequence[int | None], hint:
         want is None or have == want for have, want in zip(tensor.shape, expected, strict=True)
     )
     if not matches:
-        wanted = ", ".join("any" if want is None else str(want) for want in expected)
+        wanted = ", ".join("any" if want is None else f"{want}" for want in expected)
         raise ValueError(f"{name}: expected [{wanted}], got {shape_of(tensor)}{hint}")
 
 
@@ -289,4 +289,5 @@ def compute_dtype(value: Tensor) -> torch.dtype:
 
 def shape_of(tensor: Tensor) -> str:
     """For messages."""
-    return str(list(tensor.shape))
+    # The compiler of torch follows a format, and no str() of sizes that are symbols.
+    return f"[{', '.join([f'{size}' for size in tensor.shape])}]"

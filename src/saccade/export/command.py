@@ -39,12 +39,13 @@ def export(
         ),
     ] = "onnx",
     lowering: Annotated[
-        Lowering,
+        Lowering | None,
         typer.Option(
             help="How ONNX expresses the operator. grid_sample and gather: in standard ONNX; plugin: "
-            "TensorRT's node; native: Saccade's kernel in ONNX Runtime."
+            "TensorRT's node; native: Saccade's kernel in ONNX Runtime.",
+            show_default="grid_sample",
         ),
-    ] = "grid_sample",
+    ] = None,
     path: Annotated[
         Path | None,
         typer.Option("--out", help="The file; otherwise MODEL.onnx or MODEL.pt2, here."),
@@ -87,6 +88,9 @@ def export(
 
     if threads is not None:
         torch.set_num_threads(threads)
+    if lowering is not None and to != "onnx":
+        fail(f"--lowering: expected with --to onnx alone, got it with --to {to}")
+    lowering = lowering or "grid_sample"
     if path is not None and path.is_dir():
         fail(f"--out: expected a file, got the folder {path}")
     try:
@@ -131,7 +135,7 @@ def _print(done: Export, to: Format, lowering: Lowering) -> None:
     out.print(
         f"  takes  pixel_values [{batch}, 3, {height}, {width}], as the image processor makes them\n"
         f"  gives  logits [{batch}, queries, classes], pred_boxes [{batch}, queries, 4] "
-        "(centre x, y, width, height; 0 to 1)\n",
+        f"(centre x, y, width, height; 0 to 1){_least(done)}\n",
         markup=False, soft_wrap=True,
     )  # fmt: skip
     table = Table(
@@ -155,6 +159,14 @@ def _print(done: Export, to: Format, lowering: Lowering) -> None:
         out.print(f"Not dynamic: {note}", markup=False, soft_wrap=True)
     for note in _notes(to, lowering, done.path):
         out.print(note, markup=False, soft_wrap=True)
+
+
+def _least(done: Export) -> str:
+    """The smallest picture, where its size may change."""
+    if "height" not in done.dynamic:
+        return ""
+    height, width = done.least_size
+    return f"\n  for    pictures of at least {height} x {width}"
 
 
 def _apart(checked: Checked) -> str:

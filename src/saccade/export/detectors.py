@@ -60,6 +60,8 @@ class Export:
     """The sizes that may change: "batch", "height", "width"."""
     size: tuple[int, int]
     """(height, width) of the pixels it was exported with."""
+    least_size: tuple[int, int]
+    """(height, width) of the smallest pixels: with smaller ones the model's own code goes another way."""
     fixed_because: tuple[str, ...]
     """Why more sizes could not be dynamic, one line for each attempt."""
     eager_milliseconds: float
@@ -120,7 +122,7 @@ def export_detector(
             # Beside the target, so that a file appears there whole or not at all.
             with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saccade-") as folder:
                 file = Path(folder) / path.name
-                checked, runs = attempt(file, axes)
+                checked, runs, least_size = attempt(file, axes)
                 tell("measuring")
                 pixels = attempt.pixels(1)
                 calls: dict[str, Run] = {
@@ -139,6 +141,7 @@ def export_detector(
             path,
             tuple(AXES[axis] for axis in axes),
             (pixels.shape[2], pixels.shape[3]),
+            least_size,
             tuple(reasons),
             timings[EAGER].milliseconds,
             {
@@ -205,19 +208,21 @@ class _Attempt:
 
     def __call__(
         self, file: Path, axes: tuple[int, ...]
-    ) -> tuple[dict[str, dict[str, Comparison]], dict[str, Run]]:
+    ) -> tuple[dict[str, dict[str, Comparison]], dict[str, Run], tuple[int, int]]:
         self._tell(f"exporting ({_in_words(axes)})")
         try:
             program = self._program(axes)
             self._tell(f"writing {self._to} ({_in_words(axes)})")
-            formats.write(program, file, self._to, self._lowering, OUTPUT_NAMES)
+            names = {axis: AXES[axis] for axis in axes}
+            formats.write(program, file, self._to, self._lowering, OUTPUT_NAMES, [names])
             runs = formats.runtimes(file, self._to, self._lowering)
         except ModuleNotFoundError:
             raise
         except Exception as error:  # whatever others' code and exporters raise
             raise _NotThisWay(reason(error)) from error
         self._tell("verifying")
-        return {name: self._compared(run, axes) for name, run in runs.items()}, runs
+        checked = {name: self._compared(run, axes) for name, run in runs.items()}
+        return checked, runs, _least_size(program)
 
     def _program(self, axes: tuple[int, ...]) -> ExportedProgram:
         pixels = self.pixels(2 if 0 in axes else 1)
@@ -272,6 +277,18 @@ class _Attempt:
             yield smaller.contiguous()
             # Three pictures that are higher and wider.
             yield pad(self._pixels[[0, 1, 0]], (0, STEP, 0, 2 * STEP))
+
+
+def _least_size(program: ExportedProgram) -> tuple[int, int]:
+    """(height, width) that a program's only input has at least, as torch.export found."""
+    (name,) = program.graph_signature.user_inputs
+    (given,) = (node for node in program.graph.nodes if node.name == name)
+    limits = program.range_constraints
+    height, width = (
+        int(limits[size.node.expr].lower) if isinstance(size, torch.SymInt) else size
+        for size in given.meta["val"].shape[2:]
+    )
+    return height, width
 
 
 def _in_words(axes: tuple[int, ...]) -> str:

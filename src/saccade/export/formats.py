@@ -39,14 +39,15 @@ def write(
     to: Format,
     lowering: Lowering,
     output_names: Sequence[str] | None = None,
+    axes: Sequence[dict[int, str]] | None = None,
 ) -> None:
-    """Writes the program, as `to` says; `lowering` and `output_names` are of onnx alone.
+    """Writes the program, as `to` says; `lowering`, `output_names` and `axes` are of onnx alone.
 
     For torch the program loses its example inputs and the notes on where its lines stand, here too: they
     would be in the file.
     """
     if to == "onnx":
-        write_onnx(program, path, lowering, output_names)
+        write_onnx(program, path, lowering, output_names, axes)
         return
     with quiet_exporters():
         if to == "torch":
@@ -63,8 +64,17 @@ def write_onnx(
     path: Path,
     lowering: Lowering,
     output_names: Sequence[str] | None = None,
+    axes: Sequence[dict[int, str]] | None = None,
 ) -> None:
-    """Writes the program as ONNX; inputs are called as in the program, outputs too if not named here."""
+    """Writes the program as ONNX.
+
+    Args:
+        program: of `torch.export.export`.
+        path: the file.
+        lowering: how the operator is expressed; see `saccade.integrations.onnx.translations`.
+        output_names: otherwise as in the program, as the inputs' are.
+        axes: the names of the dynamic axes of each input; otherwise those of the program's symbols.
+    """
     with quiet_exporters():
         written: Any = torch.onnx.export(
             program,
@@ -74,6 +84,7 @@ def write_onnx(
             optimize=False,
             custom_translation_table=translations(lowering),
             output_names=output_names,
+            dynamic_shapes=None if axes is None else tuple(axes),
         )
         optimizer: Any = importlib.import_module("onnxscript").optimizer
         optimizer.fold_constants(written.model)
