@@ -1,4 +1,4 @@
-"""Where the benchmarks of this folder leave what they found."""
+"""Where benchmarks leave what they found."""
 
 from __future__ import annotations
 

@@ -12,11 +12,11 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from benchmarks.keeping import RESULTS
 from saccade.benchmark.operator import Figure, Setting
 from saccade.benchmark.report import Results, milliseconds, read, times
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ("README.md", "docs/performance.md", "docs/gpu.md", "docs/integrations.md")
 MARKED = re.compile(
     r"(<!-- figures: (?P<name>\w+) -->\n).*?(<!-- end of figures -->)", flags=re.DOTALL

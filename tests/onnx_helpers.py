@@ -39,9 +39,9 @@ def of_points(query, shapes):
     )
 
 
-def value_of(maps, options):
-    """[B, S, heads, D], by the option `value_heads`, which the operator does not know."""
-    return flattened(maps).unflatten(-1, (options.pop("value_heads", HEADS), -1))
+def value_of(maps, heads):
+    """[B, S, heads, D]."""
+    return flattened(maps).unflatten(-1, (heads, -1))
 
 
 class Plain(nn.Module):
@@ -56,7 +56,7 @@ class Plain(nn.Module):
         locations, weights = of_points(query, shapes)
         for call in self.calls:
             options = {"num_points": POINTS} | call
-            value = value_of(maps, options)
+            value = value_of(maps, options.pop("value_heads", HEADS))
             if options.pop("masked", False):
                 options["value_padding_mask"] = mask
             at, counted = locations, weights
@@ -90,7 +90,7 @@ class Fused(nn.Module):
             references = references.unflatten(-1, (-1, coordinates))
             if options.get("coordinates") == "pixel":
                 references = references * 6
-            value = value_of(maps, options)
+            value = value_of(maps, options.pop("value_heads", HEADS))
             found.append(
                 saccade.fused_deformable_attention(
                     value, shapes, references, offsets, logits, **options

@@ -228,7 +228,6 @@ def test_the_command(invoke, folder, tmp_path, lowering):
     assert result.exit_code == 0, result.output
     assert f"Written: {path}" in result.output
     assert "pixel_values [batch, 3, height, width]" in result.output
-    assert "pictures of at least " in result.output
     assert f"ONNX Runtime {onnxruntime.__version__}" in result.output
     assert "all the same" in result.output
     assert "Verified: batch 1, 128 x 192; batch 2, 128 x 192; batch 2, 96 x 128" in result.output
@@ -239,6 +238,15 @@ def test_the_command(invoke, folder, tmp_path, lowering):
     assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
     assert [node.shape[0] for node in session.get_outputs()] == ["batch", "batch"]
     assert list(tmp_path.glob("*.onnx*")) == [path]
+
+
+def test_the_command_tells_the_smallest_picture_of_a_program(invoke, tmp_path, monkeypatch):
+    monkeypatch.setattr(Detector, "load", lambda model: tiny(fewer_rows_differ=24))
+    result = invoke("--to", "torch", "--out", tmp_path / "tiny.pt2", "--seconds", 0)
+    assert result.exit_code == 0, result.output
+    assert "pictures of at least 24 x " in result.output
+    with pytest.raises(RuntimeError, match="24"):
+        torch.export.load(tmp_path / "tiny.pt2").module()(torch.zeros(2, 3, 23, 96))
 
 
 def test_the_command_without_a_picture_takes_the_scene(invoke, tmp_path, monkeypatch):

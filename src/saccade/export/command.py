@@ -41,9 +41,9 @@ def export(
     lowering: Annotated[
         Lowering | None,
         typer.Option(
-            help="How ONNX expresses the operator. grid_sample and gather: in standard ONNX; plugin: "
-            "TensorRT's node; native: Saccade's kernel in ONNX Runtime.",
-            show_default="grid_sample",
+            help="How ONNX expresses the operator. grid_sample (the default) and gather: in standard "
+            "ONNX; plugin: TensorRT's node; native: Saccade's kernel in ONNX Runtime.",
+            show_default=False,
         ),
     ] = None,
     path: Annotated[
@@ -81,6 +81,8 @@ def export(
     Exit code: 0 written and verified; 1 the model cannot be exported so, or the file gave other
     numbers, and there is no file; 2 wrong usage, no model or no picture.
     """
+    if lowering is not None and to != "onnx":
+        fail(f"--lowering: expected with --to onnx alone, got it with --to {to}")
     need("export", "export" if to == "onnx" else "detect")
     from saccade.export.detectors import ExportError, export_detector
     from saccade.vision.detector import Detector, ModelError
@@ -88,8 +90,6 @@ def export(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    if lowering is not None and to != "onnx":
-        fail(f"--lowering: expected with --to onnx alone, got it with --to {to}")
     lowering = lowering or "grid_sample"
     if path is not None and path.is_dir():
         fail(f"--out: expected a file, got the folder {path}")
@@ -135,7 +135,7 @@ def _print(done: Export, to: Format, lowering: Lowering) -> None:
     out.print(
         f"  takes  pixel_values [{batch}, 3, {height}, {width}], as the image processor makes them\n"
         f"  gives  logits [{batch}, queries, classes], pred_boxes [{batch}, queries, 4] "
-        f"(centre x, y, width, height; 0 to 1){_least(done)}\n",
+        f"(centre x, y, width, height; 0 to 1){_least(done, to)}\n",
         markup=False, soft_wrap=True,
     )  # fmt: skip
     table = Table(
@@ -161,12 +161,12 @@ def _print(done: Export, to: Format, lowering: Lowering) -> None:
         out.print(note, markup=False, soft_wrap=True)
 
 
-def _least(done: Export) -> str:
-    """The smallest picture, where its size may change."""
-    if "height" not in done.dynamic:
+def _least(done: Export, to: Format) -> str:
+    """The smallest picture, where its size may change and what runs the file asks for it."""
+    if to != "torch" or "height" not in done.dynamic:
         return ""
     height, width = done.least_size
-    return f"\n  for    pictures of at least {height} x {width}"
+    return f"\n  for    pictures of at least {height} x {width}; it refuses smaller ones"
 
 
 def _apart(checked: Checked) -> str:

@@ -61,7 +61,8 @@ class Export:
     size: tuple[int, int]
     """(height, width) of the pixels it was exported with."""
     least_size: tuple[int, int]
-    """(height, width) of the smallest pixels: with smaller ones the model's own code goes another way."""
+    """The lowest (height, width) that torch.export found: below, the model's code would go another way.
+    The model may ask for more, for multiples of a number for example."""
     fixed_because: tuple[str, ...]
     """Why more sizes could not be dynamic, one line for each attempt."""
     eager_milliseconds: float
@@ -94,7 +95,7 @@ def export_detector(
         to: "onnx"; "aoti", a package compiled by AOTInductor; "torch", a program of torch.export.
         path: where the file goes; what is there is replaced.
         picture: RGB; what the file is verified with.
-        lowering: how ONNX expresses the operator; see `saccade.integrations.onnx.translations`.
+        lowering: of onnx alone, how it expresses the operator; see `saccade.integrations.onnx.translations`.
         fixed: for one picture of this one size; otherwise batch and resolution are dynamic as far
             as the detector's own code allows.
         threshold: detections with a higher score are compared, and never fewer than the ten best.
@@ -212,6 +213,7 @@ class _Attempt:
         self._tell(f"exporting ({_in_words(axes)})")
         try:
             program = self._program(axes)
+            least_size = _least_size(program)
             self._tell(f"writing {self._to} ({_in_words(axes)})")
             names = {axis: AXES[axis] for axis in axes}
             formats.write(program, file, self._to, self._lowering, OUTPUT_NAMES, [names])
@@ -222,7 +224,7 @@ class _Attempt:
             raise _NotThisWay(reason(error)) from error
         self._tell("verifying")
         checked = {name: self._compared(run, axes) for name, run in runs.items()}
-        return checked, runs, _least_size(program)
+        return checked, runs, least_size
 
     def _program(self, axes: tuple[int, ...]) -> ExportedProgram:
         pixels = self.pixels(2 if 0 in axes else 1)

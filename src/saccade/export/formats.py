@@ -29,8 +29,8 @@ AOTI_OPTIONS: dict[str, Any] = {
     "aot_inductor.check_lowerbound": False,
 }
 CHECK_INPUTS = "AOTI_RUNTIME_CHECK_INPUTS"
-"""Set to 1 in the environment before the first run, a package refuses inputs it was not compiled for;
-otherwise it computes wrong numbers from them, or reads beyond them."""
+"""Set to 1 in the environment before the first run, a package refuses inputs of other dtypes and sizes than
+it was compiled for; otherwise it computes wrong numbers from them, or reads beyond them."""
 
 
 def write(
