@@ -52,8 +52,8 @@ torch::Tensor read_pixels(const char* path, int64_t batch, int64_t height, int64
   const auto size = static_cast<int64_t>(file.tellg());
   if (static_cast<double>(size) != expected) {
     std::ostringstream told;
-    told << "INPUT.raw: expected " << std::fixed << std::setprecision(0) << expected << " bytes in " << path
-         << ", got " << size;
+    told << "INPUT.raw: expected " << std::fixed << std::setprecision(0) << expected << " bytes, got " << size
+         << " in " << path;
     throw std::runtime_error(told.str());
   }
   torch::Tensor pixels = torch::empty({batch, 3, height, width});
