@@ -24,15 +24,15 @@ from saccade.checks import (
     Padding,
     SpatialShapes,
     apply_value_padding_mask,
-    as_ints,
+    to_ints,
     check_border_height,
     check_floating,
     check_option,
     check_shape,
-    shape_of,
-    understand_num_points,
-    understand_reference_index,
-    understand_spatial_shapes,
+    format_shape,
+    parse_num_points,
+    parse_reference_index,
+    parse_spatial_shapes,
 )
 
 
@@ -233,19 +233,19 @@ def _check(
     if value.dim() != 4:
         raise ValueError(
             "value: expected 4 axes [batch, positions, heads or 1, head_dim], "
-            f"got {value.dim()} axes {shape_of(value)}"
+            f"got {value.dim()} axes {format_shape(value)}"
         )
-    shapes = understand_spatial_shapes(options.spatial_shapes)
+    shapes = parse_spatial_shapes(options.spatial_shapes)
     check_border_height(options.padding, options.interpolation, len(shapes[0]))
     num_positions, head_dim = value.shape[1], value.shape[3]
     expected_positions = sum(math.prod(shape) for shape in shapes)
     if num_positions != expected_positions:
         raise ValueError(
             f"spatial_shapes: expected shapes whose products sum to {num_positions}, the number of "
-            f"positions of value {shape_of(value)}, got {shapes} which sum to {expected_positions}"
+            f"positions of value {format_shape(value)}, got {shapes} which sum to {expected_positions}"
         )
     if head_dim < 1:
-        raise ValueError(f"value: expected a head_dim of at least 1, got {shape_of(value)}")
+        raise ValueError(f"value: expected a head_dim of at least 1, got {format_shape(value)}")
     (name, locations), weights = list(tensors.items())[1:3]
     levels = _check_points(name, locations, value, shapes, options)
     queries = _check_queries(name, locations, value, options.queries_per_map)
@@ -253,7 +253,7 @@ def _check(
     index: list[int] = []
     if "reference_points" in tensors:
         leading = locations.shape[: 2 if queries is None else 1]
-        index = understand_reference_index(
+        index = parse_reference_index(
             tensors["reference_points"], leading, levels, reference_index, len(shapes[0])
         )
     return Sizes(
@@ -267,11 +267,11 @@ def _check_queries(
     """The number of queries of each map, where each has its own."""
     if queries_per_map is None:
         return None
-    queries = as_ints("queries_per_map", queries_per_map)
+    queries = to_ints("queries_per_map", queries_per_map)
     if len(queries) != value.shape[0]:
         raise ValueError(
             f"queries_per_map: expected {value.shape[0]} numbers, one for each map of value "
-            f"{shape_of(value)}, got {len(queries)}"
+            f"{format_shape(value)}, got {len(queries)}"
         )
     total = locations.shape[0]
     if torch.compiler.is_compiling():
@@ -286,7 +286,7 @@ def _check_queries(
     elif any(number < 0 for number in queries) or sum(queries) != total:
         raise ValueError(
             f"queries_per_map: expected numbers of at least 0 that sum to {total}, the number of "
-            f"queries of {name} {shape_of(locations)}, got {queries}"
+            f"queries of {name} {format_shape(locations)}, got {queries}"
         )
     return queries
 
@@ -305,22 +305,22 @@ def _check_points(
     axes = "queries" if ragged else "batch, queries"
     if locations.dim() == len(queries) + 4:
         points = locations.shape[-2]
-        levels = understand_num_points(options.num_points, num_levels, points)
+        levels = parse_num_points(options.num_points, num_levels, points)
         expected = [*queries, None, num_levels, points, spatial_dims]
         if levels != [points] * num_levels:
             raise ValueError(
                 f"num_points: expected {points} for each level, the last axis but one of {name} "
-                f"{shape_of(locations)}, got {levels}; different numbers of points need flat "
+                f"{format_shape(locations)}, got {levels}; different numbers of points need flat "
                 f"{name} [{axes}, heads, sum(num_points), spatial_dims]"
             )
     elif locations.dim() == len(queries) + 3:
-        levels = understand_num_points(options.num_points, num_levels, flat_name=name)
+        levels = parse_num_points(options.num_points, num_levels, flat_name=name)
         expected = [*queries, None, sum(levels), spatial_dims]
     else:
         raise ValueError(
             f"{name}: expected {len(queries) + 4} axes [{axes}, heads, levels, points, "
             f"{spatial_dims}] or {len(queries) + 3} axes with the points flat, "
-            f"got {shape_of(locations)}"
+            f"got {format_shape(locations)}"
         )
     hint = ""
     if locations.shape[-1] != spatial_dims:
@@ -330,10 +330,10 @@ def _check_points(
     check_shape(name, locations, expected, hint)
     num_heads, value_heads = locations.shape[len(queries)], value.shape[2]
     if num_heads < 1:
-        raise ValueError(f"{name}: expected at least 1 head, got {shape_of(locations)}")
+        raise ValueError(f"{name}: expected at least 1 head, got {format_shape(locations)}")
     if value_heads != num_heads and value_heads != 1:
         raise ValueError(
-            f"value: expected {num_heads} heads as in {name} {shape_of(locations)} "
-            f"or 1 head that all of them share, got {value_heads} in {shape_of(value)}"
+            f"value: expected {num_heads} heads as in {name} {format_shape(locations)} "
+            f"or 1 head that all of them share, got {value_heads} in {format_shape(value)}"
         )
     return levels

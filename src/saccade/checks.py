@@ -23,13 +23,13 @@ VALUE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 SPATIAL_DIMS = (1, 2, 3)
 
 # Of one level: the kernels keep a position's number within its level in 32 bits.
-MOST_POSITIONS = 2**31 - 1
+MAX_POSITIONS = 2**31 - 1
 
 # Of a query: they keep the place of a coordinate among those of all in 32 bits.
-MOST_REFERENCES = (2**31 - 1) // 6
+MAX_REFERENCES = (2**31 - 1) // 6
 
 
-def understand_spatial_shapes(spatial_shapes: SpatialShapes) -> list[tuple[int, ...]]:
+def parse_spatial_shapes(spatial_shapes: SpatialShapes) -> list[tuple[int, ...]]:
     """One tuple of positive ints a level, from a sequence of them or an integer tensor [L, N].
 
     All have the same length, the number of dimensions N: `(width,)`, `(height, width)` or
@@ -40,7 +40,7 @@ def understand_spatial_shapes(spatial_shapes: SpatialShapes) -> list[tuple[int, 
     # A tensor is read back to the host here: on a GPU that is a synchronisation, a sequence is not.
     rows = spatial_shapes.tolist() if isinstance(spatial_shapes, Tensor) else spatial_shapes
     try:
-        shapes = [tuple(as_int(size) for size in row) for row in rows]
+        shapes = [tuple(to_int(size) for size in row) for row in rows]
     except TypeError as error:
         raise TypeError(
             "spatial_shapes: expected a sequence of tuples of int, (width,), (height, width) or "
@@ -57,9 +57,9 @@ def understand_spatial_shapes(spatial_shapes: SpatialShapes) -> list[tuple[int, 
             )
         if any(size < 1 for size in shape):
             raise ValueError(f"spatial_shapes: expected positive sizes, got {shape} in {shapes}")
-        if math.prod(shape) > MOST_POSITIONS:
+        if math.prod(shape) > MAX_POSITIONS:
             raise ValueError(
-                f"spatial_shapes: expected at most {MOST_POSITIONS} positions a level, got {shape}"
+                f"spatial_shapes: expected at most {MAX_POSITIONS} positions a level, got {shape}"
             )
     return shapes
 
@@ -79,7 +79,7 @@ def apply_value_padding_mask(value: Tensor, value_padding_mask: Tensor) -> Tenso
     if value_padding_mask.shape != value.shape[:2]:
         raise ValueError(
             f"value_padding_mask: expected {list(value.shape[:2])} (batch, positions), "
-            f"got {shape_of(value_padding_mask)}"
+            f"got {format_shape(value_padding_mask)}"
         )
     return value.masked_fill(
         value_padding_mask.reshape(value_padding_mask.shape + (1,) * (value.dim() - 2)), 0
@@ -110,7 +110,7 @@ def check_border_height(padding: str, interpolation: str, spatial_dims: int) -> 
         )
 
 
-def understand_num_points(
+def parse_num_points(
     num_points: int | Sequence[int] | None,
     num_levels: int,
     per_level: int | None = None,
@@ -130,7 +130,7 @@ def understand_num_points(
         num_points = per_level
     expected = "an int or a sequence of int"
     levels = (
-        as_ints("num_points", num_points, expected)
+        to_ints("num_points", num_points, expected)
         if isinstance(num_points, Sequence)
         else [_int_of("num_points", num_points, expected)] * num_levels
     )
@@ -143,7 +143,7 @@ def understand_num_points(
     return levels
 
 
-def understand_reference_index(
+def parse_reference_index(
     reference_points: Tensor,
     leading: Sequence[int],
     num_points: Sequence[int],
@@ -176,14 +176,14 @@ def understand_reference_index(
             f"reference_points: expected [{''.join(f'{size}, ' for size in leading)}{numbers}, "
             f"{spatial_dims} or {2 * spatial_dims}], got {sizes}{hint}"
         )
-    if count > MOST_REFERENCES:
+    if count > MAX_REFERENCES:
         raise ValueError(
-            f"reference_points: expected at most {MOST_REFERENCES} for each query, got {sizes}"
+            f"reference_points: expected at most {MAX_REFERENCES} for each query, got {sizes}"
         )
     if reference_index is None:
         levels = [level for level, points in enumerate(num_points) for _ in range(points)]
         return levels if count > 1 else [0] * len(levels)
-    index = as_ints("reference_index", reference_index)
+    index = to_ints("reference_index", reference_index)
     if len(index) != sum(num_points) or not all(0 <= number < count for number in index):
         raise ValueError(
             f"reference_index: expected {sum(num_points)} numbers, one for each point, from 0 to "
@@ -192,7 +192,7 @@ def understand_reference_index(
     return index
 
 
-def as_ints(
+def to_ints(
     name: str, numbers: Sequence[int] | Tensor, expected: str = "a sequence of int"
 ) -> list[int]:
     """The numbers as ints; a TypeError that names them if one is not. A tensor is read back."""
@@ -210,13 +210,13 @@ def as_ints(
 
 def _int_of(name: str, number: object, expected: str, given: object = None) -> int:
     try:
-        return as_int(number)  # type: ignore[arg-type]
+        return to_int(number)  # type: ignore[arg-type]
     except TypeError as error:
         got = number if given is None else given
         raise TypeError(f"{name}: expected {expected}, got {got!r}") from error
 
 
-def positive_int(name: str, number: object) -> int:
+def to_positive_int(name: str, number: object) -> int:
     """The number as an int; a TypeError or ValueError that names it unless it is at least 1."""
     found = _int_of(name, number, "an int")
     if found < 1:
@@ -224,7 +224,7 @@ def positive_int(name: str, number: object) -> int:
     return found
 
 
-def as_int(number: int) -> int:
+def to_int(number: int) -> int:
     """A TypeError unless the number is whole and no bool."""
     if isinstance(number, bool):
         raise TypeError("a bool is not a size")
@@ -258,7 +258,7 @@ def check_shape(name: str, tensor: Tensor, expected: Sequence[int | None], hint:
     )
     if not matches:
         wanted = ", ".join("any" if want is None else f"{want}" for want in expected)
-        raise ValueError(f"{name}: expected [{wanted}], got {shape_of(tensor)}{hint}")
+        raise ValueError(f"{name}: expected [{wanted}], got {format_shape(tensor)}{hint}")
 
 
 def check_axes(name: str, tensor: Tensor, value: Tensor | None, **axes: int | None) -> None:
@@ -279,7 +279,7 @@ def check_axes(name: str, tensor: Tensor, value: Tensor | None, **axes: int | No
         wanted = ", ".join(
             axis if expected is None else f"{axis} {expected}" for axis, expected in axes.items()
         )
-        raise ValueError(f"{name}: expected [{wanted}], got {shape_of(tensor)}")
+        raise ValueError(f"{name}: expected [{wanted}], got {format_shape(tensor)}")
 
 
 def compute_dtype(value: Tensor) -> torch.dtype:
@@ -287,7 +287,7 @@ def compute_dtype(value: Tensor) -> torch.dtype:
     return torch.float64 if value.dtype == torch.float64 else torch.float32
 
 
-def shape_of(tensor: Tensor) -> str:
+def format_shape(tensor: Tensor) -> str:
     """For messages."""
     # The compiler of torch follows a format, and no str() of sizes that are symbols.
     return f"[{', '.join([f'{size}' for size in tensor.shape])}]"

@@ -17,7 +17,7 @@ from saccade.checks import (
     SpatialShapes,
     check_axes,
     compute_dtype,
-    understand_spatial_shapes,
+    parse_spatial_shapes,
 )
 from saccade.functional import deformable_attention
 
@@ -254,7 +254,7 @@ def multi_camera_deformable_aggregation(
 
 
 def _images(spatial_shapes: SpatialShapes) -> list[tuple[int, ...]]:
-    shapes = understand_spatial_shapes(spatial_shapes)
+    shapes = parse_spatial_shapes(spatial_shapes)
     if len(shapes[0]) != 2:
         raise ValueError(f"spatial_shapes: expected (height, width) of each level, got {shapes}")
     return shapes

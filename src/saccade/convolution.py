@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saccade.checks import as_ints, check_axes, compute_dtype, shape_of
+from saccade.checks import to_ints, check_axes, compute_dtype, format_shape
 from saccade.functional import deformable_attention, fused_deformable_attention
 
 
@@ -94,7 +94,7 @@ def deformable_convolution(
     if num_channels % num_groups:
         raise ValueError(
             f"sampling_offsets: expected a number of groups that divides the {num_channels} "
-            f"channels of value, got {num_groups} in {shape_of(sampling_offsets)}"
+            f"channels of value, got {num_groups} in {format_shape(sampling_offsets)}"
         )
     check_axes(
         "modulation", modulation, value,
@@ -167,7 +167,7 @@ class Window(NamedTuple):
                 raise ValueError(
                     f"{name}: expected a {('height', 'width')[axis]} of at least {max(1, least)} "
                     f"for kernel_size {self.kernel_size}, padding {self.padding} and dilation "
-                    f"{self.dilation}, got {shape_of(feature_map)}"
+                    f"{self.dilation}, got {format_shape(feature_map)}"
                 )
             sizes.append((size - least) // self.stride[axis] + 1)
         return sizes[0], sizes[1]
@@ -222,7 +222,7 @@ def understand_window(
 def understand_pair(name: str, given: int | Sequence[int], least: int) -> tuple[int, int]:
     """(height, width); a TypeError or ValueError names what is no int or pair of them."""
     numbers = given if isinstance(given, Sequence) else [given, given]
-    pair = as_ints(name, numbers, "an int or (height, width)")
+    pair = to_ints(name, numbers, "an int or (height, width)")
     if len(pair) != 2 or any(number < least for number in pair):
         raise ValueError(f"{name}: expected (height, width) of at least {least}, got {given!r}")
     return pair[0], pair[1]

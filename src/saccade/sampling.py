@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saccade.checks import Coordinates, understand_reference_index
+from saccade.checks import Coordinates, parse_reference_index
 
 
 class Sampling(NamedTuple):
@@ -81,7 +81,7 @@ def sampling_locations(
             f"of sampling_offsets {list(sampling_offsets.shape)} has, got {list(spatial_shapes)}"
         )
     leading = sampling_offsets.shape[:-3]
-    index = understand_reference_index(
+    index = parse_reference_index(
         reference_points, leading, num_points, reference_index, spatial_dims
     )
     # With a head axis, and as many references as points or one for all.

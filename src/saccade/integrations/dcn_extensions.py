@@ -19,8 +19,8 @@ from saccade.checks import (
     check_axes,
     check_tensor,
     compute_dtype,
-    positive_int,
-    shape_of,
+    to_positive_int,
+    format_shape,
 )
 from saccade.convolution import Window, deformable_convolution, understand_window
 from saccade.functional import deformable_attention
@@ -231,7 +231,7 @@ class _Convolution(NamedTuple):
         if offset_mask.shape[3] < numbers:
             raise ValueError(
                 f"offset_mask: expected at least {numbers} columns, group {self.group} * 3 * "
-                f"{num_points} points, got {shape_of(offset_mask)}"
+                f"{num_points} points, got {format_shape(offset_mask)}"
             )
         # What is behind the last group fills up to a multiple of 8.
         groups = offset_mask[..., :numbers].unflatten(3, (self.group, -1))
@@ -250,7 +250,7 @@ class _Convolution(NamedTuple):
 
     def _output(self, name: str, value: Tensor) -> dict[str, int | None]:
         """The sizes of the output without its channels, once the value is known to be good."""
-        positive_int("group", self.group)
+        to_positive_int("group", self.group)
         channels = self.group * self.group_channels
         check_axes(name, value, None, batch=None, height=None, width=None, channels=channels)
         height, width = self.window.output_size(name, value)
@@ -276,7 +276,7 @@ def _flash(
     value: Tensor, sampling_loc_attn: Tensor, *, shapes: SpatialShapes, num_points: int
 ) -> Tensor:
     check_axes("value", value, None, batch=None, positions=None, heads=None, head_dim=None)
-    count = len(shapes) * positive_int("num_points", num_points)
+    count = len(shapes) * to_positive_int("num_points", num_points)
     check_axes(
         "sampling_loc_attn", sampling_loc_attn, value,
         batch=value.shape[0], queries=None, heads=value.shape[2], columns=count * 3,
@@ -304,7 +304,7 @@ def _gradients(
         output = function(*leaves)
     if grad_output.shape != output.shape:
         raise ValueError(
-            f"grad_output: expected {shape_of(output)}, the shape of the output, "
-            f"got {shape_of(grad_output)}"
+            f"grad_output: expected {format_shape(output)}, the shape of the output, "
+            f"got {format_shape(grad_output)}"
         )
     return torch.autograd.grad(output, leaves, grad_output.to(output.dtype))

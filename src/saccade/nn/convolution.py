@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.checks import check_option, positive_int
+from saccade.checks import check_option, to_positive_int
 from saccade.convolution import deformable_convolution, understand_pair, understand_window
 from saccade.nn.sampling_module import check_channels
 
@@ -89,8 +89,8 @@ class DeformableConv(nn.Module):
         super().__init__()
         check_option("form", form, Form)
         self.form: Form = form
-        self.embed_dim = positive_int("embed_dim", embed_dim)
-        self.num_groups = positive_int("num_groups", num_groups)
+        self.embed_dim = to_positive_int("embed_dim", embed_dim)
+        self.num_groups = to_positive_int("num_groups", num_groups)
         if embed_dim % num_groups:
             raise ValueError(
                 f"num_groups: expected a divisor of embed_dim {embed_dim}, got {num_groups}"

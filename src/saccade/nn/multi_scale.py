@@ -11,8 +11,8 @@ from saccade.checks import (
     Padding,
     SpatialShapes,
     check_tensor,
-    positive_int,
-    understand_num_points,
+    to_positive_int,
+    parse_num_points,
 )
 from saccade.nn.sampling_module import (
     MultiLevelModule,
@@ -80,7 +80,7 @@ class MultiScaleDeformableAttention(MultiLevelModule):
         interpolation: Interpolation = "linear",
         padding: Padding = "zeros",
     ) -> None:
-        points = understand_num_points(num_points, positive_int("num_levels", num_levels), 4)
+        points = parse_num_points(num_points, to_positive_int("num_levels", num_levels), 4)
         super().__init__(embed_dim, num_heads, points, spatial_dims, interpolation, padding)
 
     def forward(

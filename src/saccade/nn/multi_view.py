@@ -14,8 +14,8 @@ from saccade.checks import (
     SpatialShapes,
     check_option,
     check_tensor,
-    positive_int,
-    understand_num_points,
+    to_positive_int,
+    parse_num_points,
 )
 from saccade.functional import fused_deformable_attention
 from saccade.nn.sampling_module import (
@@ -79,7 +79,7 @@ class MultiViewDeformableAttention(MultiLevelModule):
         interpolation: Interpolation = "linear",
         padding: Padding = "zeros",
     ) -> None:
-        points = understand_num_points(num_points, positive_int("num_levels", num_levels), 8)
+        points = parse_num_points(num_points, to_positive_int("num_levels", num_levels), 8)
         super().__init__(embed_dim, num_heads, points, spatial_dims, interpolation, padding)
         check_option("reduction", reduction, Reduction)
         self.reduction: Reduction = reduction

@@ -16,8 +16,8 @@ from saccade.checks import (
     check_option,
     check_tensor,
     compute_dtype,
-    positive_int,
-    understand_spatial_shapes,
+    to_positive_int,
+    parse_spatial_shapes,
 )
 from saccade.functional import fused_deformable_attention
 from saccade.sampling import Sampling, directions, sampling_locations
@@ -38,13 +38,13 @@ class SamplingModule(nn.Module):
         padding: Padding,
     ) -> None:
         super().__init__()
-        if positive_int("spatial_dims", spatial_dims) not in SPATIAL_DIMS:
+        if to_positive_int("spatial_dims", spatial_dims) not in SPATIAL_DIMS:
             raise ValueError(f"spatial_dims: expected 1, 2 or 3, got {spatial_dims}")
         check_option("interpolation", interpolation, Interpolation)
         check_option("padding", padding, Padding)
         check_border_height(padding, interpolation, spatial_dims)
-        self.embed_dim = positive_int("embed_dim", embed_dim)
-        self.num_heads = positive_int("num_heads", num_heads)
+        self.embed_dim = to_positive_int("embed_dim", embed_dim)
+        self.num_heads = to_positive_int("num_heads", num_heads)
         self.num_points = num_points
         self.spatial_dims = spatial_dims
         self.interpolation: Interpolation = interpolation
@@ -111,7 +111,7 @@ class SamplingModule(nn.Module):
 
     def understand_shapes(self, spatial_shapes: SpatialShapes) -> list[tuple[int, ...]]:
         """The shapes of the module's levels; a ValueError if there are others."""
-        shapes = understand_spatial_shapes(spatial_shapes)
+        shapes = parse_spatial_shapes(spatial_shapes)
         num_levels = len(self.num_points)
         if len(shapes) != num_levels or len(shapes[0]) != self.spatial_dims:
             raise ValueError(

@@ -8,7 +8,7 @@ from saccade.checks import (
     Interpolation,
     Padding,
     compute_dtype,
-    positive_int,
+    to_positive_int,
 )
 from saccade.nn.sampling_module import (
     SamplingModule,
@@ -71,7 +71,7 @@ class DeformableAttention(SamplingModule):
         interpolation: Interpolation = "linear",
         padding: Padding = "zeros",
     ) -> None:
-        points = [positive_int("num_points", num_points)]
+        points = [to_positive_int("num_points", num_points)]
         super().__init__(embed_dim, num_heads, points, spatial_dims, interpolation, padding)
         if value_projection:
             check_heads(embed_dim, num_heads)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.checks import apply_value_padding_mask, understand_spatial_shapes
+from saccade.checks import apply_value_padding_mask, parse_spatial_shapes
 from saccade.nn import DeformableAttention, MultiScaleDeformableAttention
 from saccade.sampling import Sampling
 from saccade.vision.explain import Explanation, HeadParts, check, list_points, take_apart
@@ -215,7 +215,7 @@ def _projected_value(
 ) -> tuple[Tensor, list[tuple[int, ...]]]:
     """The value as the operator read it, [B, S, M or 1, D], and its spatial shapes."""
     if isinstance(module, MultiScaleDeformableAttention):
-        shapes = understand_spatial_shapes(inputs["spatial_shapes"])
+        shapes = parse_spatial_shapes(inputs["spatial_shapes"])
         flat = seen["value"]
     else:
         feature_map = inputs["feature_map"]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from saccade.checks import positive_int
+from saccade.checks import to_positive_int
 
 # What the settings are called: on the authors' command lines (nheads, enc_n_points), in RF-DETR
 # (ca_nheads; projector_scale has an item a level) and in transformers. {} stands for encoder or decoder,
@@ -159,11 +159,11 @@ def _claims(
         value, label = claim.value, name if claim.source == "argument" else claim.source
         is_list = isinstance(value, Sequence) and not isinstance(value, str)
         if name == "num_points" and is_list:
-            value = [positive_int(label, count) for count in value]
+            value = [to_positive_int(label, count) for count in value]
         elif label == "projector_scale" and is_list:
             value = len(value)
         else:
-            value = positive_int(label, value)
+            value = to_positive_int(label, value)
         claims[name] = Claim(value, claim.source)
     return claims
 
