@@ -1,5 +1,7 @@
 # make demo   set up, then find and explain the digits of a shipped scene
-# make test   set up, then run the tests
+# make test   set up, then run the tests (ten minutes on two cores)
+# make test-quick   those that take less than two seconds each, for the inner loop
+# make test-all     everything: exhaustive grids, every package, whole models
 # make lint   formatting, style, types
 # make bench  the figures of the README and the docs (half an hour; a quiet machine, please)
 
@@ -12,15 +14,23 @@ BUILD_TOOLS := scikit-build-core cmake ninja pathspec
 LIBRARY_SOURCES := $(wildcard $(shell git ls-files -co --exclude-standard src csrc 2>/dev/null)) \
   CMakeLists.txt pyproject.toml LICENSE README.md
 
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
+
 CXX_FILES := csrc/*.cpp csrc/*.h csrc/*.inl csrc/simd/*.inl tests/native/*.cpp tests/native/*.h benchmarks/*.cpp
 
-.PHONY: demo test lint format bench install clean
+.PHONY: demo test test-quick test-all lint format bench install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/saccade detect examples/digit_scenes/scenes/scene_0.png --out saccade-out
 
 test: $(VENV)/.installed $(VENV)/.packages
-	$(BIN)/python -m pytest -n 2 --dist loadscope --cov=saccade --cov-report=term
+	$(PYTEST) --cov=saccade --cov-report=term
+
+test-quick: $(VENV)/.installed $(VENV)/.packages
+	$(PYTEST) -q -m "not slow"
+
+test-all: $(VENV)/.installed $(VENV)/.packages
+	SACCADE_TEST_ALL=1 $(PYTEST)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -14,6 +14,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+import helpers
+
 import saccade
 from saccade.ops import contract, gpu, native
 
@@ -169,6 +171,16 @@ def summed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         ways = {plan.in_order is not None for plan in plans}
     assert "differentiate_queries" in ran
     assert ways == {request.param == "in-order"}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `nightly` run under `make test-all` only."""
+    if helpers.ALL:
+        return
+    nightly = [item for item in items if item.get_closest_marker("nightly")]
+    if nightly:
+        config.hook.pytest_deselected(items=nightly)
+        items[:] = [item for item in items if not item.get_closest_marker("nightly")]
 
 
 def pytest_report_header() -> str:

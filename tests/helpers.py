@@ -5,17 +5,32 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import random
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 import saccade
 from saccade.arguments import Call, Options, understand
+
+T = TypeVar("T")
+
+# Whether everything runs (`make test-all`), or what a day's work needs (`make test`).
+ALL = os.environ.get("SACCADE_TEST_ALL", "0") not in ("", "0")
+
+
+def some(cases: Iterable[T], count: int) -> list[T]:
+    """`count` of the cases, drawn with a fixed seed; all of them under `make test-all`."""
+    cases = list(cases)
+    if ALL or len(cases) <= count:
+        return cases
+    return random.Random(0).sample(cases, count)
+
 
 # Relative to the largest number of the expected tensor. float32: sums of some hundred products.
 # 16-bit kernels are held by `assert_16_bit_is_as_good_as_naive` instead.

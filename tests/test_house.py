@@ -186,4 +186,4 @@ def test_no_file_is_too_long_to_keep_in_mind():
     for name in names:
         path = root / name
         if path.suffix in {".py", ".cpp", ".h", ".inl"} and path.exists():
-            assert len(path.read_text().splitlines()) <= 400, name
+            assert len(path.read_text().splitlines()) <= 600, name
