@@ -157,6 +157,15 @@ def test_points_per_level_lie_flat_level_after_level():
     assert output.item() == 10 + 1 + 2 + 300
 
 
+def test_queries_of_several_maps_read_their_own_map():
+    value = torch.tensor([[10.0, 20, 30, 40], [1, 2, 3, 4]]).view(2, 4, 1, 1)
+    locations, weights = torch.full((3, 1, 1, 1, 1), 2.0), torch.ones(3, 1, 1, 1)
+    output = saccade.deformable_attention(
+        value, [(4,)], locations, weights, queries_per_map=[1, 2], coordinates="pixel"
+    )
+    assert output.flatten().tolist() == [30, 3, 3]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_positions_are_float32_whatever_the_values_dtype(dtype):
     # Column 190 of 200: bfloat16 has a step of 1 there, float16 of 0.125.
