@@ -26,6 +26,7 @@ import torch
 import triton
 from rich.console import Console
 from rich.table import Table
+from saccade.call import Call, parse_call
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -34,7 +35,6 @@ from saccade.backends.triton.backward import BackwardPlan
 from saccade.backends.triton.forward import ForwardPlan
 from saccade.backends.triton.plan import Kernel
 from saccade.benchmark.workloads import WORKLOADS, Workload
-from saccade.call import Call, parse_call
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "gpu_compile.json"
 

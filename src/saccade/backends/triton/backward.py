@@ -271,9 +271,7 @@ def backward_queries_kernel(
                     dots = ()  # of [BLOCK_QUERIES]
                     for corner in tl.static_range(NUM_CORNERS):
                         dots = dots + (tl.sum(products[corner], 1),)
-                    grad_weight, grad_location = point_gradients(
-                        dots, found.cells, found.weight, C
-                    )
+                    grad_weight, grad_location = point_gradients(dots, found.cells, found.weight, C)
                     if C.GRAD_WEIGHTS:
                         target = gradients.attention_weights + found.offset
                         grad_weight = grad_weight.to(grad_attention_weights.dtype.element_ty)

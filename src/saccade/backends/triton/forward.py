@@ -31,10 +31,10 @@ from saccade.backends.triton.plan import (
     Launch,
     align_to_words,
     as_current_device,
+    call_tensors,
     encode_sizes,
     make_constants,
     make_launches,
-    call_tensors,
 )
 from saccade.backends.triton.rule import (
     find_corner,
@@ -115,9 +115,8 @@ def find_inputs(points, weights, reference_points, sizes, block, C: tl.constexpr
     points += block.pair * C.NUM_POINTS * C.SPATIAL_DIMS
     weights += block.pair * C.NUM_POINTS
     if C.REFERENCE != "none":
-        reference_points += block.query * C.NUM_REFERENCES * (
-            2 * C.SPATIAL_DIMS if C.REFERENCE == "boxes" else C.SPATIAL_DIMS
-        )
+        num_coordinates = 2 * C.SPATIAL_DIMS if C.REFERENCE == "boxes" else C.SPATIAL_DIMS
+        reference_points += block.query * C.NUM_REFERENCES * num_coordinates
     return Inputs(points, weights, reference_points, sizes)
 
 

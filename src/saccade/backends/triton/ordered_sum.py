@@ -52,7 +52,8 @@ def sum_pieces_kernel(
     in_row = channels < C.HEAD_DIM  # [BLOCK_CHANNELS]
     cell = tl.load(cell_of_piece + piece, mask=piece < num_pieces, other=num_keys)  # [BLOCK_PIECES]
     exists = cell < num_keys  # [BLOCK_PIECES]
-    index = piece - tl.load(first_pieces + cell, mask=exists, other=0)  # [BLOCK_PIECES], in the cell
+    first_piece = tl.load(first_pieces + cell, mask=exists, other=0)  # [BLOCK_PIECES]
+    index = piece - first_piece  # [BLOCK_PIECES], in the cell
     begin = tl.load(first_points + cell, mask=exists, other=0) + index * C.PIECE_POINTS
     end = tl.load(first_points + cell + 1, mask=exists, other=0)
     count = tl.where(exists, tl.minimum(end - begin, C.PIECE_POINTS), 0).to(tl.int32)

@@ -172,8 +172,6 @@ def make_constants(call: Call, form: Form) -> Constants:
     )
 
 
-
-
 class Kernel:
     """A kernel and its constants: what does not change from call to call."""
 

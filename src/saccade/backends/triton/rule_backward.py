@@ -170,9 +170,7 @@ def softmax_backward(grad_logits, grad_attention_weights, logits, offset, in_ran
     for first in range(0, NUM_POINTS, BLOCK):
         mask = in_row & (first + point < NUM_POINTS)
         offsets = row + (first + point)
-        weight, grad = _load_weights(
-            grad_attention_weights, logits, offsets, mask, softmax, dtype
-        )
+        weight, grad = _load_weights(grad_attention_weights, logits, offsets, mask, softmax, dtype)
         grad_logit = (weight * grad - weight * mean).to(grad_logits.dtype.element_ty)
         tl.store(grad_logits + offsets, grad_logit, mask=mask)
 
