@@ -519,13 +519,20 @@ def backward_plan(
         ordered_sum = OrderedSum.make(constants, options.spatial_shapes, max_maps)
     sum_references = None
     if wanted.reference_points:
-        block_points = min(triton.next_power_of_2(num_points), REFERENCE_MAX_BLOCK_POINTS)
-        reference_constants = ReferenceConstants(
-            *(getattr(constants, name) for name in ReferenceConstants._fields[:-2]),
-            BLOCK_QUERIES=REFERENCE_BLOCK_QUERIES,
-            BLOCK_POINTS=block_points,
+        sum_references = Kernel(
+            sum_references_kernel,
+            ReferenceConstants(
+                constants.REFERENCE,
+                constants.REFERENCE_INDEX,
+                constants.NUM_REFERENCES,
+                constants.SPATIAL_DIMS,
+                constants.NUM_HEADS,
+                constants.NUM_POINTS,
+                constants.POINTS_OF_LEVEL,
+                REFERENCE_BLOCK_QUERIES,
+                min(triton.next_power_of_2(num_points), REFERENCE_MAX_BLOCK_POINTS),
+            ),
         )
-        sum_references = Kernel(sum_references_kernel, reference_constants)
     return BackwardPlan(
         Kernel(KERNELS[form.kernel], constants, form.warps),
         groups,
