@@ -132,7 +132,7 @@ def test_explain_shows_a_module_in_80_columns(tmp_path) -> None:
     assert "query: expected 0 to 8, got 9" in result.output
     result = invoke("explain", tmp_path / "module.pt")
     assert result.exit_code == 2
-    assert "together" in result.output
+    assert "takes both MODULE and INPUTS" in result.output
 
 
 # --- doctor -----------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ def test_commands_without_their_extras_say_what_to_install(command) -> None:
     assert "pip install 'saccade[detect]'" in done.stderr
 
 
-def test_detect_and_pictures_without_their_extras_say_what_to_install() -> None:
+def test_detect_and_images_without_their_extras_say_what_to_install() -> None:
     done = run("detect", "x.png", blocked=("transformers", "PIL"))
     assert done.returncode == 2
     assert "needs transformers, PIL" in done.stderr
@@ -190,10 +190,12 @@ def test_doctor_fails_for_a_library_that_does_not_load(tmp_path, monkeypatch) ->
 
 def test_doctor_fails_for_wrong_numbers() -> None:
     good = {"output": 1e-7, "the gradient of value": 2e-6}
-    assert doctor.judge("cpu-avx2", good).ok
-    assert "2.0e-06, in the gradient of value" in doctor.judge("cpu-avx2", good).text
-    assert not doctor.judge("cpu-avx2", {**good, "output": 0.01}).ok
-    worst = doctor.judge("cpu-avx2", {"output": float("nan"), "the gradient of value": 0.5})
+    assert doctor.summarize_errors("cpu-avx2", good).ok
+    assert "2.0e-06, in the gradient of value" in doctor.summarize_errors("cpu-avx2", good).text
+    assert not doctor.summarize_errors("cpu-avx2", {**good, "output": 0.01}).ok
+    worst = doctor.summarize_errors(
+        "cpu-avx2", {"output": float("nan"), "the gradient of value": 0.5}
+    )
     assert not worst.ok
     assert "in output" in worst.text
 
@@ -239,19 +241,19 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def pictures(tmp_path) -> list[Path]:
-    from vision_helpers import gradient_picture
+def images(tmp_path) -> list[Path]:
+    from vision_helpers import gradient_image
 
     paths = [tmp_path / "one" / "scene.png", tmp_path / "two" / "scene.jpg"]
     for path in paths:
         path.parent.mkdir()
-        gradient_picture(80, 60).save(path)
+        gradient_image(80, 60).save(path)
     return paths
 
 
-def test_detect_writes_three_files_a_picture(model, pictures, tmp_path) -> None:
+def test_detect_writes_three_files_a_image(model, images, tmp_path) -> None:
     out = tmp_path / "out"
-    result = invoke("detect", *pictures, "--model", model, "--out", out, "--threshold", 0.99)
+    result = invoke("detect", *images, "--model", model, "--out", out, "--threshold", 0.99)
     assert result.exit_code == 0, result.output
     assert sorted(file.name for file in out.iterdir()) == [
         "scene-2.json",
@@ -261,28 +263,28 @@ def test_detect_writes_three_files_a_picture(model, pictures, tmp_path) -> None:
         "scene_detections.png",
         "scene_looked.png",
     ]
-    assert str(pictures[0]) in result.output
+    assert str(images[0]) in result.output
 
 
-def test_detect_skips_what_it_cannot_read(model, pictures, tmp_path) -> None:
+def test_detect_skips_what_it_cannot_read(model, images, tmp_path) -> None:
     broken = tmp_path / "broken.png"
-    broken.write_text("no picture")
+    broken.write_text("no image")
     out = tmp_path / "out"
-    result = invoke("detect", broken, pictures[0], "gone.png", "--model", model, "--out", out)
+    result = invoke("detect", broken, images[0], "gone.png", "--model", model, "--out", out)
     assert result.exit_code == 1
-    assert f"skipped: {broken} is not a picture" in result.stderr
-    assert "skipped: gone.png there is no such file" in result.stderr
-    assert "2 of 3 pictures skipped" in result.stderr
+    assert f"skipped: {broken} is not an image" in result.stderr
+    assert "skipped: gone.png does not exist" in result.stderr
+    assert "2 of 3 images skipped" in result.stderr
     assert (out / "scene.json").exists()
     result = invoke("detect", broken, "--model", model, "--out", out)
     assert result.exit_code == 2
 
 
-def test_detect_is_quiet_and_repeatable_in_a_process_of_its_own(model, pictures, tmp_path) -> None:
+def test_detect_is_quiet_and_repeatable_in_a_process_of_its_own(model, images, tmp_path) -> None:
     reports = []
     for name, environment in (("a", {}), ("b", {"SACCADE_DISABLE_NATIVE": "1"})):
         done = run(
-            "detect", pictures[0], "--model", model, "--out", tmp_path / name, "--threshold", 0.9,
+            "detect", images[0], "--model", model, "--out", tmp_path / name, "--threshold", 0.9,
             **environment,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -306,22 +308,22 @@ def test_detect_is_quiet_and_repeatable_in_a_process_of_its_own(model, pictures,
         (["--threshold", "2"], "threshold"),
     ],
 )
-def test_detect_with_wrong_usage_ends_with_2(model, pictures, tmp_path, arguments, message) -> None:
-    given = ["--model", model] if "--model" not in arguments else []
-    result = invoke("detect", pictures[0], *given, "--out", tmp_path / "out", *arguments)
+def test_detect_with_wrong_usage_ends_with_2(model, images, tmp_path, arguments, message) -> None:
+    model_option = ["--model", model] if "--model" not in arguments else []
+    result = invoke("detect", images[0], *model_option, "--out", tmp_path / "out", *arguments)
     assert result.exit_code == 2
     assert message in result.output
     assert invoke("detect").exit_code == 2
 
 
-def test_detect_into_a_place_that_is_a_file_ends_with_2(model, pictures, tmp_path) -> None:
+def test_detect_into_a_folder_that_is_a_file_ends_with_2(model, images, tmp_path) -> None:
     (tmp_path / "out").write_text("")
-    result = invoke("detect", pictures[0], "--model", model, "--out", tmp_path / "out")
+    result = invoke("detect", images[0], "--model", model, "--out", tmp_path / "out")
     assert result.exit_code == 2
     assert "cannot make the folder" in result.output
 
 
-def test_bench_without_its_extras_says_which_peers_are_missing() -> None:
+def test_bench_without_its_extras_says_which_baselines_are_missing() -> None:
     blocked = ("transformers", "onnxruntime", "torch_ms_deform_attn", "matplotlib")
     options = ("--case", "rfdetr-nano", "--seconds", 0)
     done = run("bench", *options, blocked=blocked)
