@@ -214,18 +214,21 @@ def test_doctor_compares_forward_and_gradients(monkeypatch) -> None:
     assert max(errors.values()) < 1e-5
 
 
+@pytest.mark.parametrize("softmax", [False, True])
 @pytest.mark.parametrize(
-    ("name", "of_points"),
-    [
-        ("deformable_attention", "sampling_locations"),
-        ("fused_deformable_attention", "sampling_offsets"),
-    ],
+    ("offsets", "points"), [(False, "sampling_locations"), (True, "sampling_offsets")]
 )
-def test_doctor_notices_a_wrong_operator(monkeypatch, name, of_points) -> None:
-    right = getattr(doctor.functional, name)
-    monkeypatch.setattr(doctor.functional, name, lambda *a, **k: right(*a, **k) * 1.01)
+def test_doctor_notices_a_wrong_operator(monkeypatch, offsets, points, softmax) -> None:
+    """The operator is wrong for one of the four kinds of calls only."""
+    right = doctor.functional.run
+
+    def wrong(call):
+        is_wrong = (call.reference_points is not None, call.options.softmax) == (offsets, softmax)
+        return right(call) * (1.01 if is_wrong else 1.0)
+
+    monkeypatch.setattr(doctor.functional, "run", wrong)
     errors = doctor.compare_with_reference()
-    for result in ("output", "the gradient of value", f"the gradient of {of_points}"):
+    for result in ("output", "the gradient of value", f"the gradient of {points}"):
         assert errors[result] > 5e-3
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import saccade
 from saccade import backend, functional, reference
+from saccade.call import Call, Padding, parse_call
 from saccade.ops import native
 
 _CLI = ("typer", "rich")
@@ -158,8 +159,8 @@ def _self_check() -> Iterator[CheckResult]:
     section = "Self check"
     try:
         output = _worked_example()
-        text = "output 7.5, as it must be" if output == 7.5 else f"output {output}, expected 7.5"
-        yield CheckResult(section, "worked example", text, output == 7.5)
+        text = "output 16.5, as expected" if output == 16.5 else f"output {output}, expected 16.5"
+        yield CheckResult(section, "worked example", text, output == 16.5)
     except RuntimeError as error:
         yield CheckResult(section, "worked example", f"failed: {_first_line(error)}", False)
     kernels = [f"cpu-{isa}" for isa in native.available_isas()]
@@ -201,8 +202,8 @@ def summarize_errors(kernel: str, errors: dict[str, float]) -> CheckResult:
 
 
 def _worked_example() -> float:
-    """One query, a 4 x 4 map z(x, y) = 4 y + x, four points around (1.5, 1.5)."""
-    value = torch.arange(16.0).view(1, 16, 1, 1)
+    """Runs the worked example: one query, z(x, y) = 10 x + y on 4 x 4, points around (1.5, 1.5)."""
+    value = (10.0 * torch.arange(4)[None, :] + torch.arange(4)[:, None]).view(1, 16, 1, 1)
     locations = torch.tensor([[2.0, 2], [1, 2], [2, 1], [1, 1]]).view(1, 1, 1, 1, 4, 2)
     weights = torch.full((1, 1, 1, 1, 4), 0.25)
     output = functional.deformable_attention(
@@ -214,83 +215,96 @@ def _worked_example() -> float:
 def compare_with_reference(
     device: torch.device | None = None, num_queries: int = 50
 ) -> dict[str, float]:
-    """The errors of the kernel in force against the reference, on small random cases.
+    """Compares the backend in use with the reference on small random calls.
+
+    The calls cover images, lines and volumes, head sizes that fill vectors and others, sampling
+    locations and offsets from reference points, attention weights and logits.
 
     Args:
-        device: where the kernel runs, by default on the CPU, where the reference does.
-        num_queries: of each case.
+        device: the device of the backend, by default the CPU; the reference runs on the CPU.
+        num_queries: number of queries per call.
 
     Returns:
-        For "output" and the gradient of each input the largest difference, over head sizes that
-        fill vectors and such that do not, images, lines and volumes, divided by the largest number
-        of the reference's result.
+        For "output" and the gradient of each input the largest difference, relative to the largest
+        element of the reference's result.
     """
     generator = torch.Generator().manual_seed(0)
     worst: dict[str, float] = {}
-    images, lines, volumes = (
-        [(9, 7), (4, 5), (1, 3)],
-        [(31,), (16,), (1,)],
-        [(4, 5, 6), (3, 1, 4), (1, 2, 1)],
-    )
-    for shapes, head_dim, padding in (
+    images: list[tuple[int, ...]] = [(9, 7), (4, 5), (1, 3)]
+    lines: list[tuple[int, ...]] = [(31,), (16,), (1,)]
+    volumes: list[tuple[int, ...]] = [(4, 5, 6), (3, 1, 4), (1, 2, 1)]
+    cases: list[tuple[list[tuple[int, ...]], int, Padding]] = [
         (images, 32, "zeros"),
         (images, 5, "zeros"),
         (images, 16, "border"),
         (lines, 32, "zeros"),
         (volumes, 32, "zeros"),
-    ):
+    ]
+    for shapes, head_dim, padding in cases:
         total, dims = sum(math.prod(shape) for shape in shapes), len(shapes[0])
+        points_shape = (2, num_queries, 3, 3, 4)
         value = torch.randn(2, total, 3, head_dim, generator=generator)
-        points = (2, num_queries, 3, 3, 4)
-        # some points outside the map
-        locations = torch.rand(*points, dims, generator=generator) * 1.4 - 0.2
-        inputs = {
-            "value": value,
-            "sampling_locations": locations,
-            "attention_weights": torch.rand(points, generator=generator),
-        }
-        fused_inputs = {
-            "value": value,
-            "reference_points": torch.rand(2, num_queries, 3, 2 * dims, generator=generator),
-            "sampling_offsets": torch.randn(*points, dims, generator=generator),
-            "attention_logits": torch.randn(points, generator=generator),
-        }
+        # Some points are outside the map.
+        locations = torch.rand(*points_shape, dims, generator=generator) * 1.4 - 0.2
+        weights = torch.rand(points_shape, generator=generator)
+        reference_points = torch.rand(2, num_queries, 3, 2 * dims, generator=generator)
+        offsets = torch.randn(*points_shape, dims, generator=generator)
+        logits = torch.randn(points_shape, generator=generator)
         grad_output = torch.randn(2, num_queries, 3 * head_dim, generator=generator)
-        for function, given in (
-            ("deformable_attention", inputs),
-            ("fused_deformable_attention", fused_inputs),
-        ):
-            for name, error in _errors(
-                function, given, shapes, padding, grad_output, device
-            ).items():
-                if error != error or error > worst.get(name, -1.0):
-                    worst[name] = error
+        with_offsets = {"sampling_offsets": offsets, "reference_points": reference_points}
+        for points in ({"sampling_locations": locations}, with_offsets):
+            for last in ({"attention_weights": weights}, {"attention_logits": logits}):
+                inputs = {"value": value, **points, **last}
+                errors = _compute_errors(inputs, shapes, padding, grad_output, device)
+                for name, error in errors.items():
+                    if error != error or error > worst.get(name, -1.0):
+                        worst[name] = error
     return worst
 
 
-def _errors(
-    function: str,
+def _compute_errors(
     inputs: dict[str, Tensor],
     shapes: Sequence[tuple[int, ...]],
-    padding: str,
+    padding: Padding,
     grad_output: Tensor,
     device: torch.device | None,
 ) -> dict[str, float]:
-    results, cpu = [], torch.device("cpu")
-    for module, place in ((functional, device or cpu), (reference, cpu)):
-        leaves = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
-        value, *points = (leaf.to(place) for leaf in leaves.values())
-        output = getattr(module, function)(value, shapes, *points, padding=padding)
-        output.cpu().backward(grad_output)
-        found: dict[str, Tensor] = {"output": output.detach()}
-        for name, leaf in leaves.items():
-            assert leaf.grad is not None
-            found[f"the gradient of {name}"] = leaf.grad
-        results.append(found)
+    """Returns the relative errors of one call's output and gradients, by name."""
+    actual = _compute_results(functional.run, inputs, shapes, padding, grad_output, device)
+    expected = _compute_results(reference.execute, inputs, shapes, padding, grad_output, None)
     return {
-        name: float((results[0][name] - expected).abs().max() / expected.abs().max())
-        for name, expected in results[1].items()
+        name: float((actual[name] - result).abs().max() / result.abs().max())
+        for name, result in expected.items()
     }
+
+
+def _compute_results(
+    execute: Callable[[Call], Tensor],
+    inputs: dict[str, Tensor],
+    shapes: Sequence[tuple[int, ...]],
+    padding: Padding,
+    grad_output: Tensor,
+    device: torch.device | None,
+) -> dict[str, Tensor]:
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
+    tensors = {name: leaf.to(device or "cpu") for name, leaf in leaves.items()}
+    uses_offsets, uses_logits = "sampling_offsets" in inputs, "attention_logits" in inputs
+    call = parse_call(
+        tensors["value"],
+        shapes,
+        tensors["sampling_offsets" if uses_offsets else "sampling_locations"],
+        tensors["attention_logits" if uses_logits else "attention_weights"],
+        reference_points=tensors.get("reference_points"),
+        softmax=uses_logits,
+        padding=padding,
+    )
+    output = execute(call).cpu()
+    output.backward(grad_output)
+    results = {"output": output.detach()}
+    for name, leaf in leaves.items():
+        assert leaf.grad is not None
+        results[f"the gradient of {name}"] = leaf.grad
+    return results
 
 
 def _installation() -> Iterator[CheckResult]:

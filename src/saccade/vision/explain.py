@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saccade import sampling
 from saccade.call import Coordinates, Interpolation, Padding
 from saccade.functional import deformable_attention
 
@@ -42,7 +43,7 @@ class Point(NamedTuple):
     position: tuple[float, float]
     """(x, y) in pixels, 0 the centre of the first; clamped unless padding is "zeros"."""
     corners: list[Corner]
-    """Four for linear interpolation, one for nearest and discrete, none where the position is not finite."""
+    """Four for linear interpolation, one for nearest and discrete, none for a location that is not finite."""
     read: float
     """The interpolated value, in the shown channel."""
     attention_weight: float
@@ -90,15 +91,21 @@ class Explanation:
         return len(self.points)
 
 
+# Corners up to this many pixels outside a map are shown where they are.
+_SHOWN_MARGIN = 1 << 20
+
+
 class HeadParts(NamedTuple):
     """The points of one query and head as tensors; P points over all levels."""
 
     positions: Tensor
     """[P, 2], (x, y) in pixels, after clamping."""
+    finite: Tensor
+    """[P] bool, whether a location is finite; other points read nothing."""
     cells: Tensor
-    """[P, 4 or 1, 2] int64, (x, y) of the corners; any number where a position is not finite."""
+    """[P, 4 or 1, 2] int64, (x, y) of the corners; meaningless where a location is not finite."""
     weights: Tensor
-    """[P, 4 or 1], interpolation weights; 0 where a position is not finite."""
+    """[P, 4 or 1], interpolation weights; 0 where a location is not finite."""
     rows: Tensor
     """[P, 4 or 1, D], the value at each corner, 0 outside the map."""
     inside: Tensor
@@ -142,13 +149,13 @@ def take_apart(
         strict=True,
     )
     parts = [
-        _level_parts(level_value, shape, level_locations, interpolation, padding, coordinates)
+        _take_level_apart(level_value, shape, level_locations, interpolation, padding, coordinates)
         for level_value, shape, level_locations in levels
     ]
     return HeadParts(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
-def _level_parts(
+def _take_level_apart(
     value: Tensor,
     shape: tuple[int, ...],
     locations: Tensor,
@@ -156,53 +163,30 @@ def _level_parts(
     padding: Padding,
     coordinates: Coordinates,
 ) -> HeadParts:
+    finite = locations.isfinite().all(-1)  # [P]
+    sizes = zip(reversed(shape), sampling.clamp_sizes(shape, padding), strict=True)
+    positions, axes = [], []
+    for axis, (size, clamp_size) in enumerate(sizes):  # a location is (x, y), a shape is (H, W)
+        position = sampling.pixel_position(locations[:, axis], size, coordinates)  # [P]
+        if clamp_size is not None:
+            position = torch.where(finite, position.clamp(0, clamp_size - 1), position)
+        positions.append(position)
+        location = torch.where(finite, locations[:, axis], 0)
+        axes.append(
+            sampling.axis_cells(
+                location, size, interpolation, coordinates, clamp_size, _SHOWN_MARGIN
+            )
+        )
+    # The corners of a point, the x axis fastest.
+    corners = [(x, y) for y in axes[1] for x in axes[0]]
+    cells = torch.stack([torch.stack((x.pixel, y.pixel), -1) for x, y in corners], 1)
+    weights = torch.stack([x.weight * y.weight for x, y in corners], 1)
+    x, y = cells.unbind(-1)  # [P, corners]
     height, width = shape
-    size = torch.tensor([width, height], dtype=locations.dtype)
-    scale = {"normalized": size, "normalized_corners": size - 1, "pixel": torch.ones(2)}[
-        coordinates
-    ]
-    shift = -0.5 if coordinates == "normalized" else 0.0
-    last = (size if padding != "border_height" else size.clamp(max=height)) - 1
-    positions = locations * scale + shift
-    finite = positions.isfinite().all(-1)
-    # The discrete rule counts from the edge, and is clamped after that.
-    discrete = (locations * scale + (shift + 1)).floor()
-    if padding != "zeros":
-        positions = torch.minimum(positions.clamp(min=0), last)
-        discrete = torch.minimum(discrete.clamp(min=0), last)
-    safe = torch.where(finite[:, None], positions, 0)
-    if interpolation != "linear":
-        chosen = torch.where(finite[:, None], discrete, 0)
-        cells = (safe.round() if interpolation == "nearest" else chosen).to(torch.int64)[:, None]
-        weights = torch.ones(len(safe), 1, dtype=safe.dtype)
-    else:
-        base = safe.floor()
-        steps = torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1]])
-        cells = base.to(torch.int64)[:, None] + steps
-        weights = _corner_weights(safe - base)
-    weights = torch.where(finite[:, None], weights, 0)
-    x, y = cells.unbind(-1)
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height) & finite[:, None]
     rows = value[torch.where(inside, y * width + x, 0)].masked_fill(~inside[..., None], 0)
-    return HeadParts(positions, cells, weights, rows, inside)
-
-
-def _corner_weights(fraction: Tensor) -> Tensor:
-    """[K, 4] interpolation weights of positions [K, 2] between 0 and 1 within one cell.
-
-    The library says them itself: on a 2 x 2 map whose four values are the four unit vectors, what
-    it reads at a position is the list of the weights.
-    """
-    count = len(fraction)
-    unit_vectors = torch.eye(4, dtype=fraction.dtype).view(1, 4, 1, 4)
-    weights = deformable_attention(
-        unit_vectors,
-        [(2, 2)],
-        fraction.view(1, count, 1, 1, 1, 2),
-        torch.ones(1, count, 1, 1, 1, dtype=fraction.dtype),
-        coordinates="pixel",
-    )
-    return weights[0]
+    weights = torch.where(finite[:, None], weights, 0)
+    return HeadParts(torch.stack(positions, -1), finite, cells, weights, rows, inside)
 
 
 def list_points(
@@ -219,7 +203,7 @@ def list_points(
     points = []
     for index, level in enumerate(levels):
         corners = []
-        if bool(parts.positions[index].isfinite().all()):
+        if bool(parts.finite[index]):
             for corner in range(parts.cells.shape[1]):
                 x, y = parts.cells[index, corner].tolist()
                 inside = bool(parts.inside[index, corner])
