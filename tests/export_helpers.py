@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
+import helpers
+import pytest
 import torch
 from PIL import Image
 
@@ -20,6 +23,9 @@ from saccade.export.verify import MIN_IOU, box_iou
 from saccade.integrations.tracing import symbolic_sizes
 
 ROOT = Path(__file__).resolve().parent.parent
+NUM_DECODER_LAYERS = 2
+# Tests with this mark run on one worker of xdist, so that they share the exported detector.
+SHARES_DETECTOR = pytest.mark.xdist_group("embedded detector")
 SCENES = [ROOT / f"examples/digit_scenes/scenes/scene_{number}.png" for number in (0, 1)]
 
 
@@ -36,8 +42,13 @@ CASES = {name: target for name, target in TARGETS.items() if not target.whole} |
 }
 
 
+@functools.cache
 def embedded_detector():
-    """Returns the model that comes with saccade, and the shipped scenes as its input."""
+    """Returns the model that comes with saccade, and the shipped scenes as its input.
+
+    Only the full set of tests keeps all six decoder layers: each of them predicts, and the time that
+    exporters and compilers take grows with their number.
+    """
     # These import transformers, which some tests of export do not need.
     from saccade.export.detectors import Outputs
     from saccade.vision.detector import Detector
@@ -45,13 +56,19 @@ def embedded_detector():
     detector = Detector.load()
     images = [Image.open(path).convert("RGB") for path in SCENES]
     pixels = detector.processor(images=images, return_tensors="pt")["pixel_values"]
+    if not helpers.ALL:
+        decoder = detector.model.model.decoder
+        decoder.layers = decoder.layers[:NUM_DECODER_LAYERS]
     return Outputs(detector.model).eval(), pixels
 
 
-def export_detector(model, pixels):
-    """Exports a detector with a dynamic batch and resolution."""
+@functools.cache
+def exported_detector():
+    """Returns the embedded detector, its input, and its program with dynamic batch and resolution."""
+    model, pixels = embedded_detector()
     with torch.no_grad(), symbolic_sizes():
-        return torch.export.export(model, (pixels,), dynamic_shapes=(CHANNELS_FIRST,))
+        program = torch.export.export(model, (pixels,), dynamic_shapes=(CHANNELS_FIRST,))
+    return model, pixels, program
 
 
 def detections(outputs, threshold=0.5):

@@ -10,10 +10,10 @@ import pytest
 import torch
 from export_helpers import (
     ROOT,
+    SHARES_DETECTOR,
     assert_same_detections,
     detections,
-    embedded_detector,
-    export_detector,
+    exported_detector,
 )
 
 from saccade.export import formats
@@ -22,6 +22,7 @@ from saccade.ops import native
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 pytestmark = [
     pytest.mark.slow,
+    SHARES_DETECTOR,
     pytest.mark.skipif(COMPILER is None, reason="AOTInductor and C++ need a C++ compiler"),
     pytest.mark.skipif(native.failure is not None, reason=f"no native library: {native.failure}"),
 ]
@@ -30,9 +31,9 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     """The embedded detector, the scenes, and its package; compiling takes a minute or two."""
-    model, pixels = embedded_detector()
+    model, pixels, program = exported_detector()
     path = str(tmp_path_factory.mktemp("aoti") / "detector.pt2")
-    formats.write(export_detector(model, pixels), Path(path), "aoti", "grid_sample")
+    formats.write(program, Path(path), "aoti", "grid_sample")
     return model, pixels, path
 
 
