@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 
 from saccade import doctor
 from saccade.integrations.onnx import Lowering, session_options, translations
-from saccade.integrations.quiet import quiet_exporters
+from saccade.integrations.exporter_logging import silence_exporters
 
 Run = Callable[..., tuple[Tensor, ...]]
 """Tensors in, in the order of the program's inputs, tensors out."""
@@ -49,7 +49,7 @@ def write(
     if to == "onnx":
         write_onnx(program, path, lowering, output_names, axes)
         return
-    with quiet_exporters():
+    with silence_exporters():
         if to == "torch":
             _forget_where_it_was_made(program)
             torch.export.save(program, path)
@@ -75,7 +75,7 @@ def write_onnx(
         output_names: otherwise as in the program, as the inputs' are.
         axes: the names of the dynamic axes of each input; otherwise those of the program's symbols.
     """
-    with quiet_exporters():
+    with silence_exporters():
         written: Any = torch.onnx.export(
             program,
             dynamo=True,
