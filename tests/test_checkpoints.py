@@ -260,7 +260,7 @@ def test_the_embedding_of_levels_is_mentioned_and_not_believed():
     weights = layers("", DECODER, "self.{}", {"decoder": [4]}, count=1)
     weights["transformer.level_embeds"] = torch.zeros(4, EMBED_DIM)
     with pytest.raises(
-        ValueError, match=r"\(transformer.level_embeds has 4 rows, perhaps one a lev"
+        ValueError, match=r"\(transformer.level_embeds has 4 rows, perhaps one per lev"
     ):
         checkpoints.attention_modules(weights, num_heads=4)
     assert geometry(weights, num_heads=4, num_levels=1) == (4, [4])

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import saccade
-from saccade.integrations.operators import replacement_of
+from saccade.integrations.operators import make_replacement
 from saccade.integrations.patching import PatchReport
 
 SHAPES = [(8, 12), (4, 6)]
@@ -238,7 +238,7 @@ def test_an_autograd_function_is_replaced_by_its_arguments_alone(calls):
         (UsesCorners, "core_with_corners: on a trial it gives other numbers than saccade"),
         (
             UsesTemperature,
-            r"core_with_temperature: it takes \(value, .*, temperature\), which is no",
+            r"core_with_temperature: it takes \(value, .*, temperature\), which is not",
         ),
     ],
 )
@@ -264,7 +264,7 @@ def test_a_forward_that_something_else_has_replaced_is_left_alone():
 
 
 def test_wrong_arguments_of_a_replacement():
-    replacement = replacement_of(core)
+    replacement = make_replacement(core)
     with pytest.raises(TypeError, match=r"core: expected the arguments \(value, spatial_shapes"):
         replacement(1, 2, 3, 4, 5)
     with pytest.raises(TypeError, match="0 by position and .'values'. by name"):

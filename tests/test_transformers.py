@@ -14,7 +14,7 @@ from vision_helpers import random_detector, random_rt_detr
 
 import saccade
 from saccade.benchmark.detectors import DETECTORS
-from saccade.integrations.operators import original_of
+from saccade.integrations.operators import get_original
 
 
 def scatter_parameters(model):
@@ -293,7 +293,7 @@ def check_operator(name):
     path, _, attribute = name.rpartition(".")
     owner = resolved(path)
     replaced = getattr(owner, attribute)
-    original = original_of(replaced)
+    original = get_original(replaced)
     inputs = [
         torch.randn(2, 9 * 13 + 5 * 7, 4, 8, generator=generator),
         torch.rand(2, 20, 4, 2, 3, 2, generator=generator) * 1.4 - 0.2,

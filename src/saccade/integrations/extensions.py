@@ -310,7 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     as_module = command[:1] == ["-m"]
     command = command[as_module:]
     if not command:
-        parser.error("expected a script, or -m and a module, after --")
+        parser.error("expected a script, or -m and a module, behind --")
     try:
         install(*names)
     except ValueError as error:

@@ -186,12 +186,12 @@ def _find_reason_against(module: nn.Module, uses: _Uses) -> str:
             return f"{original.__name__}: {replacement}"
         if "method" not in replacement.roles.values():
             continue
-        method = module_method
+        setting = module_method
         if isinstance(operator, functools.partial):
             arguments = dict(zip(replacement.names, operator.args, strict=False))
-            method = (arguments | operator.keywords).get("method", method)
-        if method not in (None, *replacement.methods):
-            return f"its method is {method!r}, expected one of {', '.join(replacement.methods)}"
+            setting = (arguments | operator.keywords).get("method", setting)
+        if setting not in (None, *replacement.methods):
+            return f"its method is {setting!r}, expected one of {', '.join(replacement.methods)}"
     return ""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 from saccade.integrations.onnx.graph import Graph, Size, Value, get_fixed_size, make_graph
 from saccade.integrations.onnx.sampling import Levels, make_locations
@@ -32,17 +32,17 @@ class CallInGraph(NamedTuple):
     @property
     def heads(self) -> int:
         """Number of heads M."""
-        return cast(int, cast(Value, self.arguments.points).shape[2])
+        return self.arguments.points.shape[2]
 
     @property
     def value_heads(self) -> int:
         """Number of heads of the value: M, or one that all heads read."""
-        return cast(int, self.arguments.value.shape[2])
+        return self.arguments.value.shape[2]
 
     @property
     def head_dim(self) -> int:
         """Number of channels of a head."""
-        return cast(int, self.arguments.value.shape[3])
+        return self.arguments.value.shape[3]
 
     def to_value_dtype(self, output: Value) -> Value:
         """The output in the value's dtype."""
