@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+import helpers
 import pytest
 import torch
 from checkpoint_helpers import (
@@ -102,8 +103,16 @@ SEGMENTERS = {"mask2former", "oneformer"}
 WITHOUT_PROJECTIONS = {"d-fine", "deimv2"}
 
 
-@pytest.mark.parametrize("shards", [False, True], ids=["one-file", "shards"])
-@pytest.mark.parametrize("name", [name for name in DETECTORS if name not in WITHOUT_PROJECTIONS])
+FOLDERS = [
+    (name, shards)
+    for shards in (False, True)
+    for name in DETECTORS
+    if name not in WITHOUT_PROJECTIONS
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "shards"), helpers.some(FOLDERS, 6))
 def test_transformers_folders(tmp_path, name, shards):
     pytest.importorskip("safetensors", reason="transformers writes with it")
     detector = DETECTORS[name]

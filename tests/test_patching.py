@@ -21,13 +21,13 @@ def sampled(value, shapes, locations, weights, *, align_corners=False, factor=1.
     """The operator by grid_sample, in words of this file: value [B, S, M, D]."""
     batch, _, heads, width = value.shape
     found, first = [], 0
-    for level, (rows, columns) in enumerate(shapes):
+    for index, (rows, columns) in enumerate(shapes):
         rows, columns = int(rows), int(columns)
-        of_level = value[:, first : first + rows * columns].permute(0, 2, 3, 1)
-        grid = 2 * locations[:, :, :, level].transpose(1, 2).flatten(0, 1) - 1
+        level = value[:, first : first + rows * columns].permute(0, 2, 3, 1)
+        grid = 2 * locations[:, :, :, index].transpose(1, 2).flatten(0, 1) - 1
         found.append(
             nn.functional.grid_sample(
-                of_level.reshape(batch * heads, width, rows, columns),
+                level.reshape(batch * heads, width, rows, columns),
                 grid,
                 align_corners=align_corners,
             )
@@ -282,6 +282,7 @@ def test_a_pickled_model_comes_back_unpatched():
     assert_same([module(value) for module in loaded], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [UsesFunction, UsesDecorated, UsesLevels, KeepsPartial])
 def test_a_patched_model_is_one_graph(kind):
     model, value = kind(), torch.randn(2, 120, 16)

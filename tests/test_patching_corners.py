@@ -192,6 +192,7 @@ def test_places_around_the_forward(kind, monkeypatch):
     assert len(calls) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["patched first", "patched last", "patched when compiled"])
 def test_compiled_models_do_not_share_what_was_compiled(order, monkeypatch):
     calls, value = counted_calls(monkeypatch), torch.randn(2, 120, 16)
