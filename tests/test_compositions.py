@@ -44,7 +44,7 @@ def test_depth_weighted_is_its_loops(backend, dtype, value_heads, depth_heads):
 
 
 @pytest.mark.parametrize(("value_heads", "depth_heads"), HEADS)
-def test_depth_weighted_is_the_operator_on_the_volume(backend, value_heads, depth_heads):
+def test_depth_weighted_is_the_operator_on_the_volume(cpu_backend, value_heads, depth_heads):
     value, depth, locations, weights = draw_depth_weighted(
         value_heads=value_heads, depth_heads=depth_heads, queries=9
     )
@@ -130,12 +130,17 @@ def test_multi_camera_reads_strictly_inside_only(backend):
 
 
 def test_first_derivatives(cpu_backend):
-    depth_inputs = [t.requires_grad_() for t in draw_depth_weighted(batch=1, queries=2)]
+    shapes, cameras = [(2, 3), (1, 2)], [[(2, 2)], [(1, 3)]]
+    inputs = draw_depth_weighted(shapes=shapes, batch=1, queries=2, points=2, head_dim=2)
     assert torch.autograd.gradcheck(
-        lambda v, d, p, w: depth_weighted(v, d, SHAPES, p, w), depth_inputs
+        lambda v, d, p, w: depth_weighted(v, d, shapes, p, w),
+        [tensor.requires_grad_() for tensor in inputs],
     )
-    inputs = [t.requires_grad_() for t in draw_multi_camera(batch=1, anchors=2)]
-    assert torch.autograd.gradcheck(lambda v, p, w: multi_camera(v, CAMERAS, p, w), inputs)
+    inputs = draw_multi_camera(cameras=cameras, batch=1, anchors=2, channels=4)
+    assert torch.autograd.gradcheck(
+        lambda v, p, w: multi_camera(v, cameras, p, w),
+        [tensor.requires_grad_() for tensor in inputs],
+    )
 
 
 def test_second_derivatives(cpu_backend):
@@ -173,7 +178,7 @@ def test_16_bit_is_rounded_once(backend, dtype):
     assert ((output - expected).abs() <= ROUNDING[dtype] * expected.abs() + 1e-3).all()
 
 
-def test_the_gradient_of_a_16_bit_depth_is_rounded_once(backend):
+def test_the_gradient_of_a_16_bit_depth_is_rounded_once(cpu_backend):
     value, depth, locations, weights = draw_depth_weighted(torch.float32, queries=50)
     inputs = (value, depth.bfloat16(), locations, weights)
     _, _, found, *_ = with_gradients(lambda v, d, p, w: depth_weighted(v, d, SHAPES, p, w), inputs)
@@ -186,7 +191,7 @@ def test_the_gradient_of_a_16_bit_depth_is_rounded_once(backend):
 
 @pytest.mark.parametrize("number", [INF, -INF, NAN, 1e38])
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_a_location_that_is_not_finite_contributes_nothing(backend, axis, number):
+def test_a_location_that_is_not_finite_contributes_nothing(cpu_backend, axis, number):
     value, depth, locations, weights = draw_depth_weighted(torch.float32)
     # Infinite wherever a dropped point could be led to read instead.
     locations[..., axis] = number
@@ -276,6 +281,7 @@ def test_the_bits_do_not_depend_on_threads():
         assert all(torch.equal(*pair) for pair in zip(found[0], again, strict=True))
 
 
+@pytest.mark.slow
 def test_one_graph_for_a_compiler():
     inputs = draw_depth_weighted(torch.float32)
     compiled = torch.compile(depth_weighted, backend="eager", fullgraph=True)

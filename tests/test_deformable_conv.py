@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from composition_helpers import assert_all_close, with_gradients
-from helpers import TOLERANCE
+from conftest import TRITON, WITH_TRITON, use
+from helpers import TOLERANCE, some
 
 from saccade import deformable_convolution
 from saccade.nn import DeformableConv
@@ -96,17 +97,29 @@ def loops(
     return output
 
 
+def assert_it_is_its_loops(options, dtype, **sizes):
+    inputs = draw(options, dtype, **sizes)
+    output = deformable_convolution(*inputs, **options)
+    assert output.dtype == dtype
+    assert output.is_contiguous()
+    # A position is a whole number of pixels and a fraction: slopes multiply the error of its last bit.
+    assert_all_close([output], [loops(*inputs, **options)], 10 * TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize("softmax", [False, True], ids=["modulation", "softmax"])
 @pytest.mark.parametrize("name", list(CASES))
-def test_the_convolution_is_its_loops(backend, name, softmax):
+def test_the_convolution_is_its_loops(cpu_backend, name, softmax):
     options = {**CASES[name], "softmax": softmax}
     for dtype in (torch.float32, torch.float64):
-        inputs = draw(options, dtype)
-        output = deformable_convolution(*inputs, **options)
-        assert output.dtype == dtype
-        assert output.is_contiguous()
-        # Positions are whole pixels and parts; a slope of some units takes their last bit along.
-        assert_all_close([output], [loops(*inputs, **options)], 10 * TOLERANCE[dtype])
+        assert_it_is_its_loops(options, dtype, batch=1)
+
+
+@pytest.mark.parametrize(("name", "softmax"), some(itertools.product(CASES, (False, True)), 5))
+@pytest.mark.parametrize("gpu", [pytest.param(TRITON, marks=WITH_TRITON)])
+def test_the_convolution_is_its_loops_on_the_gpu_kernels(gpu, name, softmax):
+    options = {**CASES[name], "softmax": softmax}
+    with use(gpu):
+        assert_it_is_its_loops(options, torch.float32, batch=1, height=5, width=5)
 
 
 @pytest.mark.parametrize(("groups", "channels"), [(1, 1), (3, 3), (1, 7), (5, 35), (4, 64)])
@@ -192,12 +205,19 @@ def test_no_batch_and_points_far_outside(cpu_backend, softmax):
         assert not any(tensor.any() for tensor in found)
 
 
-def test_strides_do_not_matter_and_a_compiler_sees_one_graph():
+def test_strides_do_not_matter():
+    options = {**CASES["stride"], "softmax": True}
+    inputs = draw(options, torch.float32)
+    strided = [t.transpose(0, -1).contiguous().transpose(0, -1) for t in inputs]
+    expected = deformable_convolution(*inputs, **options)
+    assert torch.equal(deformable_convolution(*strided, **options), expected)
+
+
+@pytest.mark.slow
+def test_a_compiler_sees_one_graph():
     options = {**CASES["stride"], "softmax": True}
     inputs = draw(options, torch.float32)
     expected = deformable_convolution(*inputs, **options)
-    strided = [t.transpose(0, -1).contiguous().transpose(0, -1) for t in inputs]
-    assert torch.equal(deformable_convolution(*strided, **options), expected)
     compiled = torch.compile(deformable_convolution, backend="eager", fullgraph=True, dynamic=True)
     assert torch.equal(compiled(*inputs, **options), expected)
     inputs = draw(options, torch.float32, height=8, width=9, batch=3)
