@@ -21,6 +21,7 @@ CODE = ("src", "csrc", "tests", "benchmarks")
 PRODUCT = ("src", "csrc")
 TRITON = ("src/saccade/backends/triton",)
 PAGES = ("docs", "README.md", "CONTRIBUTING.md", "examples")
+EVERYWHERE = (*CODE, *PAGES)
 SUFFIXES = {".py", ".cpp", ".h", ".inl", ".md"}
 
 
@@ -31,30 +32,30 @@ class Rule(NamedTuple):
 
 
 NAMES = [
-    Rule("understand_?\\w*|understood", "parse_call, parse_…", CODE),
-    Rule("(MOST|LEAST)_\\w+", "MAX_…, MIN_…", CODE),
-    Rule("(most|least)_(?!common)\\w+", "max_…, min_…", CODE),
-    Rule("attend_(queries|points)", "forward_…_kernel", (*CODE, *PAGES)),
-    Rule("differentiate_\\w+", "backward_…_kernel", (*CODE, *PAGES)),
+    Rule(r"understand_?\w*|understood", "parse_call, parse_…", CODE),
+    Rule(r"(MOST|LEAST)_\w+", "MAX_…, MIN_…", CODE),
+    Rule(r"(most|least)_(?!common)\w+", "max_…, min_…", CODE),
+    Rule("attend_(queries|points)", "forward_…_kernel", EVERYWHERE),
+    Rule(r"differentiate_\w+", "backward_…_kernel", EVERYWHERE),
     Rule("before_softmax", "grad_attention_weights", CODE),
     Rule("points_reversed", "points_backward, rule_backward", CODE),
-    Rule("_?remember(ed)?(_\\w+)?", "functools.lru_cache, or …_cache", CODE),
+    Rule(r"_?remember(ed)?(_\w+)?", "functools.lru_cache, or …_cache", CODE),
     Rule("key_of|as_ints|in_layout", "cache_key, to_ints, flatten_levels", CODE),
     Rule("FusedCall|FUSED|PLAIN", "Call: there is one operator", PRODUCT),
-    Rule("of_\\w+", "what it holds: elements_per_query, level_size", CODE),
-    Rule("(?!state_dict_|one_)\\w+_of", "a verb: get_…, find_…, make_…", CODE),
+    Rule(r"of_\w+", "what it holds: elements_per_query, level_size", CODE),
+    Rule(r"(?!state_dict_|one_)\w+_of", "a verb: get_…, find_…, make_…", CODE),
     Rule("found", "what it holds: size, module, shape; at worst `result`", PRODUCT),
     Rule("place|places", "offset, index", PRODUCT),
     Rule("numbers", "elements, channels, values", PRODUCT),
     Rule("wanted|told|said|judged?", "what it is: request, message, verdict", PRODUCT),
     Rule("given", "what it holds", PRODUCT),
     Rule("Claim|Finding|Attempt|Wanted|LeftOut", "Signature, CheckResult, Trial, Request, Skipped", CODE),
-    Rule("\\w*([Pp]eer|PEER|[Rr]ival|RIVAL)\\w*", "baseline", ("src", "benchmarks")),
-    Rule("(?!\\w*_path)(meta_path)", "a documented function, not a hook of the import system", ("src",)),
+    Rule(r"\w*([Pp]eer|PEER|[Rr]ival|RIVAL)\w*", "baseline", ("src", "benchmarks")),
+    Rule("meta_path", "a documented function, not a hook of the import system", ("src",)),
     Rule("contract|keeping|quiet|rebinding|looked_drawing|argument_key", "see docs/glossary.md", CODE),
     Rule("Problem|problem|prepare", "Call, Plan, make_plan", ("csrc",)),
-    Rule("looks?|Look|num_looks|kLook\\w*", "(query, head) pair", ("csrc", *TRITON)),
-    Rule("Given\\w*", "PointReader, inputs", ("csrc",)),
+    Rule(r"looks?|Look|num_looks|kLook\w*", "(query, head) pair", ("csrc", *TRITON)),
+    Rule(r"Given\w*", "PointReader, inputs", ("csrc",)),
     Rule("Units?|units?", "Tile", ("csrc",)),
     Rule("heads_together|TOGETHER", "heads_per_tile", ("csrc", *TRITON)),
     Rule("own_grad_rows", "accumulates_per_head", ("csrc",)),
@@ -71,14 +72,19 @@ COUNTED = (
 )
 
 PHRASES = [
-    Rule("(?<![Tt]here\\s)is no (?!longer\\b|more\\b|less\\b|one\\b|other\\b)", "is not a", (*CODE, *PAGES)),
-    Rule("if it is none\\b", "the error, as a sentence", (*CODE, *PAGES)),
-    Rule("who(ever)? asks\\b", "the caller", (*CODE, *PAGES)),
-    Rule("(brings?|brought|bringing)\\b[^.;:,]{0,40}? along\\b", "imports, needs, has", (*CODE, *PAGES)),
-    Rule("(is|are|was|were|be|been) had\\b", "is available, is", (*CODE, *PAGES)),
-    Rule("no business of\\b", "a plain sentence", (*CODE, *PAGES)),
-    Rule(f"({COUNTED}) an? ({THINGS})\\b", "per", (*CODE, *PAGES)),
-    Rule("(peer|rival)s?\\b", "baseline", ("src", "benchmarks", "docs", "README.md", "CONTRIBUTING.md")),
+    Rule(r"(?<![Tt]here\s)is no (?!longer\b|more\b|less\b|one\b|other\b)", "is not a", EVERYWHERE),
+    Rule(r"if it is none\b", "the error, as a sentence", EVERYWHERE),
+    Rule(r"who(ever)? asks\b", "the caller", EVERYWHERE),
+    Rule(r"(brings?|brought|bringing)\b[^.;:,]{0,40}? along\b", "imports, needs, has", EVERYWHERE),
+    Rule(r"(is|are|was|were|be|been) had\b", "is available, is", EVERYWHERE),
+    Rule(r"no business of\b", "a plain sentence", EVERYWHERE),
+    # "Which kernel a call gets" is another thing than "one kernel a call".
+    Rule(rf"({COUNTED}) an? ({THINGS})\b(?!\s+(?:is|has|\w+s)\b)", "per", EVERYWHERE),
+    Rule(
+        r"(peer|rival)s?\b",
+        "baseline",
+        ("src", "benchmarks", "docs", "README.md", "CONTRIBUTING.md"),
+    ),
 ]
 
 FILES = {
@@ -164,7 +170,9 @@ def files() -> tuple[str, ...]:
 @cache
 def one_pattern(rules: tuple[Rule, ...]) -> re.Pattern[str]:
     """A group for each rule; inner groups must not count."""
-    patterns = (re.sub(r"(?<!\\)\((?!\?)", "(?:", rule.pattern.replace(" ", r"\s+")) for rule in rules)
+    patterns = (
+        re.sub(r"(?<!\\)\((?!\?)", "(?:", rule.pattern.replace(" ", r"\s+")) for rule in rules
+    )
     return re.compile("|".join(f"\\b({pattern})" for pattern in patterns))
 
 
@@ -177,8 +185,8 @@ def retired(name: str) -> Iterator[str]:
         pattern = one_pattern(rules)
         # Without indentation, so that a phrase may go over the end of a line.
         prose = re.sub(r"\n[ \t]+", "\n", piece.text)
-        found = [pattern.fullmatch(prose)] if piece.is_name else pattern.finditer(prose)
-        for match in filter(None, found if rules else ()):
+        matches = [pattern.fullmatch(prose)] if piece.is_name else pattern.finditer(prose)
+        for match in filter(None, matches if rules else ()):
             line = piece.line + prose.count("\n", 0, match.start())
             words = " ".join(match[0].split())
             yield f"{name}:{line}: {words!r}; write instead: {rules[match.lastindex - 1].instead}"

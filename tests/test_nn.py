@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
+import helpers
 import pytest
 import torch
-
-import helpers
-import saccade
 from conftest import TRITON, WITH_TRITON, use
+
+import saccade
 from saccade.nn import DeformableAttention, MultiScaleDeformableAttention
 from saccade.sampling import directions
 
@@ -274,10 +274,10 @@ def test_a_single_line_or_volume(shape, value_projection):
     mask[..., 2:] = True
     changed = feature_map.clone()
     changed[..., 2:, :] = 1e3
-    found = module(query, feature_map, value_padding_mask=mask)
-    assert found.shape == (2, 5, 32)
-    assert torch.equal(found, module(query, changed, value_padding_mask=mask))
-    found.sum().backward()
+    output = module(query, feature_map, value_padding_mask=mask)
+    assert output.shape == (2, 5, 32)
+    assert torch.equal(output, module(query, changed, value_padding_mask=mask))
+    output.sum().backward()
     assert all(parameter.grad is not None for parameter in module.parameters())
 
 
