@@ -17,11 +17,11 @@ if not torch.cuda.is_available():
 import helpers
 
 import saccade
-from saccade.ops import contract, gpu, native
+from saccade.ops import gpu, native, schema
 
 ON_A_CARD = torch.cuda.is_available()
 TRITON = "triton" if ON_A_CARD else "triton-interpreter"
-NO_TRITON = gpu.refusal_of_installation()
+NO_TRITON = gpu.installation_refusal()
 NATIVE_BACKENDS = [f"cpu-{isa}" for isa in native.available_isas()]
 BACKENDS = ["reference", *NATIVE_BACKENDS]
 
@@ -46,10 +46,9 @@ def use(name: str) -> Iterator[str]:
         return
     library = torch.library.Library("saccade", "IMPL")
     try:
-        for operator in (contract.PLAIN, contract.FUSED):
-            names = (operator.name, operator.backward_name)
-            for kernel_name, run in zip(names, gpu.implementations(operator), strict=True):
-                library.impl(kernel_name, _on_the_card(run), "CPU", allow_override=True)
+        names = (schema.FORWARD, schema.BACKWARD)
+        for kernel_name, run in zip(names, gpu.implementations(), strict=True):
+            library.impl(kernel_name, _on_the_card(run), "CPU", allow_override=True)
         yield name
     finally:
         library._destroy()

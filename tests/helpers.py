@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import saccade
-from saccade.arguments import Call, Options, understand
+from saccade.call import Call, parse_call
 
 T = TypeVar("T")
 
@@ -104,16 +104,8 @@ class Case:
         weights = torch.rand(shape, dtype=torch.float64)
         return value.to(self.dtype), locations.to(location_dtype), weights.to(location_dtype)
 
-    def understood(self, value: Tensor, locations: Tensor, weights: Tensor) -> Call:
-        options = Options(
-            self.shapes,
-            self.num_points,
-            self.interpolation,
-            self.padding,
-            self.coordinates,
-            None,
-        )
-        return understand(value, locations, weights, options)
+    def parse(self, value: Tensor, locations: Tensor, weights: Tensor) -> Call:
+        return parse_call(value, self.shapes, locations, weights, **self.options)
 
     def call(self, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
         return saccade.deformable_attention(value, self.shapes, locations, weights, **self.options)

@@ -16,6 +16,7 @@ from saccade.functional import deformable_attention as deformable_attention
 from saccade.functional import fused_deformable_attention as fused_deformable_attention
 from saccade.integrations import patch as patch
 from saccade.integrations import unpatch as unpatch
+from saccade.ops.flops import register_flop_formulas as register_flop_formulas
 from saccade.sampling import Sampling as Sampling
 
 __version__ = "0.1.0"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -11,18 +12,19 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from saccade.ops import gpu, native
+from saccade.ops import gpu, native, schema
 
-_forced_reference = False
+# What `use_backend("reference")` registers in place of the kernels, while it is in force.
+_reference_library: torch.library.Library | None = None
 
 
 class Backend(NamedTuple):
-    """What runs a call and why."""
+    """The kernel that runs a call, and why."""
 
     name: str
     """"triton", "cpu-avx512", "cpu-avx2", "cpu-neon", "cpu-scalar" or "reference"."""
     reason: str
-    """One sentence for a person."""
+    """A sentence for people to read."""
 
     def __str__(self) -> str:
         return f"{self.name} ({self.reason})"
@@ -47,9 +49,9 @@ def which_backend(*tensors: Tensor) -> Backend:
         ...     saccade.which_backend(torch.zeros(1)).name
         'reference'
     """
-    if _forced_reference:
+    if _reference_library is not None:
         return Backend("reference", 'chosen by saccade.use_backend("reference")')
-    if needs_reference():
+    if transforms_are_active():
         return Backend(
             "reference", "a transform of torch.func or forward-mode derivatives are active"
         )
@@ -57,19 +59,19 @@ def which_backend(*tensors: Tensor) -> Backend:
     if len(devices) > 1:
         return Backend("reference", f"no kernel takes tensors on {' and '.join(map(str, devices))}")
     if devices and devices[0].type != "cpu":
-        return _of_device(devices[0])
+        return _device_backend(devices[0])
     if native.failure is not None:
         return Backend("reference", native.failure)
     isa = native.isa()
-    asked = os.environ.get("SACCADE_CPU_ISA")
-    if asked and asked == isa:
-        return Backend(f"cpu-{isa}", f"SACCADE_CPU_ISA={asked}")
+    variable = os.environ.get("SACCADE_CPU_ISA")
+    if variable and variable == isa:
+        return Backend(f"cpu-{isa}", f"SACCADE_CPU_ISA={variable}")
     available = native.available_isas()
     best = "the best this processor runs" if isa == available[0] else "chosen by use_backend"
     return Backend(f"cpu-{isa}", f"native library, {best} of {', '.join(available)}")
 
 
-def _of_device(device: torch.device) -> Backend:
+def _device_backend(device: torch.device) -> Backend:
     refusal = gpu.refusal(device)
     if refusal is not None:
         return Backend("reference", refusal)
@@ -80,44 +82,63 @@ def _of_device(device: torch.device) -> Backend:
 def use_backend(name: str) -> Iterator[None]:
     """Runs the calls inside the `with` block on another kernel, for tests and comparisons.
 
+    The choice is made in torch's dispatcher: direct calls of `torch.ops.saccade.*` follow it too, and a
+    backward runs on the backend that is chosen when it runs.
+
     Args:
         name: "reference", or a native CPU kernel such as "cpu-avx2" or "cpu-scalar". The choice
             holds for the whole process, all its threads included.
 
     Raises:
-        ValueError: no such kernel, or it cannot run here; the message says which can.
+        ValueError: there is no such kernel, or it cannot run here; the message says which can.
 
     Example:
         >>> import saccade
         >>> with saccade.use_backend("reference"):
         ...     pass
     """
-    global _forced_reference
     available = ["reference", *(f"cpu-{isa}" for isa in native.available_isas())]
     if name not in available:
         raise ValueError(
             f"name: expected one of {', '.join(available)} on this machine, got {name!r}"
         )
-    previous_forced = _forced_reference
-    # The reference asks for no instruction set: a wrong SACCADE_CPU_ISA must not stand in its way.
+    previous_reference = _reference_library is not None
+    # Choosing the reference does not read the instruction set: a wrong SACCADE_CPU_ISA must not prevent it.
     previous_isa = None if name == "reference" else native.isa()
     try:
-        _forced_reference = name == "reference"
+        _override_kernels(name == "reference")
         if name != "reference":
             native.set_isa(name.removeprefix("cpu-"))
         yield
     finally:
-        _forced_reference = previous_forced
+        _override_kernels(previous_reference)
         if previous_isa is not None:
             native.set_isa(previous_isa)
 
 
-def needs_reference() -> bool:
-    """Whether `use_backend("reference")` is in force, or a transform that only the reference knows.
+def _override_kernels(by_reference: bool) -> None:
+    """Registers the reference as the kernel of every device that has another one, or unregisters it."""
+    global _reference_library
+    if by_reference == (_reference_library is not None):
+        return
+    if _reference_library is not None:
+        _reference_library._destroy()
+        _reference_library = None
+        return
+    library = torch.library.Library("saccade", "IMPL")
+    with warnings.catch_warnings():
+        # Replacing the native kernels is what is meant here.
+        warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
+        for key in ("CPU", "CUDA"):
+            library.impl(schema.FORWARD, schema.fallback, key, allow_override=True)
+            library.impl(schema.BACKWARD, schema.backward_fallback, key, allow_override=True)
+    _reference_library = library
+
+
+def transforms_are_active() -> bool:
+    """Whether a transform is active that only the reference supports.
 
     Those are forward-mode derivatives and the transforms of `torch.func`: the registered operator has
-    an ordinary backward only, and would drop a tangent in silence.
+    a backward only, and would drop a tangent without an error.
     """
-    if _forced_reference or torch.compiler.is_compiling():
-        return _forced_reference
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()

@@ -1,38 +1,33 @@
-"""What arguments may be, and the checks that say so: each error names the argument, what was
-expected and what came.
-"""
+"""Checks of single arguments: each error names the argument, what was expected and what came."""
 
 from __future__ import annotations
 
 import math
 import operator
 from collections.abc import Sequence
-from typing import Literal, TypeAlias, get_args
+from typing import TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-Interpolation: TypeAlias = Literal["linear", "nearest", "discrete"]
-Padding: TypeAlias = Literal["zeros", "border", "border_height"]
-Coordinates: TypeAlias = Literal["normalized", "normalized_corners", "pixel"]
 SpatialShapes: TypeAlias = Sequence[Sequence[int]] | Tensor
 
 VALUE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
-# A map is a line, an image or a volume.
+# A map is a signal, an image or a volume.
 SPATIAL_DIMS = (1, 2, 3)
 
-# Of one level: the kernels keep a position's number within its level in 32 bits.
+# Positions of one level: the kernels keep the index of a position within its level in 32 bits.
 MAX_POSITIONS = 2**31 - 1
 
-# Of a query: they keep the place of a coordinate among those of all in 32 bits.
+# Reference points of a query: the kernels keep the index of a coordinate among all of them in 32 bits.
 MAX_REFERENCES = (2**31 - 1) // 6
 
 
 def parse_spatial_shapes(spatial_shapes: SpatialShapes) -> list[tuple[int, ...]]:
-    """One tuple of positive ints a level, from a sequence of them or an integer tensor [L, N].
+    """One tuple of positive ints per level, from a sequence of them or an integer tensor [L, N].
 
-    All have the same length, the number of dimensions N: `(width,)`, `(height, width)` or
+    All tuples have the same length, the number of dimensions N: `(width,)`, `(height, width)` or
     `(depth, height, width)`.
     """
     if isinstance(spatial_shapes, Tensor) and spatial_shapes.is_meta:
@@ -40,7 +35,7 @@ def parse_spatial_shapes(spatial_shapes: SpatialShapes) -> list[tuple[int, ...]]
     # A tensor is read back to the host here: on a GPU that is a synchronisation, a sequence is not.
     rows = spatial_shapes.tolist() if isinstance(spatial_shapes, Tensor) else spatial_shapes
     try:
-        shapes = [tuple(to_int(size) for size in row) for row in rows]
+        shapes = [*map(_to_shape, rows)]
     except TypeError as error:
         raise TypeError(
             "spatial_shapes: expected a sequence of tuples of int, (width,), (height, width) or "
@@ -55,13 +50,21 @@ def parse_spatial_shapes(spatial_shapes: SpatialShapes) -> list[tuple[int, ...]]
                 "spatial_shapes: expected (width,), (height, width) or (depth, height, width), the "
                 f"same for each level, got {shape} in {shapes}"
             )
-        if any(size < 1 for size in shape):
-            raise ValueError(f"spatial_shapes: expected positive sizes, got {shape} in {shapes}")
+        for size in shape:
+            if size < 1:
+                raise ValueError(
+                    f"spatial_shapes: expected positive sizes, got {shape} in {shapes}"
+                )
         if math.prod(shape) > MAX_POSITIONS:
             raise ValueError(
-                f"spatial_shapes: expected at most {MAX_POSITIONS} positions a level, got {shape}"
+                f"spatial_shapes: expected at most {MAX_POSITIONS} positions per level, got {shape}"
             )
     return shapes
+
+
+def _to_shape(row: Sequence[int]) -> tuple[int, ...]:
+    shape = tuple(row)
+    return shape if {*map(type, shape)} <= {int} else tuple(map(to_int, shape))
 
 
 def apply_value_padding_mask(value: Tensor, value_padding_mask: Tensor) -> Tensor:
@@ -86,16 +89,16 @@ def apply_value_padding_mask(value: Tensor, value_padding_mask: Tensor) -> Tenso
     )
 
 
-def check_option(name: str, given: object, kind: object) -> None:
-    """Raises a ValueError unless `given` is one of the strings of the Literal `kind`."""
-    choices = get_args(kind)
-    if not isinstance(given, str) or given not in choices:
-        got = repr(given) if isinstance(given, str | int | None) else type(given).__name__
+def check_option(name: str, option: object, literal: object) -> None:
+    """Raises a ValueError unless `option` is one of the strings of a Literal type."""
+    choices = get_args(literal)
+    if not isinstance(option, str) or option not in choices:
+        got = repr(option) if isinstance(option, str | int | None) else type(option).__name__
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {got}")
 
 
 def check_border_height(padding: str, interpolation: str, spatial_dims: int) -> None:
-    """Raises a ValueError for "border_height" where there is nothing that it could mean."""
+    """Raises a ValueError for "border_height" with options for which it has no meaning."""
     if padding != "border_height":
         return
     if interpolation != "discrete":
@@ -117,9 +120,10 @@ def parse_num_points(
     *,
     flat_name: str = "sampling_locations",
 ) -> list[int]:
-    """One positive number of points a level; `per_level` is what None stands for.
+    """One positive number of points per level, from one number for all levels or one for each.
 
-    Without that, it is the tensor `flat_name` that needs them.
+    None stands for `per_level`. Where that is None too, the tensor called `flat_name` has its points flat
+    and the numbers are required.
     """
     if num_points is None:
         if per_level is None:
@@ -129,18 +133,18 @@ def parse_num_points(
             )
         num_points = per_level
     expected = "an int or a sequence of int"
-    levels = (
+    counts = (
         to_ints("num_points", num_points, expected)
         if isinstance(num_points, Sequence)
-        else [_int_of("num_points", num_points, expected)] * num_levels
+        else [_to_named_int("num_points", num_points, expected)] * num_levels
     )
-    if len(levels) != num_levels:
+    if len(counts) != num_levels:
         raise ValueError(
-            f"num_points: expected {num_levels} numbers, one for each level, got {levels}"
+            f"num_points: expected {num_levels} numbers, one for each level, got {counts}"
         )
-    if any(points < 1 for points in levels):
-        raise ValueError(f"num_points: expected at least 1 point for each level, got {levels}")
-    return levels
+    if min(counts) < 1:
+        raise ValueError(f"num_points: expected at least 1 point for each level, got {counts}")
+    return counts
 
 
 def parse_reference_index(
@@ -157,23 +161,26 @@ def parse_reference_index(
             number with `reference_index`.
         leading: the sizes before its last two axes.
         num_points: points of each level.
-        reference_index: for each point a number below R; None, by level.
+        reference_index: for each point a number below R; None: the reference point of the point's
+            level, or the only one.
         spatial_dims: N.
     """
     sizes = list(reference_points.shape)
     count = sizes[-2] if len(sizes) == len(leading) + 2 else 0
-    by_level = (1, len(num_points))
+    counts_without_index = (1, len(num_points))
     if (
         count < 1
         or sizes[:-2] != list(leading)
         or sizes[-1] not in (spatial_dims, 2 * spatial_dims)
-        or (reference_index is None and count not in by_level)
+        or (reference_index is None and count not in counts_without_index)
     ):
-        named = reference_index is not None
-        numbers = "at least 1" if named else " or ".join(map(str, sorted({*by_level})))
-        hint = "" if named else " (other numbers of them need reference_index)"
+        has_index = reference_index is not None
+        counts = (
+            "at least 1" if has_index else " or ".join(map(str, sorted({*counts_without_index})))
+        )
+        hint = "" if has_index else " (other numbers of them need reference_index)"
         raise ValueError(
-            f"reference_points: expected [{''.join(f'{size}, ' for size in leading)}{numbers}, "
+            f"reference_points: expected [{''.join(f'{size}, ' for size in leading)}{counts}, "
             f"{spatial_dims} or {2 * spatial_dims}], got {sizes}{hint}"
         )
     if count > MAX_REFERENCES:
@@ -195,7 +202,7 @@ def parse_reference_index(
 def to_ints(
     name: str, numbers: Sequence[int] | Tensor, expected: str = "a sequence of int"
 ) -> list[int]:
-    """The numbers as ints; a TypeError that names them if one is not. A tensor is read back."""
+    """The numbers as ints; a TypeError that names them unless all are whole. A tensor is read back."""
     if isinstance(numbers, Tensor):
         if numbers.is_meta or numbers.dim() != 1 or numbers.is_floating_point():
             raise TypeError(
@@ -205,27 +212,28 @@ def to_ints(
         numbers = numbers.tolist()
     if not isinstance(numbers, Sequence) or isinstance(numbers, str):
         raise TypeError(f"{name}: expected {expected}, got {numbers!r}")
-    return [_int_of(name, number, expected, numbers) for number in numbers]
+    return [_to_named_int(name, number, expected, numbers) for number in numbers]
 
 
-def _int_of(name: str, number: object, expected: str, given: object = None) -> int:
+def _to_named_int(name: str, number: object, expected: str, argument: object = None) -> int:
+    """The number as an int; the TypeError shows `argument`, or the number where that is None."""
     try:
         return to_int(number)  # type: ignore[arg-type]
     except TypeError as error:
-        got = number if given is None else given
+        got = number if argument is None else argument
         raise TypeError(f"{name}: expected {expected}, got {got!r}") from error
 
 
 def to_positive_int(name: str, number: object) -> int:
     """The number as an int; a TypeError or ValueError that names it unless it is at least 1."""
-    found = _int_of(name, number, "an int")
-    if found < 1:
-        raise ValueError(f"{name}: expected at least 1, got {found}")
-    return found
+    result = _to_named_int(name, number, "an int")
+    if result < 1:
+        raise ValueError(f"{name}: expected at least 1, got {result}")
+    return result
 
 
 def to_int(number: int) -> int:
-    """A TypeError unless the number is whole and no bool."""
+    """The number as an int; a TypeError unless it is whole, and for a bool."""
     if isinstance(number, bool):
         raise TypeError("a bool is not a size")
     # A torch.SymInt stays symbolic: operator.index would fix it to the value of this trace.
@@ -233,14 +241,14 @@ def to_int(number: int) -> int:
 
 
 def check_tensor(name: str, tensor: object) -> Tensor:
-    """The tensor; a TypeError if it is none."""
+    """Returns the argument; raises a TypeError unless it is a tensor."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
     return tensor
 
 
 def check_floating(name: str, tensor: object, dtypes: tuple[torch.dtype, ...]) -> None:
-    """Raises unless it is a dense tensor of one of these dtypes."""
+    """Raises unless the argument is a dense tensor of one of these dtypes."""
     tensor = check_tensor(name, tensor)
     if tensor.dtype not in dtypes:
         raise ValueError(
@@ -251,43 +259,50 @@ def check_floating(name: str, tensor: object, dtypes: tuple[torch.dtype, ...]) -
         raise ValueError(f"{name}: expected a dense (strided) tensor, got {kind}")
 
 
-def check_shape(name: str, tensor: Tensor, expected: Sequence[int | None], hint: str = "") -> None:
-    """Raises a ValueError unless the tensor has these sizes, None standing for any."""
-    matches = tensor.dim() == len(expected) and all(
-        want is None or have == want for have, want in zip(tensor.shape, expected, strict=True)
-    )
-    if not matches:
-        wanted = ", ".join("any" if want is None else f"{want}" for want in expected)
-        raise ValueError(f"{name}: expected [{wanted}], got {format_shape(tensor)}{hint}")
-
-
-def check_axes(name: str, tensor: Tensor, value: Tensor | None, **axes: int | None) -> None:
-    """A floating tensor with these axes, on the device of `value`; None: any size.
-
-    Only a batch and its queries or anchors may be empty.
-    """
-    check_floating(name, tensor, VALUE_DTYPES)
-    if value is not None and tensor.device != value.device:
+def check_device(name: str, tensor: Tensor, value: Tensor) -> None:
+    """Raises a ValueError unless the tensor is on the device of `value`."""
+    if tensor.device != value.device:
         raise ValueError(
             f"{name}: expected a tensor on {value.device} like value, got {tensor.device}"
         )
+
+
+def check_shape(name: str, tensor: Tensor, expected: Sequence[int | None], hint: str = "") -> None:
+    """Raises a ValueError unless the tensor has these sizes; None stands for any size."""
+    matches = tensor.dim() == len(expected)
+    if matches:
+        for size, expected_size in zip(tensor.shape, expected, strict=True):
+            matches = matches and (expected_size is None or size == expected_size)
+    if not matches:
+        sizes = ", ".join("any" if size is None else f"{size}" for size in expected)
+        raise ValueError(f"{name}: expected [{sizes}], got {format_shape(tensor)}{hint}")
+
+
+def check_axes(name: str, tensor: Tensor, value: Tensor | None, **axes: int | None) -> None:
+    """Raises unless a floating tensor has these axes and is on the device of `value`.
+
+    The size None stands for any size above 0, and for any at all of a batch, its queries or anchors.
+    """
+    check_floating(name, tensor, VALUE_DTYPES)
+    if value is not None:
+        check_device(name, tensor, value)
     may_be_empty = ("batch", "queries", "anchors")
     if tensor.dim() != len(axes) or not all(
         (size >= 1 or axis in may_be_empty) if expected is None else size == expected
         for size, (axis, expected) in zip(tensor.shape, axes.items(), strict=True)
     ):
-        wanted = ", ".join(
+        names = ", ".join(
             axis if expected is None else f"{axis} {expected}" for axis, expected in axes.items()
         )
-        raise ValueError(f"{name}: expected [{wanted}], got {format_shape(tensor)}")
+        raise ValueError(f"{name}: expected [{names}], got {format_shape(tensor)}")
 
 
 def compute_dtype(value: Tensor) -> torch.dtype:
-    """What positions are computed in: in 16 bits they would be off by whole pixels."""
+    """The dtype of positions, weights and sums; positions in 16 bits would be off by whole pixels."""
     return torch.float64 if value.dtype == torch.float64 else torch.float32
 
 
 def format_shape(tensor: Tensor) -> str:
-    """For messages."""
-    # The compiler of torch follows a format, and no str() of sizes that are symbols.
+    """The shape as error messages show it."""
+    # torch.compile traces the formatting of a symbolic size, but not its str().
     return f"[{', '.join([f'{size}' for size in tensor.shape])}]"

@@ -20,6 +20,7 @@ from saccade.checks import (
     parse_spatial_shapes,
 )
 from saccade.functional import deformable_attention
+from saccade.sampling import axis_cells
 
 
 def depth_weighted_deformable_attention(
@@ -107,38 +108,34 @@ def depth_weighted_deformable_attention(
     depth_heads, num_bins = depth_distribution.shape[2:]
     attention_weights = attention_weights.to(dtype)
 
-    def of_level(numbers: list[int], dtype: torch.dtype) -> Tensor:
+    def per_level(sizes: list[int], dtype: torch.dtype) -> Tensor:
         # [L, 1]: broadcasts against [B, Q, M, L, K].
-        return torch.tensor(numbers, dtype=dtype, device=value.device)[:, None]
+        return torch.tensor(sizes, dtype=dtype, device=value.device)[:, None]
 
     widths = [width for _, width in shapes]
-    axes = [widths, [height for height, _ in shapes], [num_bins] * num_levels]
-    sizes = [of_level(axis, dtype) for axis in axes]
-    locations = sampling_locations.to(dtype).unbind(-1)
-    pixels = [location * size - 0.5 for location, size in zip(locations, sizes, strict=True)]
-    near = [(pixel >= -1) & (pixel < size) for pixel, size in zip(pixels, sizes, strict=True)]
-    # False for a location that is not finite, and where all eight corners are outside.
-    reads = near[0] & near[1] & near[2]
-    columns, rows, bins = (
-        _cells(pixel, size, reads) for pixel, size in zip(pixels, sizes, strict=True)
+    axis_sizes = [widths, [height for height, _ in shapes], [num_bins] * num_levels]
+    columns, rows, bins = _cells(
+        sampling_locations.to(dtype), [per_level(sizes, dtype) for sizes in axis_sizes]
     )
 
-    width = of_level(widths, torch.int64)
-    first_row = of_level([sum(map(math.prod, shapes[:n])) for n in range(num_levels)], torch.int64)
+    width = per_level(widths, torch.int64)
+    level_start = per_level(
+        [sum(map(math.prod, shapes[:level])) for level in range(num_levels)], torch.int64
+    )
     head = torch.arange(depth_heads, device=value.device)[:, None, None]
     corners, weights = [], []
     for row, column in itertools.product(rows, columns):
-        position = (first_row + row.number * width + column.number) * depth_heads + head
-        depth = torch.zeros_like(row.share)
+        position = (level_start + row.pixel * width + column.pixel) * depth_heads + head
+        depth = torch.zeros_like(row.weight)  # [B, Q, M, L, K]
         for depth_bin in bins:
-            entry = position * num_bins + depth_bin.number
-            found = depths.gather(1, entry.flatten(1)).view(entry.shape)
-            # Masked, not multiplied by 0: an infinite depth must not leak from a bin nobody reads.
+            index = position * num_bins + depth_bin.pixel
+            bin_depth = depths.gather(1, index.flatten(1)).view(index.shape)
+            # Masked, not multiplied by 0: an infinite depth must not leak from a bin that no point reads.
             inside = row.inside & column.inside & depth_bin.inside
-            depth = depth + depth_bin.share * torch.where(inside, found, 0)
-        # Each corner is a point of its own, which reads this one cell.
+            depth = depth + depth_bin.weight * torch.where(inside, bin_depth, 0)
+        # Each corner becomes a point of its own, which reads this one cell.
         corners.append(torch.stack((column.coordinate, row.coordinate), -1))
-        weights.append(attention_weights * (row.share * column.share * depth))
+        weights.append(attention_weights * (row.weight * column.weight * depth))
     return deformable_attention(
         value,
         shapes,
@@ -149,23 +146,34 @@ def depth_weighted_deformable_attention(
     )
 
 
-class _Cells(NamedTuple):
+class _Cell(NamedTuple):
     """One of the two cells of every point along one axis, [B, Q, M, L, K]."""
 
     coordinate: Tensor  # a whole number in floating point, NaN where the point reads nothing
-    share: Tensor  # interpolation weight
+    weight: Tensor  # of the interpolation
     inside: Tensor  # bool
-    number: Tensor  # int64, 0 where not inside
+    pixel: Tensor  # int64, 0 where not inside
 
 
-def _cells(pixel: Tensor, size: Tensor, reads: Tensor) -> list[_Cells]:
-    lower = torch.where(reads, pixel.detach().floor(), math.nan)
-    fraction = torch.where(reads, pixel - lower, 0)
-    cells = []
-    for coordinate, share in ((lower, 1 - fraction), (lower + 1, fraction)):
-        inside = (coordinate >= 0) & (coordinate < size)  # NaN is not
-        cells.append(_Cells(coordinate, share, inside, torch.where(inside, coordinate, 0).long()))
-    return cells
+def _cells(locations: Tensor, sizes: list[Tensor]) -> list[list[_Cell]]:
+    """The cells of normalized locations [B, Q, M, L, K, 3] along each axis; `sizes` broadcast."""
+    finite = locations.isfinite().all(-1)
+    axes = [
+        axis_cells(torch.where(finite, location, 0), size, "linear", "normalized")
+        for location, size in zip(locations.unbind(-1), sizes, strict=True)
+    ]
+    reads = finite  # whether any of the eight corners lies inside
+    for (lower, _), size in zip(axes, sizes, strict=True):
+        reads = reads & (lower.pixel >= -1) & (lower.pixel < size)
+    result: list[list[_Cell]] = []
+    for cells, size in zip(axes, sizes, strict=True):
+        result.append([])
+        for cell in cells:
+            inside = reads & (cell.pixel >= 0) & (cell.pixel < size)
+            coordinate = torch.where(reads, cell.pixel.to(locations.dtype), math.nan)
+            pixel = torch.where(inside, cell.pixel, 0)
+            result[-1].append(_Cell(coordinate, cell.weight, inside, pixel))
+    return result
 
 
 def multi_camera_deformable_aggregation(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saccade.checks import to_ints, check_axes, compute_dtype, format_shape
+from saccade.checks import check_axes, compute_dtype, format_shape, to_ints
 from saccade.functional import deformable_attention, fused_deformable_attention
 
 

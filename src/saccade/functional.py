@@ -1,26 +1,18 @@
-"""The public functions: arguments are understood, then the registered operator is called."""
+"""The public functions: arguments are parsed, then the registered operator is called."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from saccade import backend, reference
-from saccade.arguments import (
-    Call,
-    FusedCall,
-    Options,
-    of_queries,
-    understand,
-    understand_fused,
-)
-from saccade.checks import Coordinates, Interpolation, Padding, SpatialShapes
-from saccade.ops import registration
-from saccade.ops.contract import arguments_of
-from saccade.ops.gradients import needs_autograd
+from saccade.call import Call, Coordinates, Interpolation, Padding, drop_batch_axis, parse_call
+from saccade.checks import SpatialShapes, check_tensor
+from saccade.ops.autograd import needs_autograd
+from saccade.ops.registration import BACKWARD_OPERATOR, OPERATOR
+from saccade.ops.schema import to_arguments
 
 
 def deformable_attention(
@@ -54,8 +46,8 @@ def deformable_attention(
             finite or non-finite number is allowed. Its dtype may differ from the value's.
         attention_weights (Tensor[B, Q, M, L, K] or, flat, Tensor[B, Q, M, P]): the weight of each
             point; not normalised here. Its dtype may differ from the value's.
-        num_points: number of points of each level, one int or a list of L ints; needed for (and
-            only for) flat locations, where P is the sum over the levels.
+        num_points: number of points per level, one int or a list of L ints; required for flat
+            locations, where P is the sum over the levels.
         interpolation: "linear", "nearest" (rounds half to even) or "discrete", the cell
             floor(location * size + 0.5) of RT-DETRv2 and D-FINE; the latter two have no gradient to
             the locations.
@@ -65,9 +57,9 @@ def deformable_attention(
         coordinates: "normalized", 0 and 1 are the outer edges of the map; "normalized_corners", the
             centres of its first and last pixel; "pixel", an integer is the centre of a pixel.
         queries_per_map: for queries without padding, B numbers that sum to T, or an integer tensor
-            [B]: so many queries read the first map, so many the second. Locations and weights then
-            are [T, M, L, K, N] and [T, M, L, K] (or flat), the queries of the first map first.
-            Where a compiler shall see the whole graph, numbers: it cannot look into a tensor.
+            [B]: the first so many queries read the first map, the next the second. Locations and
+            weights then are [T, M, L, K, N] and [T, M, L, K] (or flat). A compiler that has to see
+            the whole graph needs numbers: it cannot look into a tensor.
         value_padding_mask (Tensor[B, S], bool): True marks positions of `value` that are padding
             and count as 0.
 
@@ -91,7 +83,7 @@ def deformable_attention(
     Example:
         >>> import torch, saccade
         >>> value = torch.randn(2, 8 * 8 + 4 * 4, 8, 32)          # two levels, 8 heads of 32
-        >>> locations = torch.rand(2, 100, 8, 2, 4, 2)            # 100 queries, 4 points a level
+        >>> locations = torch.rand(2, 100, 8, 2, 4, 2)            # 100 queries, 4 points per level
         >>> weights = torch.rand(2, 100, 8, 2, 4)
         >>> saccade.deformable_attention(value, [(8, 8), (4, 4)], locations, weights).shape
         torch.Size([2, 100, 256])
@@ -108,14 +100,20 @@ def deformable_attention(
         ...     value, [(8, 8), (4, 4)], locations, weights, queries_per_map=[3, 1]).shape
         torch.Size([4, 256])
     """
-    options = Options(
-        spatial_shapes, num_points, interpolation, padding, coordinates, queries_per_map
+    return run(
+        parse_call(
+            value,
+            spatial_shapes,
+            sampling_locations,
+            attention_weights,
+            num_points=num_points,
+            interpolation=interpolation,
+            padding=padding,
+            coordinates=coordinates,
+            queries_per_map=queries_per_map,
+            value_padding_mask=value_padding_mask,
+        )
     )
-    call = understand(value, sampling_locations, attention_weights, options, value_padding_mask)
-    if backend.needs_reference():
-        return of_queries(call, reference.execute(call))
-    points = (call.sampling_locations, call.attention_weights)
-    return of_queries(call, _run(registration.PLAIN_OPERATOR, call, points))
 
 
 def fused_deformable_attention(
@@ -137,28 +135,28 @@ def fused_deformable_attention(
 
     The same as
 
-        locations = reference_points + sampling_offsets * (1 / size)   # of points; for boxes see below
+        locations = reference_points + sampling_offsets * (1 / size)   # for points; for boxes see below
         weights = attention_logits.softmax over all points of a head
         deformable_attention(value, spatial_shapes, locations, weights)
 
-    but neither locations nor weights are ever in memory, and the backward keeps the inputs only.
+    but neither locations nor weights are written to memory, and the backward keeps the inputs only.
 
     Args:
         value (Tensor[B, S, M or 1, D]): as in `saccade.deformable_attention`.
         spatial_shapes: as in `saccade.deformable_attention`.
         reference_points (Tensor[B, Q, R, N or 2 N]): where a query looks from: points (x), (x, y) or
             (x, y, z), in the unit that `coordinates` names, or boxes: the centre, then the size along
-            the same axes. R is 1, or L for one of each level, or any number with
-            `reference_index`. Its dtype may differ from the value's.
-        sampling_offsets (Tensor[B, Q, M, L, K, N] or, flat, Tensor[B, Q, M, P, N]): how far from
-            there each point lies: from points in pixels of its level, so that location = reference
-            + offset / (W_l, H_l) in normalized coordinates; of boxes in parts, location = centre +
-            offset * (0.5 / K_l) * (w, h).
+            the same axes. R is 1, or L for one per level, or any number with `reference_index`. Its
+            dtype may differ from the value's.
+        sampling_offsets (Tensor[B, Q, M, L, K, N] or, flat, Tensor[B, Q, M, P, N]): the distance of
+            each point from its reference point. From points it counts pixels of the level, so that
+            location = reference + offset / (W_l, H_l) in normalized coordinates; from boxes it counts
+            parts of the box: location = centre + offset * (0.5 / K_l) * (w, h).
         attention_logits (Tensor[B, Q, M, L, K] or, flat, Tensor[B, Q, M, P]): the softmax goes over
             all points of a head.
         num_points: as in `saccade.deformable_attention`.
         reference_index: for each of the P points the number (below R) of the reference point it
-            starts from, for instance `[0, 1, 0, 1]`; None: by level, or the only one.
+            starts from, for instance `[0, 1, 0, 1]`; None: that of its level, or the only one.
         interpolation: as in `saccade.deformable_attention`.
         padding: as in `saccade.deformable_attention`.
         coordinates: of the reference points, as in `saccade.deformable_attention`.
@@ -186,7 +184,7 @@ def fused_deformable_attention(
     Example:
         >>> import torch, saccade
         >>> value = torch.randn(2, 8 * 8 + 4 * 4, 8, 32)          # two levels, 8 heads of 32
-        >>> reference_points = torch.rand(2, 100, 1, 2)           # 100 queries, a point each
+        >>> reference_points = torch.rand(2, 100, 1, 2)           # 100 queries, one point each
         >>> offsets, logits = torch.randn(2, 100, 8, 2, 4, 2), torch.randn(2, 100, 8, 2, 4)
         >>> saccade.fused_deformable_attention(
         ...     value, [(8, 8), (4, 4)], reference_points, offsets, logits).shape
@@ -199,29 +197,59 @@ def fused_deformable_attention(
         ...     queries_per_map=[70, 30]).shape
         torch.Size([100, 256])
     """
-    options = Options(
-        spatial_shapes, num_points, interpolation, padding, coordinates, queries_per_map
+    check_tensor("reference_points", reference_points)
+    return run(
+        parse_call(
+            value,
+            spatial_shapes,
+            sampling_offsets,
+            attention_logits,
+            reference_points=reference_points,
+            softmax=True,
+            num_points=num_points,
+            reference_index=reference_index,
+            interpolation=interpolation,
+            padding=padding,
+            coordinates=coordinates,
+            queries_per_map=queries_per_map,
+            value_padding_mask=value_padding_mask,
+        )
     )
-    call = understand_fused(
-        value,
-        reference_points,
-        sampling_offsets,
-        attention_logits,
-        options,
-        reference_index,
-        value_padding_mask,
-    )
-    if backend.needs_reference():
-        return of_queries(call, reference.execute_fused(call))
-    points = (call.reference_points, call.sampling_offsets, call.attention_logits)
-    return of_queries(call, _run(registration.FUSED_OPERATOR, call, points))
 
 
-def _run(operator: Any, call: Call | FusedCall, points: tuple[Tensor, ...]) -> Tensor:
-    arguments = arguments_of(call)
-    if needs_autograd(call.value, *points):
-        output: Tensor = operator(*arguments)
+def run(call: Call) -> Tensor:
+    """The output of a checked call: Tensor[B, Q, M * D], or [T, M * D] with `queries_per_map`."""
+    compiling = torch.compiler.is_compiling()  # the compiler has to see the plain call
+    if not compiling and backend.transforms_are_active():
+        output = reference.execute(call)
+    elif compiling or needs_autograd(call.value, call.points, call.weights, call.reference_points):
+        output = OPERATOR(*to_arguments(call))
+    else:
+        # Passing through autograd takes as long as a small call, even where it has nothing to do.
+        with torch._C._AutoDispatchBelowAutograd():
+            output = OPERATOR(*to_arguments(call))
+    return drop_batch_axis(output, call)
+
+
+def run_backward(
+    grad_output: Tensor, call: Call, output_mask: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of value, points, weights and reference points, as autograd computes them.
+
+    Args:
+        grad_output (Tensor[B, Q, M * D]): the gradient of the output, with the operator's batch axis.
+        call: the checked call whose output that is.
+        output_mask: which of the four gradients are computed; the others are None.
+    """
+    compiling = torch.compiler.is_compiling()
+    if not compiling and backend.transforms_are_active():
+        return reference.execute_backward(grad_output, call, output_mask)
+    arguments = to_arguments(call)
+    if compiling or needs_autograd(grad_output, *arguments.tensors):
+        results = BACKWARD_OPERATOR(grad_output, *arguments, output_mask)
     else:
         with torch._C._AutoDispatchBelowAutograd():
-            output = operator(*arguments)
-    return output
+            results = BACKWARD_OPERATOR(grad_output, *arguments, output_mask)
+    return tuple(
+        result if included else None for result, included in zip(results, output_mask, strict=True)
+    )

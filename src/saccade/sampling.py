@@ -1,15 +1,24 @@
-"""Where queries look: from reference points and offsets to sampling locations."""
+"""The sampling rule in plain PyTorch: from reference points and offsets to the cells that a point reads.
+
+Everything here is differentiable. The reference, the explanations and the compositions use this one
+rule; `docs/definition.md` states it in words, and every kernel is tested against it.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from saccade.checks import Coordinates, parse_reference_index
+from saccade.call import Coordinates, Interpolation, Padding
+from saccade.checks import parse_reference_index
+
+# Pixels of an axis: a number, or a tensor of numbers.
+Size = Any
 
 
 class Sampling(NamedTuple):
@@ -17,7 +26,7 @@ class Sampling(NamedTuple):
 
     With `queries_per_map` the T queries of all maps take the place of batch and queries.
 
-    The points of all levels lie flat, level after level (P in all).
+    The points of all levels lie flat, level after level (P points in all).
     `saccade.deformable_attention` on the module's value with these locations and weights gives the
     module's result before its output projection.
     """
@@ -47,14 +56,14 @@ def sampling_locations(
     Args:
         reference_points (Tensor[B, Q, R, N or 2 N]): (x), (x, y) or (x, y, z), or boxes: the centre,
             then the size along the same axes; R is 1 or L, one for each level, or any number with
-            `reference_index`. Other axes than B and Q may come before R, in both tensors alike.
-        sampling_offsets (Tensor[B, Q, M, P, N]): (x), (x, y) or (x, y, z) of each point, all levels
-            flat.
+            `reference_index`. Other axes may stand in place of B and Q, the same in both tensors.
+        sampling_offsets (Tensor[B, Q, M, P, N]): (x), (x, y) or (x, y, z) of each point, the points
+            of all levels one after the other.
         spatial_shapes: `(width,)`, `(height, width)` or `(depth, height, width)` of each of the L
             levels.
-        num_points: points of each level, L numbers with the sum P.
-        reference_index: for each of the P points the number of the reference it starts from.
-        coordinates: of reference points and locations, as in `saccade.deformable_attention`.
+        num_points: number of points of each level, L numbers with the sum P.
+        reference_index: for each of the P points the number of the reference point it starts from.
+        coordinates: unit of reference points and locations, as in `saccade.deformable_attention`.
 
     Returns:
         Tensor[B, Q, M, P, N]. Points: reference + offset pixels, which in normalized coordinates is
@@ -80,11 +89,10 @@ def sampling_locations(
             f"spatial_shapes: expected {spatial_dims} sizes for each level, as many as the last axis "
             f"of sampling_offsets {list(sampling_offsets.shape)} has, got {list(spatial_shapes)}"
         )
-    leading = sampling_offsets.shape[:-3]
     index = parse_reference_index(
-        reference_points, leading, num_points, reference_index, spatial_dims
+        reference_points, sampling_offsets.shape[:-3], num_points, reference_index, spatial_dims
     )
-    # With a head axis, and as many references as points or one for all.
+    # One reference point per point, or one for all: [B, Q, 1, P or 1, N or 2 N].
     references = reference_points[..., index if any(index) else [0], :].unsqueeze(-3)
     step = offset_step(
         spatial_shapes,
@@ -92,8 +100,8 @@ def sampling_locations(
         coordinates,
         boxes=reference_points.shape[-1] > spatial_dims,
         like=sampling_offsets,
-    )
-    moved = sampling_offsets * step
+    )  # [P, N or 1]
+    moved = sampling_offsets * step  # [B, Q, M, P, N]
     if references.shape[-1] > spatial_dims:
         moved = moved * references[..., spatial_dims:]
     return references[..., :spatial_dims] + moved
@@ -107,29 +115,142 @@ def offset_step(
     boxes: bool,
     like: Tensor,
 ) -> Tensor:
-    """What an offset is multiplied by, [P, N]: for points a pixel of its level, for boxes half of
-    the box (which it is multiplied by afterwards) divided by the points of the level.
+    """The factor from an offset to a distance in the unit of the locations.
+
+    Returns:
+        Tensor[P, N]: for points one pixel of the point's level. Tensor[P, 1]: for boxes, half of the
+        box divided by the number of points of the level, in parts of the box.
     """
-
-    def pixels(size: int) -> int:
-        # From a reference point a pixel is a pixel, whatever 0 and 1 mean.
-        return {"normalized": size, "normalized_corners": size - 1, "pixel": 1}[coordinates]
-
     if boxes:
         share = [0.5 / count for count in num_points for _ in range(count)]
         return torch.tensor(share, dtype=like.dtype, device=like.device)[:, None]
-    sizes = [
-        [pixels(size) for size in reversed(shape)]  # a location is (x, y), a shape is (H, W)
+    scales = [
+        [_scale(size, coordinates) for size in reversed(shape)]  # (x, y), but a shape is (H, W)
         for shape, count in zip(spatial_shapes, num_points, strict=True)
         for _ in range(count)
     ]
-    step = 1 / torch.tensor(sizes, dtype=like.dtype, device=like.device)
-    # Between the corners of a single pixel there is no way to go.
+    step = 1 / torch.tensor(scales, dtype=like.dtype, device=like.device)
+    # With one pixel all locations coincide in this unit: the step is 0.
     return step.masked_fill(step.isinf(), 0) if coordinates == "normalized_corners" else step
 
 
+def _scale(size: Size, coordinates: Coordinates) -> Size:
+    """The number of pixels per unit of the coordinates, along an axis of `size` pixels."""
+    return {"normalized": size, "normalized_corners": size - 1, "pixel": 1}[coordinates]
+
+
+class Cell(NamedTuple):
+    """One of the cells that points read along one axis."""
+
+    pixel: Tensor  # int64; outside the map where it is below 0 or not below the size
+    weight: Tensor  # of the interpolation, 0 to 1
+    slope: Tensor  # the derivative of the weight by the location
+
+
+def axis_cells(
+    location: Tensor,
+    size: Size,
+    interpolation: Interpolation,
+    coordinates: Coordinates,
+    clamp_size: int | None = None,
+) -> list[Cell]:
+    """The cells that points read along one axis: two for linear interpolation, else one.
+
+    Args:
+        location (Tensor[...]): a finite coordinate of each point, in the unit of `coordinates`.
+        size: number of pixels of the axis; a tensor of them broadcasts against `location`.
+        interpolation: as in `saccade.deformable_attention`.
+        coordinates: as in `saccade.deformable_attention`.
+        clamp_size: positions are clamped to the first and the last pixel of so many; None: never.
+    """
+    scale = _scale(size, coordinates)
+    shift = -0.5 if coordinates == "normalized" else 0.0
+    if interpolation == "discrete":
+        # The rule rounds what counts from the edge as if it counted from a centre, and rounds down.
+        shift += 1.0
+    # Rounded twice, never fused: every backend agrees on the position to the last bit.
+    position = location * scale + shift  # [...], pixels; a whole number is the centre of a pixel
+    slope = torch.ones_like(position) * scale
+    if clamp_size is not None:
+        last = _representable(clamp_size - 1, position.dtype)
+        # As in grid_sample: no gradient at or beyond the centres of the border pixels.
+        inside = (position > 0) & (position < last)
+        position = torch.where(inside, position, position.detach().clamp(0, last))
+        slope = torch.where(inside, slope, 0)
+    # Two cells outside stands for any distance: infinity minus infinity would not be a number.
+    near = (position > -2) & (position < size + 1)
+    beyond = position.detach().clamp(min=-2).clamp(max=size + 1)
+    position = torch.where(near, position, beyond)
+    if interpolation != "linear":
+        detached = position.detach()
+        index = detached.round() if interpolation == "nearest" else detached.floor()  # half to even
+        # The weight depends on the position formally: its gradient is 0, not missing.
+        return [Cell(index.to(torch.int64), 1 + 0 * position, torch.zeros_like(index))]
+    lower = position.detach().floor()
+    fraction = position - lower
+    index = lower.to(torch.int64)
+    return [Cell(index, 1 - fraction, -slope), Cell(index + 1, fraction, slope)]
+
+
+class Corner(NamedTuple):
+    """One of the 2^N cells that points read on a level (one for nearest and discrete sampling)."""
+
+    row: Tensor  # [...] int64, index among the positions of the level; 0 where outside
+    inside: Tensor  # [...] bool; a corner outside the map, or of a non-finite location, counts as 0
+    weight: Tensor  # [...] weight of the interpolation; 0 where outside
+    weight_gradient: Tensor  # [..., N] derivative of the weight by the location; 0 where outside
+
+
+def corners(
+    locations: Tensor,
+    shape: Sequence[int],
+    interpolation: Interpolation,
+    padding: Padding,
+    coordinates: Coordinates,
+) -> Iterator[Corner]:
+    """The corners of points on one level: the combinations of their cells along the axes.
+
+    Args:
+        locations (Tensor[..., N]): (x), (x, y) or (x, y, z) of each point.
+        shape: (W), (H, W) or (D, H, W) of the level.
+        interpolation: as in `saccade.deformable_attention`.
+        padding: as in `saccade.deformable_attention`.
+        coordinates: as in `saccade.deformable_attention`.
+    """
+    finite = torch.isfinite(locations).all(-1)  # [...]
+    axes = []
+    for axis, size in enumerate(reversed(shape)):  # a location is (x, y), a shape is (H, W)
+        clamp_size = {"zeros": None, "border": size, "border_height": min(size, shape[0])}[padding]
+        location = torch.where(finite, locations[..., axis], 0)
+        axes.append(axis_cells(location, size, interpolation, coordinates, clamp_size))
+    for cells in itertools.product(*axes):
+        inside, row, weight = finite, torch.zeros_like(finite, dtype=torch.int64), None
+        for cell, size in zip(reversed(cells), shape, strict=True):
+            inside = inside & (cell.pixel >= 0) & (cell.pixel <= size - 1)
+            row = row * size + torch.where(inside, cell.pixel, 0)
+            weight = cell.weight if weight is None else weight * cell.weight
+        assert weight is not None
+        gradients = [
+            math.prod((other.weight for other in cells if other is not cell), start=cell.slope)
+            for cell in cells
+        ]
+        yield Corner(
+            torch.where(inside, row, 0),
+            inside,
+            torch.where(inside, weight, 0),
+            torch.where(inside[..., None], torch.stack(gradients, -1), 0),
+        )
+
+
+def _representable(last: int, dtype: torch.dtype) -> float:
+    """The largest number of the dtype that is not above the last pixel."""
+    number = torch.tensor(last, dtype=dtype)
+    below = number.item() <= last  # compared as Python numbers, which are exact
+    return (number if below else number.nextafter(torch.zeros_like(number))).item()
+
+
 def directions(count: int, spatial_dims: int) -> Tensor:
-    """Where the heads of a module look before it has learned anything, spread evenly.
+    """The directions in which the heads of an untrained module look, spread evenly.
 
     Returns:
         Tensor[count, N], the longest coordinate of each 1 or -1. In two dimensions they divide the

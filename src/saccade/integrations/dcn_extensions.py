@@ -19,8 +19,8 @@ from saccade.checks import (
     check_axes,
     check_tensor,
     compute_dtype,
-    to_positive_int,
     format_shape,
+    to_positive_int,
 )
 from saccade.convolution import Window, deformable_convolution, understand_window
 from saccade.functional import deformable_attention

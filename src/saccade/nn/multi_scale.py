@@ -6,14 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from saccade.checks import (
-    Interpolation,
-    Padding,
-    SpatialShapes,
-    check_tensor,
-    to_positive_int,
-    parse_num_points,
-)
+from saccade.call import Interpolation, Padding
+from saccade.checks import SpatialShapes, check_tensor, parse_num_points, to_positive_int
 from saccade.nn.sampling_module import (
     MultiLevelModule,
     check_channels,
@@ -126,7 +120,7 @@ class MultiScaleDeformableAttention(MultiLevelModule):
             raise ValueError(
                 f"value: expected a batch of {query.shape[0]} as in query, got {list(value.shape)}"
             )
-        shapes = self.understand_shapes(spatial_shapes)
+        shapes = self.parse_shapes(spatial_shapes)
         projected = self.project(value)
         return self.attend(
             query,

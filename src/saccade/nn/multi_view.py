@@ -8,14 +8,13 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from saccade.call import Interpolation, Padding
 from saccade.checks import (
-    Interpolation,
-    Padding,
     SpatialShapes,
     check_option,
     check_tensor,
-    to_positive_int,
     parse_num_points,
+    to_positive_int,
 )
 from saccade.functional import fused_deformable_attention
 from saccade.nn.sampling_module import (
@@ -140,7 +139,7 @@ class MultiViewDeformableAttention(MultiLevelModule):
                 "value_padding_mask", value_padding_mask, (batch_size, num_views, num_positions)
             )
             value_padding_mask = value_padding_mask.flatten(0, 1)
-        shapes = self.understand_shapes(spatial_shapes)
+        shapes = self.parse_shapes(spatial_shapes)
         # Pairs of a view and a query that it sees, view after view.
         batch, _, number = visible.nonzero(as_tuple=True)
         seen_by = batch * num_queries + number

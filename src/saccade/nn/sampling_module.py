@@ -7,17 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from saccade.call import Interpolation, Padding
 from saccade.checks import (
     SPATIAL_DIMS,
-    Interpolation,
-    Padding,
     SpatialShapes,
     check_border_height,
     check_option,
     check_tensor,
     compute_dtype,
-    to_positive_int,
     parse_spatial_shapes,
+    to_positive_int,
 )
 from saccade.functional import fused_deformable_attention
 from saccade.sampling import Sampling, directions, sampling_locations
@@ -109,7 +108,7 @@ class SamplingModule(nn.Module):
         locations = sampling_locations(reference_points, offsets, shapes, self.num_points)
         return output, Sampling(reference_points, offsets, locations, logits.softmax(-1))
 
-    def understand_shapes(self, spatial_shapes: SpatialShapes) -> list[tuple[int, ...]]:
+    def parse_shapes(self, spatial_shapes: SpatialShapes) -> list[tuple[int, ...]]:
         """The shapes of the module's levels; a ValueError if there are others."""
         shapes = parse_spatial_shapes(spatial_shapes)
         num_levels = len(self.num_points)

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from saccade.checks import (
-    Interpolation,
-    Padding,
-    compute_dtype,
-    to_positive_int,
-)
+from saccade.call import Interpolation, Padding
+from saccade.checks import compute_dtype, to_positive_int
 from saccade.nn.sampling_module import (
     SamplingModule,
     check_channels,

@@ -1,3 +1,6 @@
-"""The registered operators `torch.ops.saccade.*`: importing this package defines them."""
+"""The registered operator `torch.ops.saccade.deformable_attention` and its backward.
+
+Importing this package registers them.
+"""
 
 from saccade.ops import registration as registration

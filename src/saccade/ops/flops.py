@@ -1,93 +1,54 @@
-"""What `torch.utils.flop_counter` counts for the operators.
-
-Its formulas are registered when that module is imported, by whoever wants to count: importing it here
-would bring Triton along where that is installed.
-"""
+"""What `torch.utils.flop_counter` counts for the operator."""
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
-import importlib.util
+import functools
+import importlib
 import math
-import sys
-from collections.abc import Callable, Sequence
-from types import ModuleType
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 
-from saccade.ops.contract import FUSED, PLAIN, Operator
-
-COUNTER = "torch.utils.flop_counter"
+from saccade.ops.schema import BACKWARD, FORWARD, Arguments, split_backward_inputs
 
 
-def register_with_counter() -> None:
-    """Registers the formulas, now or when the counter is imported."""
-    if COUNTER in sys.modules:
-        _register(sys.modules[COUNTER])
-    else:
-        sys.meta_path.insert(0, _Finder())
+@functools.cache
+def register_flop_formulas() -> None:
+    """Lets `torch.utils.flop_counter.FlopCounterMode` count the operator and its backward.
+
+    To be called once, before a counter is made. It is not done at import, because importing
+    `torch.utils.flop_counter` imports Triton where that is installed.
+
+    A linear point counts a multiplication and an addition for each channel of each of the 2^N rows that
+    it reads, a nearest or discrete point for one row. As for torch's own operators, the work that finds
+    the rows does not count. The backward counts as much for the gradient of the value, and as much again
+    for all other gradients together.
+
+    Example:
+        >>> import torch, saccade
+        >>> from torch.utils.flop_counter import FlopCounterMode
+        >>> saccade.register_flop_formulas()
+        >>> value, locations = torch.rand(1, 16, 1, 8), torch.rand(1, 5, 1, 1, 4, 2)
+        >>> with FlopCounterMode(display=False) as counter:
+        ...     _ = saccade.deformable_attention(value, [(4, 4)], locations, torch.rand(1, 5, 1, 1, 4))
+        >>> counter.get_total_flops()                        # 2 · 5 queries · 4 points · 4 rows · 8
+        1280
+    """
+    register = importlib.import_module("torch.utils.flop_counter").register_flop_formula
+    register([getattr(torch.ops.saccade, FORWARD)])(_forward_flops)
+    register([getattr(torch.ops.saccade, BACKWARD)])(_backward_flops)
 
 
-def _register(counter: ModuleType) -> None:
-    for operator in (PLAIN, FUSED):
-        for name, formula in (
-            (operator.name, _forward_flops(operator)),
-            (operator.backward_name, _backward_flops(operator)),
-        ):
-            counter.register_flop_formula([getattr(torch.ops.saccade, name)])(formula)
+def _forward_flops(*inputs: Any, **_: Any) -> int:
+    # The counter passes shapes in place of tensors.
+    arguments = Arguments(*inputs)
+    *points, spatial_dims = (int(size) for size in cast(Sequence[int], arguments.points))
+    rows = 1 << spatial_dims if arguments.interpolation == "linear" else 1
+    head_dim = int(cast(Sequence[int], arguments.value)[3])
+    return 2 * math.prod(points) * rows * head_dim
 
 
-def _forward_flops(operator: Operator) -> Callable[..., int]:
-    def flops(*arguments: Any, **_: Any) -> int:
-        """A multiplication and an addition for each number of each row that a point reads.
-
-        As for torch's own operators, what finds the rows does not count.
-        """
-        # The counter hands over shapes in place of tensors.
-        value_shape, *_points, locations_shape, _weights = operator.tensors(arguments)
-        *looks, spatial_dims = (int(size) for size in cast(Sequence[int], locations_shape))
-        rows = 1 << spatial_dims if operator.interpolation(arguments) == "linear" else 1
-        return 2 * math.prod(looks) * rows * int(cast(Sequence[int], value_shape)[3])
-
-    return flops
-
-
-def _backward_flops(operator: Operator) -> Callable[..., int]:
-    forward_flops = _forward_flops(operator)
-
-    def flops(_grad: Sequence[int], *arguments: Any, **_: Any) -> int:
-        """As much for the gradient of the value, and for the dot products behind all others."""
-        *given, (value, *points) = arguments
-        return (int(value) + int(any(points))) * forward_flops(*given)
-
-    return flops
-
-
-class _Finder(importlib.abc.MetaPathFinder):
-    """Lets the others find the counter, and registers the formulas once it has run."""
-
-    _asks_the_others = False
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if name != COUNTER or self._asks_the_others:
-            return None
-        self._asks_the_others = True
-        try:
-            spec = importlib.util.find_spec(name)
-        finally:
-            self._asks_the_others = False
-        if spec is not None and spec.loader is not None:
-            load = spec.loader.exec_module
-
-            def load_and_register(module: ModuleType) -> None:
-                load(module)
-                _register(module)
-                # Not before: who only asks where the module is has not imported it.
-                sys.meta_path.remove(self)
-
-            spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
-        return spec
+def _backward_flops(_grad_output: Sequence[int], *inputs: Any, **_: Any) -> int:
+    arguments, (value, *others) = split_backward_inputs(inputs)
+    return (int(value) + int(any(others))) * _forward_flops(*arguments)

@@ -1,7 +1,7 @@
-"""The GPU kernels: found and imported at the first call that needs them, for that brings Triton along.
+"""The GPU kernels: imported at the first call that needs them, because that imports Triton.
 
-A GPU without them is no error: the reference does the work, and `saccade.which_backend` and
-`saccade doctor` tell why.
+A GPU for which there are no kernels is not an error: the reference runs instead, and
+`saccade.which_backend` and `saccade doctor` say why.
 """
 
 from __future__ import annotations
@@ -16,87 +16,80 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.ops.contract import FUSED, Operator
+from saccade.ops import schema
 
-# That of torch 2.10: older ones pass tuples and compile loops in other ways.
-OLDEST_TRITON = (3, 6)
-# The oldest cards that it compiles for.
-OLDEST_CAPABILITY = (8, 0)
+# The version that torch 2.10 comes with: older ones pass tuples and compile loops in other ways.
+MIN_TRITON = (3, 6)
+# The oldest cards that this Triton compiles for.
+MIN_CAPABILITY = (8, 0)
+
+Forward = Callable[..., Tensor]
+Backward = Callable[..., tuple[Tensor, ...]]
 
 
 def refusal(device: torch.device) -> str | None:
     """Why calls with tensors on this device do not get the GPU kernels, or None."""
     if device.type != "cuda":
         return f"there is no kernel for {device.type} yet"
-    return refusal_of_installation() or refusal_of_card(device)
+    return installation_refusal() or card_refusal(device)
 
 
-def kernels(operator: Operator) -> dict[str, Callable[..., Any]]:
-    """What the dispatcher calls for tensors on a GPU: for the operator and for its backward."""
+def forward(*arguments: Any) -> Tensor:
+    """The operator for tensors on a GPU; the arguments are those of its schema."""
+    return _kernels(arguments[0].device)[0](*arguments)
 
-    def chosen_at_first_call(fallback: Callable[..., Any], place: int) -> Callable[..., Any]:
-        chosen: dict[torch.device, Callable[..., Any]] = {}
 
-        def run(*arguments: Any) -> Any:
-            device = arguments[0].device
-            found = chosen.get(device)
-            if found is None:
-                refused = refusal(device) is not None
-                found = fallback if refused else implementations(operator)[place]
-                chosen[device] = found
-            return found(*arguments)
-
-        return run
-
-    return {
-        operator.name: chosen_at_first_call(operator.fallback, 0),
-        operator.backward_name: chosen_at_first_call(operator.backward_fallback, 1),
-    }
+def backward(grad_output: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    """The backward operator for tensors on a GPU; the inputs are those of its schema."""
+    return _kernels(grad_output.device)[1](grad_output, *inputs)
 
 
 @functools.cache
-def refusal_of_installation() -> str | None:
-    """Why no card gets them here, or None."""
+def _kernels(device: torch.device) -> tuple[Forward, Backward]:
+    if refusal(device) is not None:
+        return schema.fallback, schema.backward_fallback
+    return implementations()
+
+
+@functools.cache
+def installation_refusal() -> str | None:
+    """Why no card gets the GPU kernels with what is installed here, or None."""
     if os.environ.get("SACCADE_DISABLE_TRITON", "0") not in ("", "0"):
         return "SACCADE_DISABLE_TRITON is set"
     if torch.version.hip is not None:
         return "the GPU kernels have not been tried on AMD cards"
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed; torch's builds for NVIDIA cards on Linux bring it along"
+        return "Triton is not installed; torch's builds for NVIDIA cards on Linux install it"
     try:
         version = importlib.import_module("triton").__version__
-        if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
-            return f"Triton {version} is older than {'.'.join(map(str, OLDEST_TRITON))}"
-        implementations(FUSED)
-    except Exception as error:  # whatever a broken Triton raises: the reference is there
+        if tuple(int(part) for part in version.split(".")[:2]) < MIN_TRITON:
+            return f"Triton {version} is older than {'.'.join(map(str, MIN_TRITON))}"
+        implementations()
+    except Exception as error:  # whatever a broken Triton raises, the reference can run
         return f"Triton did not load: {error}"
     return None
 
 
 @functools.cache
-def refusal_of_card(device: torch.device) -> str | None:
-    """Why this card does not get them, or None."""
+def card_refusal(device: torch.device) -> str | None:
+    """Why this card does not get the GPU kernels, or None."""
     capability = torch.cuda.get_device_capability(device)
-    if capability < OLDEST_CAPABILITY:
+    if capability < MIN_CAPABILITY:
         name = torch.cuda.get_device_name(device)
         return (
             f"{name} has compute capability {'.'.join(map(str, capability))}, "
-            f"the GPU kernels need {'.'.join(map(str, OLDEST_CAPABILITY))}"
+            f"the GPU kernels need {'.'.join(map(str, MIN_CAPABILITY))}"
         )
     try:
-        # Triton builds its own way to the driver with the C compiler of the machine, when first used.
+        # When first used, Triton builds its interface to the driver with the machine's C compiler.
         _ = importlib.import_module("triton").runtime.driver.active.utils
     except Exception as error:  # compilers fail in many ways
         return f"Triton cannot launch kernels here: {error}"
     return None
 
 
-def implementations(
-    operator: Operator,
-) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, ...]]]:
-    """The GPU kernels of an operator, forward and backward; imports Triton."""
+def implementations() -> tuple[Forward, Backward]:
+    """The GPU kernels of the operator and of its backward; imports Triton."""
     from saccade.backends import triton
 
-    if operator is FUSED:
-        return triton.attend_fused, triton.differentiate_fused
-    return triton.attend, triton.differentiate
+    return triton.forward, triton.backward

@@ -1,7 +1,7 @@
-"""The native library: loaded here once, and what came of it is kept for whoever asks.
+"""The native library: it is loaded here once, and `failure` says why where it could not be.
 
-A library that is missing or does not load is no error: the reference does the work, and
-`saccade.which_backend` and `saccade doctor` tell why.
+A missing library, or one that does not load, is not an error: the reference runs instead, and
+`saccade.which_backend` and `saccade doctor` say why.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ LIBRARY = Path(__file__).resolve().parent.parent / "_native.so"
 
 
 def _load() -> str | None:
-    """Loads the library; the reason why it is not loaded, or None."""
+    """Loads the library; returns the reason why it is not loaded, or None."""
     if os.environ.get("SACCADE_DISABLE_NATIVE", "0") not in ("", "0"):
         return "SACCADE_DISABLE_NATIVE is set"
     if not LIBRARY.exists():

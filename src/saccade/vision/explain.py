@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saccade.checks import Coordinates, Interpolation, Padding
+from saccade.call import Coordinates, Interpolation, Padding
 from saccade.functional import deformable_attention
 
 

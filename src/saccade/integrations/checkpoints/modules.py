@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.checks import Interpolation, Padding
+from saccade.call import Interpolation, Padding
 from saccade.integrations.checkpoints.entries import (
     FIRST,
     LAYERS,

@@ -1,0 +1,138 @@
+"""Autograd of the operator: first derivatives by its backward, higher ones by the reference."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.overrides import has_torch_function_variadic
+
+from saccade import reference
+from saccade.ops.schema import BACKWARD, FORWARD, Arguments, split_backward_inputs
+
+
+def needs_autograd(*tensors: Tensor | None) -> bool:
+    """Whether a call has to pass through autograd, which takes as long as a small kernel.
+
+    That is where a gradient is asked for, and where a `__torch_function__` of a subclass or a mode has
+    to run.
+    """
+    return has_torch_function_variadic(*tensors) or (
+        torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
+    )
+
+
+_NO_GRADIENTS = Arguments(*[None] * len(Arguments._fields))  # type: ignore[arg-type]
+
+
+class DeformableAttention(torch.autograd.Function):
+    """The operator with its gradient. The inputs are kept for the backward, nothing else.
+
+    Written out, because what `torch.library.register_autograd` makes of the same two functions takes
+    twice the time of a small call.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, *inputs: Any) -> Tensor:
+        output = _below_autograd(keyset, *inputs)
+        arguments = Arguments(*inputs)
+        ctx.save_for_backward(*arguments.tensors)
+        ctx.arguments = _without_tensors(arguments)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        needed = Arguments(*ctx.needs_input_grad[1:])  # the first input is the keyset
+        output_mask = [bool(tensor) for tensor in needed.tensors]
+        arguments = _with_tensors(ctx.arguments, ctx.saved_tensors)
+        operator = getattr(torch.ops.saccade, BACKWARD).default
+        if torch.compiler.is_compiling() or needs_autograd(grad_output, *arguments.tensors):
+            results = operator(grad_output, *arguments, output_mask)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                results = operator(grad_output, *arguments, output_mask)
+        gradients = [
+            gradient if included else None
+            for gradient, included in zip(results, output_mask, strict=True)
+        ]
+        return (None, *_with_tensors(_NO_GRADIENTS, gradients))
+
+
+def autograd_kernel(keyset: Any, *inputs: Any) -> Tensor:
+    """What the dispatcher calls on its Autograd key."""
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+        return cast(Tensor, DeformableAttention.apply(keyset, *inputs))  # type: ignore[no-untyped-call]
+    return _below_autograd(keyset, *inputs)
+
+
+def _below_autograd(keyset: Any, *inputs: Any) -> Tensor:
+    operator = getattr(torch.ops.saccade, FORWARD).default
+    with torch._C._AutoDispatchBelowAutograd():
+        return cast(Tensor, operator.redispatch(keyset & torch._C._after_autograd_keyset, *inputs))
+
+
+def _with_tensors(arguments: Arguments, tensors: Any) -> Arguments:
+    value, points, weights, reference_points = tensors
+    return arguments._replace(
+        value=value, points=points, weights=weights, reference_points=reference_points
+    )
+
+
+def _without_tensors(arguments: Arguments) -> Arguments:
+    return _with_tensors(arguments, (None, None, None, None))
+
+
+# --- the derivative of the backward -----------------------------------------------------------------
+
+
+def save_for_second_order(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Keeps what the derivative of the backward operator needs."""
+    grad_output, *rest = inputs
+    arguments, ctx.output_mask = split_backward_inputs(rest)
+    ctx.save_for_backward(grad_output, *arguments.tensors)
+    ctx.arguments = _without_tensors(arguments)
+
+
+def backward_of_backward(ctx: Any, *grad_gradients: Tensor | None) -> tuple[Any, ...]:
+    """The derivative of the backward operator.
+
+    Second derivatives are rare (gradient penalties, Hessian products): the written-out gradient of the
+    reference is differentiated by autograd, exact and slow, on every device.
+    """
+    needs_grad_output, *needs_arguments, _ = ctx.needs_input_grad
+    needed = [needs_grad_output, *Arguments(*needs_arguments).tensors]
+    higher_order = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Aliases, so that differentiation stops at these tensors and does not walk on.
+        inputs: list[Any] = [
+            saved if saved is None else saved.view_as(saved) if higher_order else saved.detach()
+            for saved in ctx.saved_tensors
+        ]
+        for tensor, is_needed in zip(inputs, needed, strict=True):
+            if is_needed and not tensor.requires_grad:
+                tensor.requires_grad_()
+        grad_output, *tensors = inputs
+        call = _with_tensors(ctx.arguments, tensors).call()
+        gradients = reference.execute_backward(grad_output, call, ctx.output_mask)
+        pairs = [
+            (gradient, grad_gradient)
+            for gradient, grad_gradient in zip(gradients, grad_gradients, strict=True)
+            if gradient is not None and gradient.requires_grad and grad_gradient is not None
+        ]
+        needed_inputs = [
+            tensor for tensor, is_needed in zip(inputs, needed, strict=True) if is_needed
+        ]
+        results = iter(
+            torch.autograd.grad(
+                [gradient for gradient, _ in pairs],
+                needed_inputs,
+                [grad_gradient for _, grad_gradient in pairs],
+                allow_unused=True,
+                create_graph=higher_order,
+            )
+            if pairs
+            else [None] * len(needed_inputs)
+        )
+    derivatives = [next(results) if is_needed else None for is_needed in needed]
+    return (derivatives[0], *_with_tensors(_NO_GRADIENTS, derivatives[1:]), None)
