@@ -78,6 +78,7 @@ PHRASES = [
     Rule(r"(brings?|brought|bringing)\b[^.;:,]{0,40}? along\b", "imports, needs, has", EVERYWHERE),
     Rule(r"(is|are|was|were|be|been) had\b", "is available, is", EVERYWHERE),
     Rule(r"no business of\b", "a plain sentence", EVERYWHERE),
+    Rule(r'"""Of\b', "a sentence with a subject", CODE),
     # "Which kernel a call gets" is another thing than "one kernel a call".
     Rule(rf"({COUNTED}) an? ({THINGS})\b(?!\s+(?:is|has|\w+s)\b)", "per", EVERYWHERE),
     Rule(
@@ -173,7 +174,7 @@ def one_pattern(rules: tuple[Rule, ...]) -> re.Pattern[str]:
     patterns = (
         re.sub(r"(?<!\\)\((?!\?)", "(?:", rule.pattern.replace(" ", r"\s+")) for rule in rules
     )
-    return re.compile("|".join(f"\\b({pattern})" for pattern in patterns))
+    return re.compile("|".join(rf"(?<!\w)({pattern})" for pattern in patterns))
 
 
 def retired(name: str) -> Iterator[str]:
