@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -18,10 +19,12 @@ from composition_helpers import (
     on_the_volume,
     with_gradients,
 )
-from helpers import TOLERANCE
+from conftest import BACKENDS
+from helpers import TOLERANCE, some
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import saccade
 from saccade import depth_weighted_deformable_attention as depth_weighted
 from saccade import multi_camera_deformable_aggregation as multi_camera
 
@@ -31,9 +34,11 @@ INF, NAN = math.inf, math.nan
 HEADS = [(2, 2), (2, 1), (1, 2), (1, 1)]
 
 
-@pytest.mark.parametrize(("value_heads", "depth_heads"), HEADS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_depth_weighted_is_its_loops(backend, dtype, value_heads, depth_heads):
+@pytest.mark.parametrize(
+    ("heads", "dtype"), some(itertools.product(HEADS, (torch.float32, torch.float64)), 4)
+)
+def test_depth_weighted_is_its_loops(backend, heads, dtype):
+    value_heads, depth_heads = heads
     value, depth, locations, weights = draw_depth_weighted(
         dtype, value_heads=value_heads, depth_heads=depth_heads
     )
@@ -143,7 +148,13 @@ def test_first_derivatives(cpu_backend):
     )
 
 
-def test_second_derivatives(cpu_backend):
+@pytest.mark.parametrize("name", BACKENDS[:2])
+def test_second_derivatives(name):
+    with saccade.use_backend(name):
+        assert_second_derivatives()
+
+
+def assert_second_derivatives():
     depth_inputs = draw_depth_weighted(
         shapes=[(2, 2)], bins=2, batch=1, queries=1, points=2, head_dim=1
     )

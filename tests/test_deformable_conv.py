@@ -108,8 +108,7 @@ def assert_it_is_its_loops(options, dtype, **sizes):
     assert_all_close([output], [loops(*inputs, **options)], 10 * TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("softmax", [False, True], ids=["modulation", "softmax"])
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize(("name", "softmax"), some(itertools.product(CASES, (False, True)), 10))
 def test_the_convolution_is_its_loops(cpu_backend, name, softmax):
     options = {**CASES[name], "softmax": softmax}
     for dtype in (torch.float32, torch.float64):
@@ -181,9 +180,10 @@ def test_gradients(cpu_backend, options, softmax):
     )
 
 
-@pytest.mark.parametrize("other", [torch.float32, None], ids=["float32-points", "16-bit-points"])
-@pytest.mark.parametrize("softmax", [False, True], ids=["modulation", "softmax"])
-@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize(
+    ("dtype", "softmax", "other"),
+    some(itertools.product(ROUNDING, (False, True), (torch.float32, None)), 4),
+)
 def test_16_bit_is_rounded_once(backend, dtype, softmax, other):
     # Columns beyond 256, whose halves 16 bits cannot tell apart.
     options = {"kernel_size": 2, "stride": (1, 37), "offset_scale": 0.5, "softmax": softmax}
