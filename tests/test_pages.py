@@ -61,7 +61,7 @@ def sentences(text: str) -> Iterator[str]:
         yield from re.split(r"(?<=[.!?])[)*_\"]*\s+(?=[^a-z])", block)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("examples")])
+@pytest.mark.parametrize("name", NAMES)
 def test_sentences_are_short(name: str) -> None:
     for sentence in sentences((ROOT / name).read_text(encoding="utf-8")):
         words = [word for word in sentence.split() if re.search(r"\w", word)]
