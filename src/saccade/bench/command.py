@@ -127,6 +127,8 @@ def bench(
         results += rows
         out.print(report.title(rows[0].setting), style="bold", soft_wrap=True)
         out.print(report.table(rows))
+        for line in report.skipped_lines(rows):
+            out.print(line, style="dim", markup=False, soft_wrap=True)
         out.print()
     if json is not None:
         with writing(json):

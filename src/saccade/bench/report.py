@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from rich.text import Text
 
 import saccade
 from saccade.bench.operator import Measurement, Setting, Skipped
@@ -93,12 +92,12 @@ def title(setting: Setting) -> str:
 
 
 def table(rows: Sequence[Measurement | Skipped]) -> Table:
-    """One setting: Saccade first, then the baselines, last those that were skipped and why."""
+    """One setting: Saccade first, then the baselines."""
     shown = Table(box=None, pad_edge=False)
     for heading in ("ratio", "baseline", "median", "minimum", "upper quartile"):
         is_name = heading == "baseline"
         shown.add_column(heading, justify="left" if is_name else "right", no_wrap=True)
-    shown.add_column("", style="dim", overflow="fold")
+    shown.add_column("", style="dim", no_wrap=True)
     measured = [row for row in rows if isinstance(row, Measurement)]
     for row in measured:
         is_first = row is measured[0]
@@ -109,11 +108,12 @@ def table(rows: Sequence[Measurement | Skipped]) -> Table:
             *(milliseconds(ms) for ms in (row.milliseconds, row.minimum, row.upper_quartile)),
             row.kernel if is_first else note,
         )
-    for row in rows:
-        if isinstance(row, Skipped):
-            # As Text: in a string, rich takes what is in brackets for markup.
-            shown.add_row("–", row.baseline, "", "", "", Text(row.reason), style="dim")
     return shown
+
+
+def skipped_lines(rows: Sequence[Measurement | Skipped]) -> list[str]:
+    """The baselines that were skipped, and why."""
+    return [f"–  {row.baseline}: {row.reason}" for row in rows if isinstance(row, Skipped)]
 
 
 def times(ratio: float) -> str:
