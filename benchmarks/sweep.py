@@ -2,15 +2,10 @@
 
 `python -m benchmarks.sweep --plot docs/images/sweep.png`
 
-The work is the cache lines that the value rows lie in which the forward reads: B · Q · M · P · 4 corners
-(on a line 2, in a volume 8), each a row of D · itemsize bytes. A row of 4 bytes takes a line of 64, and
-an instruction, as a row of 64 does; one of 44 bytes lies in 1.6 lines on average. The backward reads
-them again and adds as many to the gradient of the value, which has to be written whole even where few
-queries look at a large map: forward and backward count three times the rows and once the value. Work
-over time is an effective bandwidth, the same measure for every shape. Rows come mostly from caches, so
-it may exceed the memory's. Memory stays with the process: what the system takes to clear pages that were
-given back to it, on a virtual machine up to ten times the kernel's work, is not the kernel's. Nothing is
-left out, and the worst are named.
+The work is the cache lines that the value rows lie in which the forward reads; work over time is an effective
+bandwidth, the same measure for every shape. A row of 4 bytes takes a line of 64, as a row of 64 does; one of 44
+bytes lies in 1.6 lines on average. The backward reads the rows again and adds as many to the gradient of the
+value, which has to be written whole. Rows come mostly from caches, so that it may exceed the memory's bandwidth.
 """
 
 from __future__ import annotations
