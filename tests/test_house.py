@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src/saccade"
 # From the top down; a module may import from its own layer and from those below it.
 LAYERS = [
     {"__main__", "cli", "__init__"},
-    {"vision", "doctor", "benchmark", "export", "terminal"},
+    {"vision", "doctor", "bench", "export", "terminal", "timing"},
     {"integrations"},
     {"nn", "compositions", "convolution"},
     {"functional"},

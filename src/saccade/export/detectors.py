@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn.functional import pad
 
-from saccade.benchmark.timing import alternate
+from saccade.timing import alternate
 from saccade.checks import check_option
 from saccade.export import formats
 from saccade.export.formats import SUFFIXES, Format, Run

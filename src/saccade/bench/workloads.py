@@ -1,4 +1,4 @@
-"""The registry of workloads: the shapes in which models use the operator, and realistic inputs."""
+"""The shapes in which models use the operator, and random inputs like theirs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ OFFSET_PIXELS = 4.0
 
 
 class Workload(NamedTuple):
-    """One use of the operator; `num_queries` None: every position of the map is a query."""
+    """One use of the operator."""
 
     name: str
     source: str
     shapes: Sequence[tuple[int, ...]]
     num_queries: int | None = None
+    """None: every position of the feature maps is a query."""
     num_heads: int = 8
     head_dim: int = 32
     num_points: int | Sequence[int] = 4
@@ -28,7 +29,7 @@ class Workload(NamedTuple):
 
     @property
     def num_positions(self) -> int:
-        """Positions of the value map, all levels together."""
+        """Positions of all levels."""
         return sum(math.prod(shape) for shape in self.shapes)
 
     @property
@@ -43,9 +44,9 @@ class Workload(NamedTuple):
 
     @property
     def points(self) -> list[int]:
-        """Points of each level."""
-        given = self.num_points
-        return [given] * len(self.shapes) if isinstance(given, int) else list(given)
+        """Points per level."""
+        number = self.num_points
+        return [number] * len(self.shapes) if isinstance(number, int) else list(number)
 
 
 _DETR = [(100, 167), (50, 84), (25, 42), (13, 21)]
@@ -83,41 +84,32 @@ WORKLOADS = {
 
 
 class Inputs(NamedTuple):
-    """Tensors of one call; the points of all levels lie flat."""
+    """Tensors of one call."""
 
-    value: Tensor
-    sampling_locations: Tensor
-    attention_weights: Tensor
-    grad_output: Tensor
+    value: Tensor  # [B, S, M or 1, D]
+    sampling_locations: Tensor  # [B, Q, M, P, N]
+    attention_weights: Tensor  # [B, Q, M, P]
+    grad_output: Tensor  # [B, Q, M * D]
 
 
-def draw(workload: Workload, *, dtype: torch.dtype, uniform: bool, seed: int = 0) -> Inputs:
+def draw(workload: Workload, *, dtype: torch.dtype, uniform: bool = False, seed: int = 0) -> Inputs:
     """Random inputs of a workload.
 
     Args:
         workload: the sizes.
-        dtype: of the value (and the gradient of the output); locations and weights are float32.
-        uniform: False, model-like locations: every query looks around its own place on the map
-            (decoders: around a random one). True, locations anywhere on the map.
+        dtype: of the value and of the gradient of the output; locations and weights are float32.
+        uniform: whether locations lie anywhere on the map. Otherwise they are model-like: near the
+            query's own position (in decoders near a random position).
         seed: of the random numbers.
     """
     random = torch.Generator().manual_seed(seed)
     batch_size, queries, heads = workload.batch_size, workload.queries, workload.num_heads
+    value_heads = 1 if workload.shared_head else heads
     value = torch.randn(
-        batch_size,
-        workload.num_positions,
-        1 if workload.shared_head else heads,
-        workload.head_dim,
-        generator=random,
+        batch_size, workload.num_positions, value_heads, workload.head_dim, generator=random
     )
-    sizes = torch.tensor(
-        [
-            shape[::-1]
-            for shape, count in zip(workload.shapes, workload.points, strict=True)
-            for _ in range(count)
-        ],
-        dtype=torch.float32,
-    )
+    levels = zip(workload.shapes, workload.points, strict=True)
+    sizes = torch.tensor([shape[::-1] for shape, count in levels for _ in range(count)]).float()
     shape = (batch_size, queries, heads, len(sizes), workload.spatial_dims)
     if uniform:
         locations = torch.rand(shape, generator=random)
@@ -130,7 +122,7 @@ def draw(workload: Workload, *, dtype: torch.dtype, uniform: bool, seed: int = 0
 
 
 def reference_points(workload: Workload, random: torch.Generator) -> Tensor:
-    """[Q, N], normalized: the centres of the cells where each position is a query."""
+    """[Q, N], normalized: cell centres where each position is a query, else random positions."""
     if workload.num_queries is not None:
         return torch.rand(workload.queries, workload.spatial_dims, generator=random)
     centres = []

@@ -1,38 +1,36 @@
-"""A sweep over shapes: where the kernel is slow for the work it does, and how its time grows.
+"""Shapes that nobody chose: where the kernel is slow for the work it does.
 
-The work is the cache lines that the value rows lie in which the forward reads: B · Q · M · P · 4 corners
-(on a line 2, in a volume 8), each a row of D · itemsize bytes. A row of 4 bytes takes a line of 64, and
-an instruction, as a row of 64 does; one of 44 bytes lies in 1.6 lines on average. The backward reads
-them again and adds as many to the gradient of the value, which has to be written whole even where few
-queries look at a large map: forward and backward count three times the rows and once the value. Work
-over time is an effective bandwidth, the same measure for every shape. Rows come mostly from caches, so
-it may exceed the memory's. Memory stays with the process: what the system takes to clear pages that were
-given back to it, on a virtual machine up to ten times the kernel's work, is not the kernel's. Nothing is
-left out, and the worst are named.
+`python -m benchmarks.sweep --plot docs/images/sweep.png`
+
+The work is the cache lines that the value rows lie in which the forward reads; work over time is an effective
+bandwidth, the same measure for every shape. A row of 4 bytes takes a line of 64, as a row of 64 does; one of 44
+bytes lies in 1.6 lines on average. The backward reads the rows again and adds as many to the gradient of the
+value, which has to be written whole. Rows come mostly from caches, so that it may exceed the memory's bandwidth.
 """
 
 from __future__ import annotations
 
+import argparse
 import ctypes
-import json
 import math
 import random
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from saccade.benchmark.operator import Truth, timed_call
-from saccade.benchmark.peers import Saccade
-from saccade.benchmark.plan import ENCODERS
-from saccade.benchmark.report import record, write_text
-from saccade.benchmark.timing import alternate
-from saccade.benchmark.workloads import WORKLOADS, Workload, draw
+from benchmarks.results_file import RESULTS
+from saccade.bench.baselines import BASELINES
+from saccade.bench.command import on_threads
+from saccade.bench.operator import Truth, timed_call
+from saccade.bench.report import machine, write
+from saccade.bench.workloads import WORKLOADS, Workload, draw
+from saccade.timing import alternate
 
 # Value rows of a random shape: at some 10 to 100 GB/s a forward takes 0.2 to 50 ms.
-LEAST_BYTES, MOST_BYTES = 4e6, 5e8
+MIN_BYTES, MAX_BYTES = 4e6, 5e8
 LINE_BYTES = 64
 WORST = 5
 """How many of the slowest shapes are named."""
@@ -46,7 +44,7 @@ METHOD = (
 )
 
 
-class ShapeFigure(NamedTuple):
+class ShapeMeasurement(NamedTuple):
     """One shape: times in milliseconds, bandwidths in GB/s."""
 
     name: str
@@ -60,7 +58,7 @@ class ShapeFigure(NamedTuple):
 
     @property
     def fills_vectors(self) -> bool:
-        """Whether head_dim is a multiple of the widest vector's 16 numbers."""
+        """Whether head_dim is a multiple of the widest vector's 16 elements."""
         return self.head_dim % 16 == 0
 
     def bandwidth(self, direction: str) -> float:
@@ -68,32 +66,21 @@ class ShapeFigure(NamedTuple):
         return self.forward_bandwidth if direction == DIRECTIONS[0] else self.both_bandwidth
 
 
-class ScalingFigure(NamedTuple):
-    """One point of a curve."""
-
-    curve: str
-    """"queries", "levels x points" or "threads"."""
-    of: str
-    x: int
-    forward_ms: float
-    both_ms: float
-
-
 def work(workload: Workload) -> int:
     """The bytes of the cache lines that the float32 value rows lie in which the forward reads."""
     sampled = workload.batch_size * workload.queries * workload.num_heads * sum(workload.points)
     rows = sampled * (1 << workload.spatial_dims)
-    return round(rows * lines_of_a_row(workload.head_dim * 4) * LINE_BYTES)
+    return round(rows * lines_per_row(workload.head_dim * 4) * LINE_BYTES)
 
 
-def lines_of_a_row(row_bytes: int) -> float:
+def lines_per_row(row_bytes: int) -> float:
     """How many cache lines a row lies in, on average over rows one after the other from a line's begin."""
     rows = LINE_BYTES // math.gcd(row_bytes, LINE_BYTES)  # then they begin with a line again
     ends = ((row * row_bytes, (row + 1) * row_bytes - 1) for row in range(rows))
     return sum(last // LINE_BYTES - first // LINE_BYTES + 1 for first, last in ends) / rows
 
 
-def work_of_both(workload: Workload) -> int:
+def total_work(workload: Workload) -> int:
     """The bytes of rows read, read again and added, and of the gradient of the value."""
     heads = 1 if workload.shared_head else workload.num_heads
     value = workload.batch_size * workload.num_positions * heads * workload.head_dim * 4
@@ -112,9 +99,9 @@ def describe(workload: Workload) -> str:
 
 
 def random_workloads(count: int, seed: int = 0) -> list[Workload]:
-    """Shapes that nobody chose: prime numbers of queries, odd head_dim, 1 to 9 levels, lists of points."""
+    """Shapes that nobody chose: prime numbers of queries, odd head_dim, 1 to 9 levels, different points per level."""
     chosen = random.Random(seed)
-    found = []
+    workloads = []
     for index in range(count):
         levels = chosen.randint(1, 9)
         shapes = [(chosen.randint(1, 120), chosen.randint(1, 120)) for _ in range(levels)]
@@ -133,10 +120,10 @@ def random_workloads(count: int, seed: int = 0) -> list[Workload]:
             batch_size=chosen.choice([1, 1, 2, 3]),
             shared_head=chosen.random() < 0.15,
         )
-        wanted = math.exp(chosen.uniform(math.log(LEAST_BYTES), math.log(MOST_BYTES)))
-        queries = _prime_from(max(2, round(wanted / work(workload))))
-        found.append(workload._replace(num_queries=queries))
-    return found
+        target_bytes = math.exp(chosen.uniform(math.log(MIN_BYTES), math.log(MAX_BYTES)))
+        queries = _prime_from(max(2, round(target_bytes / work(workload))))
+        workloads.append(workload._replace(num_queries=queries))
+    return workloads
 
 
 def _prime_from(number: int) -> int:
@@ -152,9 +139,9 @@ def keep_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        trim_threshold, most_mappings = -1, -4  # of glibc's malloc.h
+        trim_threshold, max_mappings = -1, -4  # of glibc's malloc.h
         mallopt(trim_threshold, -1)
-        mallopt(most_mappings, 0)
+        mallopt(max_mappings, 0)
 
 
 def measure(workload: Workload, seconds: float) -> tuple[float, float]:
@@ -164,22 +151,22 @@ def measure(workload: Workload, seconds: float) -> tuple[float, float]:
         ArithmeticError: the results differ from the definition.
     """
     inputs = draw(workload, dtype=torch.float32, uniform=False)
-    attend = Saccade().prepare(workload, inputs)
+    function = BASELINES["saccade"].prepare(workload)
     functions = {
-        direction: timed_call(attend, inputs, direction != DIRECTIONS[0])
+        direction: timed_call(function, inputs, direction != DIRECTIONS[0])
         for direction in DIRECTIONS
     }
     Truth(workload, inputs, backward=True).check("saccade", functions[DIRECTIONS[1]]())
-    timings = alternate(functions, seconds, least_rounds=3)
+    timings = alternate(functions, seconds, min_rounds=3)
     forward, both = (float(f"{timings[name].milliseconds:.4g}") for name in DIRECTIONS)
     return forward, both
 
 
-def shape_figure(workload: Workload, seconds: float) -> ShapeFigure:
+def measure_shape(workload: Workload, seconds: float) -> ShapeMeasurement:
     """The bandwidths of one shape."""
     forward, both = measure(workload, seconds)
-    sizes = work(workload), work_of_both(workload)
-    return ShapeFigure(
+    sizes = work(workload), total_work(workload)
+    return ShapeMeasurement(
         workload.name,
         describe(workload),
         workload.head_dim,
@@ -191,38 +178,6 @@ def shape_figure(workload: Workload, seconds: float) -> ShapeFigure:
             for size, time in zip(sizes, (forward, both), strict=True)
         ),
     )
-
-
-def scaling_steps() -> list[tuple[str, str, int, Workload]]:
-    """(curve, of, x, workload); the threads of the last curve are x."""
-    steps = []
-    for queries in (1, 10, 100, 300, 1000, 3000, 10000, 30000):
-        workload = WORKLOADS["detr-decoder"]._replace(num_queries=queries)
-        steps.append(("queries", "maps of detr-decoder", queries, workload))
-    for levels in (1, 2, 4, 8):
-        for points in (1, 2, 4, 8):
-            workload = Workload("curve", "", [(48, 48)] * levels, 2000, num_points=points)
-            steps.append(
-                ("levels x points", f"{levels} level{'s'[: levels - 1]}", levels * points, workload)
-            )
-    many = torch.get_num_threads()
-    for name in ENCODERS:
-        for threads in sorted({1, many}):
-            steps.append(("threads", name, threads, WORKLOADS[name]))
-    return steps
-
-
-def scaling_figures(
-    steps: Sequence[tuple[str, str, int, Workload]], seconds: float
-) -> Iterator[ScalingFigure]:
-    """The points of the curves."""
-    many = torch.get_num_threads()
-    for curve, of, x, workload in steps:
-        torch.set_num_threads(x if curve == "threads" else many)
-        try:
-            yield ScalingFigure(curve, of, x, *measure(workload, seconds))
-        finally:
-            torch.set_num_threads(many)
 
 
 class Summary(NamedTuple):
@@ -239,14 +194,14 @@ class Summary(NamedTuple):
     """The slowest shapes, the worst first."""
 
 
-def summarise(figures: Sequence[ShapeFigure]) -> list[Summary]:
+def summarise(figures: Sequence[ShapeMeasurement]) -> list[Summary]:
     """For each direction the median, and the worst by name."""
-    found = []
+    summaries = []
     for direction in DIRECTIONS:
         ordered = sorted(figures, key=lambda figure: figure.bandwidth(direction))
         every = [figure.bandwidth(direction) for figure in figures]
         full = [figure.bandwidth(direction) for figure in figures if figure.fills_vectors]
-        found.append(
+        summaries.append(
             Summary(
                 direction,
                 float(f"{statistics.median(every):.3g}"),
@@ -255,41 +210,82 @@ def summarise(figures: Sequence[ShapeFigure]) -> list[Summary]:
                 [f"{figure.name}: {figure.shape}" for figure in ordered[:WORST]],
             )
         )
-    return found
+    return summaries
 
 
-def write(
-    command: str,
-    shapes: Sequence[ShapeFigure],
-    scaling: Sequence[ScalingFigure],
-    path: Path,
-) -> None:
-    """Writes a JSON file, one figure a line."""
-    head: dict[str, Any] = record(command) | {
-        "method": METHOD,
-        "threads": torch.get_num_threads(),
-        "summary": [summary._asdict() for summary in summarise(shapes)],
+def save_plot(shapes: Sequence[ShapeMeasurement], path: Path) -> None:
+    """Draws bandwidth against work; the worst shapes have a ring and their rank.
+
+    Raises:
+        ValueError: matplotlib does not know the format of the file.
+    """
+    from matplotlib.figure import Figure
+
+    groups = {
+        "random, other head_dim": "#b0b0b0",
+        "random, head_dim a multiple of 16": "#009e73",
+        "workloads": "#0072b2",
     }
-    parts = [f'"{key}": {json.dumps(value)}' for key, value in head.items()]
-    for key, rows in (("shapes", shapes), ("scaling", scaling)):
-        lines = ",\n".join(json.dumps(row._asdict()) for row in rows)
-        parts.append(f'"{key}": [\n{lines}\n]')
-    write_text(path, "{\n" + ",\n".join(parts) + "\n}\n")
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    for panel, direction in zip(figure.subplots(1, 2), DIRECTIONS, strict=True):
+        for rank, (label, colour) in enumerate(groups.items()):
+            some = [one for one in shapes if _group(one) == rank]
+            x, y = [one.megabytes for one in some], [one.bandwidth(direction) for one in some]
+            panel.scatter(x, y, s=16, color=colour, label=label, zorder=2 + rank)
+        median = statistics.median(one.bandwidth(direction) for one in shapes)
+        panel.axhline(median, color="black", linewidth=1, label=f"median, {median:.3g} GB/s")
+        worst = sorted(shapes, key=lambda one: one.bandwidth(direction))[:WORST]
+        for rank, one in enumerate(worst, 1):
+            point = (one.megabytes, one.bandwidth(direction))
+            panel.scatter(*point, s=70, facecolors="none", edgecolors="#d55e00", zorder=5)
+            panel.annotate(str(rank), point, xytext=(6, -3), textcoords="offset points")
+        panel.set(title=direction, xscale="log", yscale="log", ylabel="effective bandwidth, GB/s")
+        panel.set_xlabel("value rows read by the forward, MB")
+        panel.legend(fontsize=8)
+    figure.suptitle(f"{machine()['processor']}, {torch.get_num_threads()} threads", fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
 
 
-def described(summaries: Sequence[Summary], curves: Sequence[ScalingFigure]) -> Iterator[str]:
-    """For the terminal, line by line."""
-    for summary in summaries:
-        yield (
-            f"{summary.direction}: the worst shape is {summary.worst_ratio:.1f} × below the median "
-            f"of {summary.median:.3g} GB/s ({summary.worst_ratio_of_full_vectors:.1f} × among those "
-            f"whose head_dim is a multiple of 16); the slowest:"
-        )
-        yield from (f"  {name}" for name in summary.worst)
-    for curve in dict.fromkeys(figure.curve for figure in curves):
-        yield f"\n{curve:>16}    forward  forward + backward"
-        for figure in curves:
-            if figure.curve == curve:
-                yield (
-                    f"{figure.x:16} {figure.forward_ms:7.3g} ms {figure.both_ms:16.3g} ms  {figure.of}"
-                )
+def _group(shape: ShapeMeasurement) -> int:
+    return int(shape.fills_vectors) if shape.name.startswith("random-") else 2
+
+
+def main() -> None:
+    """Measures, prints and writes."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=__doc__)
+    parser.add_argument("--shapes", type=int, default=200, help="random ones, beside the workloads")
+    parser.add_argument("--seed", type=int, default=0, help="of the random shapes")
+    parser.add_argument("--case", action="append", choices=list(WORKLOADS), help="default: all")
+    parser.add_argument("--threads", type=int, help="default: torch's choice")
+    parser.add_argument("--seconds", type=float, default=0.1)
+    parser.add_argument("--output", type=Path, default=RESULTS / "sweep.json")
+    parser.add_argument("--plot", type=Path, help="for example docs/images/sweep.png")
+    arguments = parser.parse_args()
+    keep_memory()
+    with on_threads(arguments.threads):
+        workloads = [WORKLOADS[name] for name in arguments.case or WORKLOADS]
+        workloads += random_workloads(arguments.shapes, arguments.seed)
+        shapes = [measure_shape(workload, arguments.seconds) for workload in workloads]
+        summaries = summarise(shapes)
+        for one in summaries:
+            print(
+                f"{one.direction}: the worst shape is {one.worst_ratio:.1f} × below the median of "
+                f"{one.median:.3g} GB/s ({one.worst_ratio_of_full_vectors:.1f} × among those whose "
+                f"head_dim is a multiple of 16); the slowest:",
+                *one.worst,
+                sep="\n  ",
+            )
+        head = {
+            "method": METHOD,
+            "threads": torch.get_num_threads(),
+            "summary": [summary._asdict() for summary in summaries],
+        }
+        rows = {"shapes": [shape._asdict() for shape in shapes]}
+        write(arguments.output, "python -m benchmarks.sweep", head, rows)
+        if arguments.plot:
+            save_plot(shapes, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()

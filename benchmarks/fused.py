@@ -1,8 +1,12 @@
-"""What a query predicts, to what it finds: fused against unfused, and ragged against padded queries."""
+"""Fused against separate steps, and ragged against padded queries: `python -m benchmarks.fused`.
+
+For bevformer-sca, what lies between the projections of BEVFormer's cross attention to six cameras, with
+the geometry of a car: without padding, and padded and rebatched as its code has it.
+"""
 
 from __future__ import annotations
 
-import json
+import argparse
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,11 +18,15 @@ from rich.table import Table
 from torch import Tensor
 
 import saccade
-from saccade.benchmark.operator import grid_sample_call, saccade_call
-from saccade.benchmark.report import milliseconds, record, times, write_text
-from saccade.benchmark.timing import alternate
-from saccade.benchmark.workloads import OFFSET_PIXELS, WORKLOADS, Workload, reference_points
+from benchmarks.cpu import GridSampleAnywhere
+from benchmarks.results_file import RESULTS
+from saccade.bench.baselines import BASELINES
+from saccade.bench.command import on_threads
+from saccade.bench.report import milliseconds, times, write
+from saccade.bench.workloads import OFFSET_PIXELS, WORKLOADS, Workload, reference_points
 from saccade.sampling import sampling_locations
+from saccade.terminal import out
+from saccade.timing import alternate
 
 CASES = (
     *("detr-encoder", "mask2former-encoder", "bevformer-tsa", "detr-decoder", "dfine-decoder"),
@@ -47,7 +55,7 @@ class Row(NamedTuple):
     note: str = ""
 
 
-def rows_of(name: str, seconds: float) -> list[Row]:
+def measure_workload(name: str, seconds: float) -> list[Row]:
     """The variants of a workload, in both directions.
 
     Raises:
@@ -64,17 +72,17 @@ def rows_of(name: str, seconds: float) -> list[Row]:
 def _fused_rows(workload: Workload, seconds: float) -> list[Row]:
     random = torch.Generator().manual_seed(0)
     shapes, points = workload.shapes, workload.points
-    looks = (workload.batch_size, workload.queries, workload.num_heads, sum(points))
+    pairs = (workload.batch_size, workload.queries, workload.num_heads, sum(points))
     value = torch.randn(
         workload.batch_size, workload.num_positions, workload.num_heads, workload.head_dim,
         generator=random,
     )  # fmt: skip
     references = reference_points(workload, random)[None, :, None]
     references = references.expand(workload.batch_size, -1, -1, -1).contiguous()
-    offsets = torch.randn(*looks, workload.spatial_dims, generator=random) * OFFSET_PIXELS
-    logits = torch.randn(looks, generator=random)
+    offsets = torch.randn(*pairs, workload.spatial_dims, generator=random) * OFFSET_PIXELS
+    logits = torch.randn(pairs, generator=random)
     located = sampling_locations(references, offsets, shapes, points)
-    grid_sample = grid_sample_call(workload)
+    grid_sample = GridSampleAnywhere().prepare(workload)
 
     def fused(value: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
         return saccade.fused_deformable_attention(
@@ -118,9 +126,9 @@ def _measure(
         }
         expected: Tensor | None = None
         for variant, function in functions.items():
-            found = function()
-            expected = found if expected is None else expected
-            error = (found - expected).abs().max() / expected.abs().max()
+            output = function()
+            expected = output if expected is None else expected
+            error = (output - expected).abs().max() / expected.abs().max()
             if not error <= TOLERANCE:
                 raise ArithmeticError(f"{name}: {variant} differs by {error:.2g} of the largest")
         timings = alternate(functions, seconds)
@@ -210,11 +218,11 @@ def _ragged_rows(workload: Workload, seconds: float) -> list[Row]:
         setattr(module, projection, torch.nn.Identity())
     counts = visible.sum(-1).flatten().tolist()
     index = [visible[0, view].nonzero().flatten() for view in range(num_views)]
-    grid_sample = grid_sample_call(workload)
+    grid_sample = GridSampleAnywhere().prepare(workload)
 
     def ragged(query: Tensor, value: Tensor) -> Tensor:
-        found: Tensor = module(query, references, visible, value, workload.shapes)
-        return found
+        output: Tensor = module(query, references, visible, value, workload.shapes)
+        return output
 
     def padded_by(attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Function:
         def padded(query: Tensor, value: Tensor) -> Tensor:
@@ -226,10 +234,10 @@ def _ragged_rows(workload: Workload, seconds: float) -> list[Row]:
                 anchors[view, : len(seen)] = references[0, view, seen]
             offsets, logits = module.predict(rows)
             by_head = value[0].unflatten(-1, (workload.num_heads, -1))
-            found = attend(by_head, anchors, offsets, logits)
+            output = attend(by_head, anchors, offsets, logits)
             slots = torch.zeros_like(query)
             for view, seen in enumerate(index):
-                slots[0, seen] += found[view, : len(seen)]
+                slots[0, seen] += output[view, : len(seen)]
             return slots / visible.sum(1).clamp(min=1)[..., None]
 
         return padded
@@ -257,7 +265,7 @@ def _ragged_rows(workload: Workload, seconds: float) -> list[Row]:
         "ragged": (ragged, inputs),
         "pad and rebatch, Saccade's fused operator": (padded_by(by_saccade), inputs),
         "pad and rebatch, Saccade's operator": (
-            padded_by(located_by(saccade_call(workload))),
+            padded_by(located_by(BASELINES["saccade"].prepare(workload))),
             inputs,
         ),
         "pad and rebatch, grid_sample": (padded_by(located_by(grid_sample)), inputs),
@@ -266,78 +274,36 @@ def _ragged_rows(workload: Workload, seconds: float) -> list[Row]:
         "ragged": f"{sum(counts)} pairs of camera and query: {', '.join(map(str, counts))}",
         "pad and rebatch, Saccade's fused operator": f"{num_views} x {max(counts)} queries",
     }
-    rows = _measure(workload.name, variants, seconds, notes)
-    return rows + _operator_rows(workload, counts, seconds)
-
-
-def _operator_rows(workload: Workload, counts: list[int], seconds: float) -> list[Row]:
-    """The operator alone: ragged, and dense with the most queries for every map, a real query each."""
-    num_views, most = len(counts), max(counts)
-    random = torch.Generator().manual_seed(0)
-    points = (workload.num_heads, sum(workload.points))
-    value = torch.randn(
-        num_views, workload.num_positions, workload.num_heads, workload.head_dim, generator=random
-    )
-    located = torch.rand(num_views, most, 1, 1, 2, generator=random)
-    located = located + 0.02 * torch.randn(num_views, most, *points, 2, generator=random)
-    weights = torch.randn(num_views, most, *points, generator=random).softmax(-1)
-    seen = torch.cat([torch.arange(count) + view * most for view, count in enumerate(counts)])
-    of_seen = [tensor.flatten(0, 1)[seen] for tensor in (located, weights)]
-
-    def dense(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-        found = saccade.deformable_attention(
-            value, workload.shapes, locations, weights, num_points=workload.points
-        )
-        return found.flatten(0, 1)
-
-    def ragged(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-        return saccade.deformable_attention(
-            value, workload.shapes, locations, weights,
-            num_points=workload.points, queries_per_map=counts,
-        )  # fmt: skip
-
-    rows = []
-    for direction in DIRECTIONS:
-        backward = direction == DIRECTIONS[1]
-        functions = {
-            "operator, ragged": _call(ragged, (value, *of_seen), backward),
-            "operator, dense": _call(dense, (value, located, weights), backward),
-        }
-        found, expected = (function() for function in functions.values())
-        if not torch.equal(found, expected[seen]):
-            raise ArithmeticError(f"{workload.name}: ragged and dense differ")
-        timings = alternate(functions, seconds)
-        queries = {"operator, ragged": len(seen), "operator, dense": num_views * most}
-        each = {name: timing.milliseconds / queries[name] for name, timing in timings.items()}
-        for name, timing in timings.items():
-            note = f"{queries[name]} queries, {1e6 * each[name]:.0f} ns each; ratio for each query"
-            ratio = each[name] / each["operator, ragged"]
-            rows.append(_row(workload.name, direction, name, ratio, timing.milliseconds, note))
-    return rows
-
-
-# --- what is shown and kept -------------------------------------------------------------------------
+    return _measure(workload.name, variants, seconds, notes)
 
 
 def table(rows: Sequence[Row]) -> Table:
     """For the terminal."""
-    found = Table("workload", "direction", "variant", "time", "ratio", box=None)
+    shown = Table("workload", "direction", "variant", "time", "ratio", box=None)
     for row in rows:
-        found.add_row(
-            row.workload,
-            row.direction,
-            row.variant,
-            milliseconds(row.milliseconds),
-            times(row.ratio),
-        )
+        cells = (row.workload, row.direction, row.variant)
+        shown.add_row(*cells, milliseconds(row.milliseconds), times(row.ratio))
     notes = dict.fromkeys(f"{row.variant}: {row.note}" for row in rows if row.note)
-    found.caption = "\n".join(notes)
-    return found
+    shown.caption = "\n".join(notes)
+    return shown
 
 
-def write(command: str, rows: Sequence[Row], path: Path) -> None:
-    """Writes a JSON file, one figure a line."""
-    head = record(command) | {"method": METHOD}
-    parts = [f'"{key}": {json.dumps(value)}' for key, value in head.items()]
-    lines = ",\n".join(json.dumps(row._asdict(), ensure_ascii=False) for row in rows)
-    write_text(path, "{\n" + ",\n".join(parts) + f',\n"figures": [\n{lines}\n]\n}}\n')
+def main() -> None:
+    """Measures, prints and writes."""
+    known = [*CASES, VIEWS]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fused", description=__doc__)
+    parser.add_argument("--case", action="append", choices=known, help="default: all")
+    parser.add_argument("--threads", type=int, help="default: torch's choice")
+    parser.add_argument("--seconds", type=float, default=5, help="of taking turns per measurement")
+    parser.add_argument("--output", type=Path, default=RESULTS / "fused.json")
+    arguments = parser.parse_args()
+    with on_threads(arguments.threads):
+        names = arguments.case or known
+        rows = [row for name in names for row in measure_workload(name, arguments.seconds)]
+    out.print(table(rows))
+    fields = {"measurements": [row._asdict() for row in rows]}
+    write(arguments.output, "python -m benchmarks.fused", {"method": METHOD}, fields)
+
+
+if __name__ == "__main__":
+    main()
