@@ -257,7 +257,7 @@ def test_the_command_states_the_smallest_image_of_a_program(invoke, tmp_path, mo
         torch.export.load(tmp_path / "tiny.pt2").module()(torch.zeros(2, 3, 23, 96))
 
 
-def test_the_command_without_a_image_takes_the_scene(invoke, tmp_path, monkeypatch):
+def test_the_command_without_an_image_takes_the_scene(invoke, tmp_path, monkeypatch):
     seen = []
 
     def refuse(detector, to, path, *, image, **options):
@@ -297,7 +297,7 @@ def test_what_is_missing_is_named(invoke, monkeypatch):
     assert "needs onnxscript, not installed here: pip install 'saccade[export]'" in result.output
 
 
-def test_the_scene_is_a_image_that_the_model_reads():
+def test_the_scene_is_an_image_that_the_model_reads():
     image = Image.open(doctor.EXAMPLE_IMAGE).convert("RGB")
     (result,) = Detector.load().detect([image])
     assert sorted(each.label for each in result.detections) == ["1", "2", "2", "5", "8", "9", "9"]
