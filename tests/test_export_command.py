@@ -35,7 +35,7 @@ IMAGE = gradient_image(96, 64)
 def folder(tmp_path_factory):
     # The last level must have several rows, because exporters treat sizes of 1 separately.
     folder = tmp_path_factory.mktemp("model") / "a-detr"
-    return save_random_detector(folder, shortest_edge=128, encoder_layers=1, decoder_layers=1)
+    return save_random_detector(folder, shortest_edge=128, encoder_layers=1)
 
 
 @pytest.fixture(scope="module")
