@@ -27,7 +27,7 @@ from benchmarks.export_targets import TARGETS, Target, Tensors
 from saccade.export import formats
 from saccade.export.detectors import summarize_error
 from saccade.integrations.onnx import Lowering
-from saccade.integrations.quiet import quiet_exporters
+from saccade.integrations.exporter_logging import silence_exporters
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "export.md"
 MARKED = re.compile(r"(<!-- matrix -->\n).*?(<!-- end of matrix -->)", flags=re.DOTALL)
@@ -83,7 +83,7 @@ def _compile(work: Work) -> Callable[..., Any]:
 
 
 def _trace(work: Work) -> Callable[..., Any]:
-    with quiet_exporters():
+    with silence_exporters():
         return torch.jit.trace(work.module, work.inputs("same"), check_trace=False)
 
 

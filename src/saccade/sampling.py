@@ -148,7 +148,8 @@ def pixel_position(
     if coordinates == "normalized":
         shift -= 0.5
     # Rounded twice, never fused: every backend agrees on the position to the last bit.
-    return location * _scale(size, coordinates) + shift
+    position: Tensor = location * _scale(size, coordinates) + shift
+    return position
 
 
 def clamp_sizes(shape: Sequence[int], padding: Padding) -> list[int | None]:

@@ -21,7 +21,7 @@ from saccade.export import formats
 from saccade.export.formats import SUFFIXES, Format, Run
 from saccade.export.verify import Comparison, compare, post_process
 from saccade.integrations.onnx import Lowering
-from saccade.integrations.quiet import quiet_exporters
+from saccade.integrations.exporter_logging import silence_exporters
 from saccade.integrations.tracing import symbolic_sizes
 from saccade.vision.detector import Detector
 
@@ -234,7 +234,7 @@ class _Trial:
             (pixels,),
             dynamic_shapes=(dict.fromkeys(axes, Dim.DYNAMIC),),
         )
-        with torch.no_grad(), symbolic_sizes(), quiet_exporters():
+        with torch.no_grad(), symbolic_sizes(), silence_exporters():
             try:
                 return export(strict=False)
             except Exception as first:

@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 
 from saccade import doctor
 from saccade.integrations.onnx import Lowering, session_options, translations
-from saccade.integrations.quiet import quiet_exporters
+from saccade.integrations.exporter_logging import silence_exporters
 
 Run = Callable[..., tuple[Tensor, ...]]
 """Takes tensors in the order of the program's inputs, and returns the outputs."""
@@ -49,7 +49,7 @@ def write(
     if to == "onnx":
         write_onnx(program, path, lowering, output_names, axes)
         return
-    with quiet_exporters():
+    with silence_exporters():
         if to == "torch":
             _remove_private_data(program)
             torch.export.save(program, path)
@@ -75,7 +75,7 @@ def write_onnx(
         output_names: names of the outputs; by default those of the program.
         axes: the names of the dynamic axes of each input; by default those of the program's symbols.
     """
-    with quiet_exporters():
+    with silence_exporters():
         written: Any = torch.onnx.export(
             program,
             dynamo=True,
