@@ -356,7 +356,7 @@ kernels.replace_kernel_forward_from_hub(MultiScaleDeformableAttention, integrati
 
 model = wake(random_detector()).double().train()
 model.model.backbone.requires_grad_(False)
-pictures = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+pictures = torch.randn(1, 3, 96, 128, dtype=torch.float64)
 
 def call(model):
     found = model(pictures)
