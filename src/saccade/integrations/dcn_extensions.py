@@ -22,7 +22,7 @@ from saccade.checks import (
     format_shape,
     to_positive_int,
 )
-from saccade.convolution import Window, deformable_convolution, understand_window
+from saccade.convolution import Window, deformable_convolution, parse_window
 from saccade.functional import deformable_attention
 from saccade.integrations.levels import parse_levels
 
@@ -240,7 +240,7 @@ class _Convolution(NamedTuple):
 
     @property
     def window(self) -> Window:
-        return understand_window(
+        return parse_window(
             (self.kernel_h, self.kernel_w),
             (self.stride_h, self.stride_w),
             (self.pad_h, self.pad_w),
