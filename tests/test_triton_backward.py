@@ -22,11 +22,11 @@ from fused_helpers import FusedCase, fused_calls, run_fused
 from helpers import Case, assert_16_bit_is_as_good_as_naive, assert_same, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from saccade.arguments import Options, understand, understand_fused
 from test_triton import CASES
 from test_triton_fused import FUSED
 
 import saccade
+from saccade.arguments import Options, understand, understand_fused
 from saccade.ops import contract
 
 pytestmark = WITH_TRITON
