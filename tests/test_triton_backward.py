@@ -104,7 +104,9 @@ def test_only_the_gradients_that_are_wanted(way, reference):
         call_cache._cache.clear()
         arguments = schema.to_arguments(call)
         gradients = backward(grad_output, *arguments, list(mask))
-        want = [one if kept else one.new_empty(0) for one, kept in zip(expected[1:], mask, strict=True)]
+        want = [
+            one if kept else one.new_empty(0) for one, kept in zip(expected[1:], mask, strict=True)
+        ]
         assert_close([expected[0], *gradients], [expected[0], *want])
         (plan,) = gpu_plans()
         constants = plan.kernel.constants

@@ -57,7 +57,13 @@ FLOAT32 = {"dtype": torch.float32, "point_dtype": torch.float32, "interpolation"
 ONE_MAP = {"batch_size": 1, "queries_per_map": None, "num_heads": 1}
 CALLS = {
     "locations": {**ONE_MAP, "shapes": [(3, 3)], "num_queries": 40, "reference": "none"},
-    "shared-head": {**ONE_MAP, "shapes": [(4,)], "num_heads": 2, "shared_head": True, "num_queries": 16},
+    "shared-head": {
+        **ONE_MAP,
+        "shapes": [(4,)],
+        "num_heads": 2,
+        "shared_head": True,
+        "num_queries": 16,
+    },
     "ragged": {"shapes": [(2, 3)], "queries_per_map": [10, 0, 12], "num_points": 2},
 }
 
@@ -131,7 +137,7 @@ def test_points_in_the_margin_and_outside(in_order):
 
 
 @pytest.mark.parametrize("ragged", [None, [2, 0, 5, 1]])
-@pytest.mark.parametrize("max_bytes", [1, 25_000])
+@pytest.mark.parametrize("max_bytes", [1, 9_000])
 def test_maps_in_groups(in_order, ragged, max_bytes, monkeypatch):
     monkeypatch.setattr(plan, "MAX_WORKSPACE_BYTES", max_bytes)
     call = draw_call(
@@ -151,7 +157,15 @@ def test_rows_wider_than_a_program_takes(in_order, monkeypatch):
 
 
 def test_a_map_that_no_point_reads_gets_zeros(in_order):
-    call = draw_call(6, **FLOAT32, **ONE_MAP, num_queries=3, reference="none", padding="zeros")
+    call = draw_call(
+        6,
+        **FLOAT32,
+        **ONE_MAP,
+        num_queries=3,
+        reference="none",
+        coordinates="pixel",
+        padding="zeros",
+    )
     call.points.add_(30)
     assert (check(call)[1] == 0).all()
 
