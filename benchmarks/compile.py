@@ -50,7 +50,7 @@ def single_map() -> Case:
 def detector() -> Case:
     """The embedded detector on its scene."""
     loaded = Detector.load()
-    picture = Image.open(doctor.EXAMPLE_PICTURE).convert("RGB")
+    picture = Image.open(doctor.EXAMPLE_IMAGE).convert("RGB")
     pixels = loaded.processor(images=[picture], return_tensors="pt")["pixel_values"]
     return loaded.model, (pixels,)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import saccade
 from saccade.benchmark import detectors
-from saccade.integrations.quiet import quiet_exporters
+from saccade.integrations.exporter_logging import silence_exporters
 from saccade.integrations.tracing import symbolic_sizes
 
 CHANNELS, HEADS = 32, 4
@@ -46,7 +46,7 @@ class Target(NamedTuple):
 
     def export(self, module: nn.Module, inputs: Tensors) -> torch.export.ExportedProgram:
         """The module as a program, its dynamic axes dynamic."""
-        with torch.no_grad(), symbolic_sizes(), quiet_exporters():
+        with torch.no_grad(), symbolic_sizes(), silence_exporters():
             return torch.export.export(
                 module, inputs, dynamic_shapes=self.dynamic, strict=self.strict
             )

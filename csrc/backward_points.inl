@@ -1,38 +1,40 @@
-// The gradients of locations and weights: dot products of grad_output with the rows of the value,
-// then *points* in reverse.
+// The gradients of points and weights: dot products of grad_output with the rows of the value, then
+// *points* in reverse.
 
-// The grad_output [T, M * D] of a unit in the compute type, in slots (see for_blocks); numbers
-// that the last slot visits a second time are zero there. With kInPairs in the order of blocks.
-template <bool kInPairs, class S, class T>
-void load_grad(const Problem& problem, const S* grad_output, const Unit& unit, Buffer<T>& grads) {
-  const int64_t head_dim = problem.head_dim;
-  const int64_t stride = whole_vectors<T>(head_dim);
-  grads.reserve(unit.num_looks() * stride);
-  const int64_t last = problem.total_queries() * problem.num_heads - 1;
-  const auto load_look = [&](int64_t look, int64_t row, int64_t) SACCADE_INLINE_LAMBDA {
-    const S* from = grad_output + row * head_dim;
-    const int64_t ahead = std::min(row + kQueriesAhead * problem.num_heads, last);
+// Loads the grad_output [T, M * D] of a tile in the compute type, in slots (see for_blocks);
+// channels that the last slot visits a second time are zero there. With kInterleaved two vectors of
+// a block are interleaved, as rows of the value are loaded.
+template <bool kInterleaved, class S, class T>
+void load_grad(const Plan& plan, const S* grad_output, const Tile& tile, Buffer<T>& grads) {
+  const int64_t head_dim = plan.call.head_dim;
+  const int64_t stride = round_up_to_vectors<T>(head_dim);
+  grads.reserve(tile.num_pairs() * stride);
+  const int64_t last = plan.call.total_queries() * plan.call.num_heads - 1;
+  const auto load_pair = [&](int64_t pair, int64_t row, int64_t) SACCADE_INLINE_LAMBDA {
+    const S* source = grad_output + row * head_dim;
+    const int64_t ahead = std::min(row + kQueriesAhead * plan.call.num_heads, last);
     prefetch(grad_output + ahead * head_dim, head_dim);
-    T* to = &grads[look * stride];
+    T* target = &grads[pair * stride];
     const auto run = [&](auto block, int64_t slot, int64_t channel) SACCADE_INLINE_LAMBDA {
       typedef decltype(block) B;
 #pragma GCC unroll 2
       for (int v = 0; v < B::NV; ++v) {
-        store(to + slot + v * kWidth<T>, load_of_block<S, T, B>(from + channel, v, head_dim));
+        store(target + slot + v * kWidth<T>,
+              load_block_vector<S, T, B>(source + channel, v, head_dim));
       }
       if (!B::Partial) {
-        std::fill_n(to + slot, slot - channel, T(0));
+        std::fill_n(target + slot, slot - channel, T(0));
       }
     };
-    for_blocks<T, kInPairs ? 2 : 1>(head_dim, run);
+    for_blocks<T, kInterleaved ? 2 : 1>(head_dim, run);
   };
-  unit.for_each_look(problem, load_look);
+  tile.for_each_pair(plan, load_pair);
 }
 
 // The dot products of grad with the four corners of a point.
 template <class S, class T>
-SACCADE_INLINE void dots_of_point(const LevelRows<const S>& level, const S* upper, const T* grad,
-                                  int64_t head_dim, T* dots) {
+SACCADE_INLINE void compute_point_dots(const LevelRows<const S>& level, const S* upper,
+                                       const T* grad, int64_t head_dim, T* dots) {
   Vector<T> dot[4] = {Vector<T>{}, Vector<T>{}, Vector<T>{}, Vector<T>{}};
   const S* lower = upper + level.down;
   const auto run = [&](auto block, int64_t slot, int64_t channel) SACCADE_INLINE_LAMBDA {
@@ -40,8 +42,8 @@ SACCADE_INLINE void dots_of_point(const LevelRows<const S>& level, const S* uppe
     for (int v = 0; v < decltype(block)::NV; ++v) {
       const Vector<T> g = load(grad + slot + v * kWidth<T>);
       const auto add = [&](Vector<T>& sum, const S* row) SACCADE_INLINE_LAMBDA {
-        const auto numbers = load_of_block<S, T, decltype(block)>(row + channel, v, head_dim);
-        sum = (Vector<T>)fma(g, numbers, sum);
+        const auto values = load_block_vector<S, T, decltype(block)>(row + channel, v, head_dim);
+        sum = (Vector<T>)fma(g, values, sum);
       };
       add(dot[0], upper);
       add(dot[1], upper + level.right);
@@ -53,25 +55,26 @@ SACCADE_INLINE void dots_of_point(const LevelRows<const S>& level, const S* uppe
   store_sums<T>(dots, dot[0], dot[1], dot[2], dot[3]);
 }
 
-// The dot products of all points of a unit, in place of their weights.
+// The dot products of all points of a tile, written in place of their weights.
 template <class S, class T>
-void dots_of_chunk(const Problem& problem, Points<T>& points, const Unit& unit,
-                   const HeadRows<S>& rows, const T* grads, int64_t grads_stride) {
-  const int64_t total_points = problem.total_points, head_dim = problem.head_dim;
-  for_each_slice(problem, [&](const Level& level, int64_t slice) SACCADE_INLINE_LAMBDA {
+void compute_dots(const Plan& plan, Corners<T>& corners, const Tile& tile, const HeadRows<S>& rows,
+                  const T* grads, int64_t grads_stride) {
+  const int64_t total_points = plan.call.total_points, head_dim = plan.call.head_dim;
+  for_each_slice(plan, [&](const PlannedLevel& level, int64_t slice) SACCADE_INLINE_LAMBDA {
     const int64_t num_points = level.num_points;
-    T* dots = points.weights(level, slice);
+    T* dots = corners.weights(level, slice);
     const T* grad = grads;
-    for_each_look_of_level(problem, level, rows, unit, points.rows(level, slice), true,
-                           [&](const LevelRows<const S>& level_rows, const S* first,
-                               const int32_t* point_rows) SACCADE_INLINE_LAMBDA {
-                             for (int64_t k = 0; k < num_points; ++k) {
-                               dots_of_point(level_rows, first + point_rows[k] * level_rows.stride,
-                                             grad, head_dim, dots + 4 * k);
-                             }
-                             grad += grads_stride;
-                             dots += 4 * total_points;
-                           });
+    for_each_pair_of_level(
+        plan, level, rows, tile, corners.rows(level, slice), true,
+        [&](const LevelRows<const S>& level_rows, const S* first, const int32_t* point_rows)
+            SACCADE_INLINE_LAMBDA {
+              for (int64_t k = 0; k < num_points; ++k) {
+                compute_point_dots(level_rows, first + point_rows[k] * level_rows.stride, grad,
+                                   head_dim, dots + 4 * k);
+              }
+              grad += grads_stride;
+              dots += 4 * total_points;
+            });
   });
 }
 
@@ -80,11 +83,11 @@ template <class T>
 struct Dots {
   Vector<T> corners[4];
 
-  SACCADE_INLINE explicit Dots(const T* from) {
+  SACCADE_INLINE explicit Dots(const T* source) {
     typedef Vector<T> V;
     constexpr int W = kWidth<T>;
-    const V first = load(from), second = load(from + W);
-    const V third = load(from + 2 * W), fourth = load(from + 3 * W);
+    const V first = load(source), second = load(source + W);
+    const V third = load(source + 2 * W), fourth = load(source + 3 * W);
     const V even_low = evens<T>(first, second), even_high = evens<T>(third, fourth);
     const V odd_low = odds<T>(first, second), odd_high = odds<T>(third, fourth);
     corners[0] = evens<T>(even_low, even_high);
@@ -93,7 +96,7 @@ struct Dots {
     corners[3] = odds<T>(odd_low, odd_high);
   }
 
-  // Weighted by what each axis gives its two cells, and summed.
+  // Sums over the corners, weighted by the weights (or slopes) that each axis gives its two cells.
   SACCADE_INLINE Vector<T> sum(const Vector<T>* x) const {
     return x[0] * corners[0] + x[1] * corners[1];
   }
@@ -102,32 +105,35 @@ struct Dots {
   }
 };
 
-// From dot products to the gradients of locations and weights; false if a number is NaN.
+// From dot products to the gradients of locations and attention weights; returns false if any of
+// them is NaN.
 template <int N, class T>
-bool chain(const Problem& problem, const Points<T>& points, int64_t num_looks, T* grad_locations,
-           T* grad_weights) {
+bool apply_chain_rule(const Plan& plan, const Corners<T>& corners, int64_t num_pairs,
+                      T* grad_locations, T* grad_weights) {
   typedef Vector<T> V;
   constexpr int W = kWidth<T>;
-  const PointTable<T>& table = point_table<T>(problem);
-  const PointCopies<T>& given = points.kept;
-  const T* const dots = points.weights(0);
+  const PointTable<T>& table = point_table<T>(plan);
+  const PointBuffers<T>& kept = corners.kept;
+  const T* const dots = corners.weights(0);
   V zero_or_nan = {};
-  InPeriod<T> in_period(problem.total_points);
-  for (int64_t at = 0; at < num_looks * problem.total_points; at += W) {
-    const Located<T, N> point(problem, table, &given.locations[N * at], in_period.at);
-    in_period.next();
-    const V attention = load(&given.attention_weights[at]);
-    const Dots<T> first(dots + 4 * at);
-    // Of the weights of all axes, but of the slopes of axis `by`.
+  PairOffset<T> pair_offset(plan.call.total_points);
+  for (int64_t i = 0; i < num_pairs * plan.call.total_points; i += W) {
+    const PointCells<T, N> cells(plan, table, &kept.locations[N * i], pair_offset.value);
+    pair_offset.next();
+    const V attention = load(&kept.attention_weights[i]);
+    const Dots<T> first(dots + 4 * i);
+    // With the weights of all axes, except for axis `by`, whose slopes are taken.
     const auto sum_by = [&](int by) SACCADE_INLINE_LAMBDA {
-      const auto of = [&](int n) { return by == n ? point.axes[n].slopes : point.axes[n].weights; };
+      const auto get = [&](int n) {
+        return by == n ? cells.axes[n].slopes : cells.axes[n].weights;
+      };
       if constexpr (N == 1) {
-        return first.sum(of(0));
+        return first.sum(get(0));
       } else if constexpr (N == 2) {
-        return first.sum(of(0), of(1));
+        return first.sum(get(0), get(1));
       } else {
-        const Dots<T> second(points.weights(1) + 4 * at);
-        return of(2)[0] * first.sum(of(0), of(1)) + of(2)[1] * second.sum(of(0), of(1));
+        const Dots<T> second(corners.weights(1) + 4 * i);
+        return get(2)[0] * first.sum(get(0), get(1)) + get(2)[1] * second.sum(get(0), get(1));
       }
     };
     const V grad_weight = sum_by(-1);
@@ -137,70 +143,72 @@ bool chain(const Problem& problem, const Points<T>& points, int64_t num_looks, T
       grad_location[n] = attention * sum_by(n);
       sum += grad_location[n];
     }
-    store(grad_weights + at, grad_weight);
-    store_by_axis<T, N>(grad_locations + N * at, grad_location);
+    store(grad_weights + i, grad_weight);
+    store_by_axis<T, N>(grad_locations + N * i, grad_location);
     zero_or_nan += sum == sum ? V{} : sum;
   }
   return !any(zero_or_nan != zero_or_nan);
 }
 
-// Where the gradients of the points go (see PointGradients).
+// The tensors that receive the gradients of the points (see PointGradients).
 template <class T>
 struct GradPoints {
   T* references;
-  T* locations;
-  T* attention_weights;
+  T* points;
+  T* weights;
   bool stream;
 
-  GradPoints(const Problem& problem, const PointGradients& to)
-      : references(static_cast<T*>(to.reference_points)),
-        locations(static_cast<T*>(to.locations)),
-        attention_weights(static_cast<T*>(to.weights)),
-        stream(problem.stream_results &&
-               fills_lines(locations, problem.spatial_dims * problem.total_points * sizeof(T)) &&
-               fills_lines(attention_weights, problem.total_points * sizeof(T))) {}
+  GradPoints(const Plan& plan, const PointGradients& gradients)
+      : references(static_cast<T*>(gradients.reference_points)),
+        points(static_cast<T*>(gradients.points)),
+        weights(static_cast<T*>(gradients.weights)),
+        stream(plan.streams_results &&
+               fills_lines(points, plan.call.spatial_dims * plan.call.total_points * sizeof(T)) &&
+               fills_lines(weights, plan.call.total_points * sizeof(T))) {}
 };
 
-// Writes the gradients of a unit's points, whose dot products are in place of their weights.
+// Writes the gradients of a tile's points, whose dot products are in place of their weights.
 template <class S, class T>
-void write_grad_points(const Problem& problem, const GivenPoints<T>& given, const Unit& unit,
-                       Points<T>& points, const HeadRows<S>& rows, const S* grad_output,
-                       const GradPoints<T>& to, PointCopies<T>& grads) {
-  const int64_t total_points = problem.total_points, spatial_dims = problem.spatial_dims;
-  const int64_t room = unit.num_looks() * total_points + kWidth<T>;
-  grads.locations.reserve(spatial_dims * room);
-  grads.attention_weights.reserve(room);
+void write_grad_points(const Plan& plan, const PointReader<T>& reader, const Tile& tile,
+                       Corners<T>& corners, const HeadRows<S>& rows, const S* grad_output,
+                       const GradPoints<T>& target, PointBuffers<T>& grads) {
+  const int64_t total_points = plan.call.total_points, spatial_dims = plan.call.spatial_dims;
+  const int64_t capacity = tile.num_pairs() * total_points + kWidth<T>;
+  grads.locations.reserve(spatial_dims * capacity);
+  grads.attention_weights.reserve(capacity);
   bool finite = false;
-  with_axes(problem, [&](auto axes) {
-    finite = chain<decltype(axes)::value>(problem, points, unit.num_looks(), &grads.locations[0],
-                                          &grads.attention_weights[0]);
+  with_axes(plan, [&](auto axes) {
+    finite = apply_chain_rule<decltype(axes)::value>(
+        plan, corners, tile.num_pairs(), &grads.locations[0], &grads.attention_weights[0]);
   });
   if (!finite) {
-    unit.for_each_look(problem, [&](int64_t look, int64_t row, int64_t head) {
-      exact_backward_points(problem, points.look(problem, given, unit, row),
-                            rows.in_place + head * rows.head_stride, rows.stride,
-                            grad_output + row * problem.head_dim,
-                            &grads.locations[spatial_dims * look * total_points],
-                            &grads.attention_weights[look * total_points]);
+    tile.for_each_pair(plan, [&](int64_t pair, int64_t row, int64_t head) {
+      exact_backward_points(plan, corners.get_pair(plan, reader, tile, row),
+                            rows.value + head * rows.head_stride, rows.stride,
+                            grad_output + row * plan.call.head_dim,
+                            &grads.locations[spatial_dims * pair * total_points],
+                            &grads.attention_weights[pair * total_points]);
     });
   }
-  if (problem.is_fused()) {
-    with_axes(problem, [&](auto axes) {
-      points.fused.template reverse<decltype(axes)::value>(problem, given, unit, points.kept, grads,
-                                                           to.references);
+  if (plan.call.prepares_points()) {
+    with_axes(plan, [&](auto axes) {
+      corners.prepared.template reverse<decltype(axes)::value>(plan, reader, tile, corners.kept,
+                                                               grads, target.references);
     });
   }
-  const int64_t of_query = unit.num_heads * total_points;
-  for (int64_t query = 0; query < unit.num_queries; ++query) {
-    const int64_t first = unit.row(problem, query) * total_points;
-    const T* location = &grads.locations[spatial_dims * query * of_query];
-    const T* weight = &grads.attention_weights[query * of_query];
-    if (to.stream) {
-      stream_numbers(to.locations + spatial_dims * first, location, spatial_dims * of_query);
-      stream_numbers(to.attention_weights + first, weight, of_query);
+  const int64_t points_per_query = tile.num_heads * total_points;
+  for (int64_t query = 0; query < tile.num_queries; ++query) {
+    const int64_t first = tile.row(plan, query) * total_points;
+    const T* location = &grads.locations[spatial_dims * query * points_per_query];
+    const T* weight = &grads.attention_weights[query * points_per_query];
+    if (target.stream) {
+      stream_elements(target.points + spatial_dims * first, location,
+                      spatial_dims * points_per_query);
+      stream_elements(target.weights + first, weight, points_per_query);
     } else {
-      copy_numbers(to.locations + spatial_dims * first, location, spatial_dims * of_query);
-      copy_numbers(to.attention_weights + first, weight, of_query);
+      copy_elements(target.points + spatial_dims * first, location,
+                    spatial_dims * points_per_query);
+      copy_elements(target.weights + first, weight, points_per_query);
     }
   }
 }
@@ -208,32 +216,32 @@ void write_grad_points(const Problem& problem, const GivenPoints<T>& given, cons
 template <class S>
 struct BackwardPointsScratch {
   PackedRows<S> packed;
-  Points<Compute<S>> points;
+  Corners<Compute<S>> corners;
   Buffer<Compute<S>> grads;
-  PointCopies<Compute<S>> grad_points;
+  PointBuffers<Compute<S>> grad_points;
 };
 
 template <class S>
-void backward_points(const Problem& problem, const Value& value, const void* grad_output,
+void backward_points(const Plan& plan, const Value& value, const void* grad_output,
                      const PointInputs& inputs, const PointGradients& gradients, int64_t begin,
                      int64_t end, BackwardPointsScratch<S>& scratch) {
   typedef Compute<S> T;
   const S* grad = static_cast<const S*>(grad_output);
-  const GivenPoints<T> given(inputs);
-  const GradPoints<T> to(problem, gradients);
-  scratch.packed.forget();
+  const PointReader<T> reader(inputs);
+  const GradPoints<T> target(plan, gradients);
+  scratch.packed.invalidate();
   for (int64_t index = begin; index < end; ++index) {
-    const Unit unit = unit_of(problem, index);
-    const HeadRows<S> rows = scratch.packed.rows(problem, value, unit);
-    Points<T>& points = scratch.points;
-    points.template locate<false>(problem, given, unit);
-    load_grad<true>(problem, grad, unit, scratch.grads);
-    dots_of_chunk(problem, points, unit, rows, &scratch.grads[0],
-                  whole_vectors<T>(problem.head_dim));
-    write_grad_points(problem, given, unit, points, rows, grad, to, scratch.grad_points);
+    const Tile tile = get_tile(plan, index);
+    const HeadRows<S> rows = scratch.packed.rows(plan, value, tile);
+    Corners<T>& corners = scratch.corners;
+    corners.template compute<false>(plan, reader, tile);
+    load_grad<true>(plan, grad, tile, scratch.grads);
+    compute_dots(plan, corners, tile, rows, &scratch.grads[0],
+                 round_up_to_vectors<T>(plan.call.head_dim));
+    write_grad_points(plan, reader, tile, corners, rows, grad, target, scratch.grad_points);
   }
-  if (to.stream) {
+  if (target.stream) {
     end_streams();
   }
-  scratch.packed.forget();
+  scratch.packed.invalidate();
 }

@@ -10,21 +10,21 @@ namespace saccade {
 namespace {
 
 std::vector<const Kernels*> find_available() {
-  std::vector<const Kernels*> found;
+  std::vector<const Kernels*> kernels;
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    found.push_back(&kAvx512Kernels);
+    kernels.push_back(&kAvx512Kernels);
   }
-  // Every processor with AVX2 and FMA has F16C, which older compilers cannot ask for.
+  // Every processor with AVX2 and FMA has F16C, which older compilers have no name for.
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    found.push_back(&kAvx2Kernels);
+    kernels.push_back(&kAvx2Kernels);
   }
 #elif defined(__aarch64__)
-  found.push_back(&kNeonKernels);
+  kernels.push_back(&kNeonKernels);
 #endif
-  found.push_back(&kScalarKernels);
-  return found;
+  kernels.push_back(&kScalarKernels);
+  return kernels;
 }
 
 const std::vector<const Kernels*>& available() {
@@ -32,7 +32,8 @@ const std::vector<const Kernels*>& available() {
   return kernels;
 }
 
-const Kernels& find(const std::string& name, const std::string& asked_by) {
+// `source`: the argument or environment variable that names the instruction set.
+const Kernels& find_kernels(const std::string& name, const std::string& source) {
   std::string names;
   for (const Kernels* kernels : available()) {
     if (name == kernels->name) {
@@ -40,14 +41,14 @@ const Kernels& find(const std::string& name, const std::string& asked_by) {
     }
     names += (names.empty() ? "" : ", ") + std::string(kernels->name);
   }
-  throw std::runtime_error(asked_by + ": expected one of " + names +
+  throw std::runtime_error(source + ": expected one of " + names +
                            ", which this processor runs, got '" + name + "'");
 }
 
-const Kernels& first_choice() {
-  const char* asked = std::getenv("SACCADE_CPU_ISA");
-  const bool is_asked = asked != nullptr && *asked != '\0';
-  return is_asked ? find(asked, "SACCADE_CPU_ISA") : *available().front();
+const Kernels& get_default_kernels() {
+  const char* name = std::getenv("SACCADE_CPU_ISA");
+  const bool is_set = name != nullptr && *name != '\0';
+  return is_set ? find_kernels(name, "SACCADE_CPU_ISA") : *available().front();
 }
 
 std::atomic<const Kernels*> active{nullptr};
@@ -57,14 +58,14 @@ std::atomic<const Kernels*> active{nullptr};
 const Kernels& active_kernels() {
   const Kernels* kernels = active.load(std::memory_order_acquire);
   if (kernels == nullptr) {
-    kernels = &first_choice();
+    kernels = &get_default_kernels();
     active.store(kernels, std::memory_order_release);
   }
   return *kernels;
 }
 
 void set_active_kernels(const std::string& name) {
-  active.store(&find(name, "name"), std::memory_order_release);
+  active.store(&find_kernels(name, "name"), std::memory_order_release);
 }
 
 std::vector<std::string> available_kernels() {

@@ -17,8 +17,8 @@ namespace avx2 {
 // clang-format on
 }  // namespace avx2
 
-const Kernels kAvx2Kernels = {"avx2", avx2::any_forward, avx2::any_backward_points,
-                              avx2::any_backward_value};
+const Kernels kAvx2Kernels = {"avx2", avx2::run_forward, avx2::run_backward_points,
+                              avx2::run_backward_value};
 }  // namespace saccade
 
 #if defined(__clang__)

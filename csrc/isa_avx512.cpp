@@ -19,8 +19,8 @@ namespace avx512 {
 // clang-format on
 }  // namespace avx512
 
-const Kernels kAvx512Kernels = {"avx512", avx512::any_forward, avx512::any_backward_points,
-                                avx512::any_backward_value};
+const Kernels kAvx512Kernels = {"avx512", avx512::run_forward, avx512::run_backward_points,
+                                avx512::run_backward_value};
 }  // namespace saccade
 
 #if defined(__clang__)

@@ -12,7 +12,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "deformable_attention.h"
+#include "kernels.h"
 
 #define SACCADE_INLINE inline __attribute__((always_inline))
 #define SACCADE_INLINE_LAMBDA __attribute__((always_inline))

@@ -10,7 +10,7 @@ namespace neon {
 // clang-format on
 }  // namespace neon
 
-const Kernels kNeonKernels = {"neon", neon::any_forward, neon::any_backward_points,
-                              neon::any_backward_value};
+const Kernels kNeonKernels = {"neon", neon::run_forward, neon::run_backward_points,
+                              neon::run_backward_value};
 }  // namespace saccade
 #endif  // 64-bit Arm

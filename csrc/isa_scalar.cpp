@@ -8,6 +8,6 @@ namespace scalar {
 // clang-format on
 }  // namespace scalar
 
-const Kernels kScalarKernels = {"scalar", scalar::any_forward, scalar::any_backward_points,
-                                scalar::any_backward_value};
+const Kernels kScalarKernels = {"scalar", scalar::run_forward, scalar::run_backward_points,
+                                scalar::run_backward_value};
 }  // namespace saccade

@@ -2,10 +2,10 @@
 // clang-format off: the order matters
 #include "simd/vector.inl"
 #include "support.inl"
-#include "given.inl"
+#include "point_reader.inl"
 #include "softmax.inl"
-#include "fused.inl"
-#include "points.inl"
+#include "prepared_points.inl"
+#include "corners.inl"
 #include "band.inl"
 #include "exact.inl"
 #include "forward.inl"
@@ -13,17 +13,18 @@
 #include "backward_value.inl"
 // clang-format on
 
-// Handed over rather than used in place: the compiler would look its address up again and again.
+// Memory that a thread keeps from call to call. Passed as an argument rather than looked up where
+// it is used: the compiler would find its address again and again.
 template <class Scratch>
-Scratch& of_this_thread() {
+Scratch& get_thread_scratch() {
   thread_local Scratch scratch;
   return scratch;
 }
 
-// Calls run(S{}) with the storage type S of the problem.
+// Calls run(S{}) with the storage type S of the call.
 template <class Run>
-void with_storage(const Problem& problem, Run run) {
-  switch (problem.storage) {
+void with_storage(const Plan& plan, Run run) {
+  switch (plan.call.storage) {
     case Storage::float32:
       return run(float{});
     case Storage::float64:
@@ -35,30 +36,29 @@ void with_storage(const Problem& problem, Run run) {
   }
 }
 
-inline void any_forward(const Problem& problem, const Value& value, const PointInputs& points,
+inline void run_forward(const Plan& plan, const Value& value, const PointInputs& inputs,
                         void* output, int64_t begin, int64_t end) {
-  with_storage(problem, [&](auto storage) {
+  with_storage(plan, [&](auto storage) {
     typedef decltype(storage) S;
-    forward<S>(problem, value, points, output, begin, end, of_this_thread<ForwardScratch<S>>());
+    forward<S>(plan, value, inputs, output, begin, end, get_thread_scratch<ForwardScratch<S>>());
   });
 }
 
-inline void any_backward_points(const Problem& problem, const Value& value, const void* grad_output,
-                                const PointInputs& points, const PointGradients& gradients,
+inline void run_backward_points(const Plan& plan, const Value& value, const void* grad_output,
+                                const PointInputs& inputs, const PointGradients& gradients,
                                 int64_t begin, int64_t end) {
-  with_storage(problem, [&](auto storage) {
+  with_storage(plan, [&](auto storage) {
     typedef decltype(storage) S;
-    backward_points<S>(problem, value, grad_output, points, gradients, begin, end,
-                       of_this_thread<BackwardPointsScratch<S>>());
+    backward_points<S>(plan, value, grad_output, inputs, gradients, begin, end,
+                       get_thread_scratch<BackwardPointsScratch<S>>());
   });
 }
 
-inline void any_backward_value(const Problem& problem, const void* grad_output,
-                               const PointInputs& points, void* grad_value, int64_t begin,
-                               int64_t end) {
-  with_storage(problem, [&](auto storage) {
+inline void run_backward_value(const Plan& plan, const void* grad_output, const PointInputs& inputs,
+                               void* grad_value, int64_t begin, int64_t end) {
+  with_storage(plan, [&](auto storage) {
     typedef decltype(storage) S;
-    backward_value<S>(problem, grad_output, points, grad_value, begin, end,
-                      of_this_thread<BackwardValueScratch<S>>());
+    backward_value<S>(plan, grad_output, inputs, grad_value, begin, end,
+                      get_thread_scratch<BackwardValueScratch<S>>());
   });
 }

@@ -43,53 +43,54 @@ class Buffer {
 };
 
 template <class S>
-SACCADE_INLINE void copy_numbers(S* to, const S* from, int64_t count) {
+SACCADE_INLINE void copy_elements(S* target, const S* source, int64_t count) {
   // In pieces of fixed sizes: a call of memcpy costs as much as copying the few cache lines that a
   // row usually is.
-  char* target = reinterpret_cast<char*>(to);
-  const char* source = reinterpret_cast<const char*>(from);
+  char* target_bytes = reinterpret_cast<char*>(target);
+  const char* source_bytes = reinterpret_cast<const char*>(source);
   int64_t bytes = count * static_cast<int64_t>(sizeof(S));
-  for (; bytes >= 64; bytes -= 64, target += 64, source += 64) {
-    std::memcpy(target, source, 64);
+  for (; bytes >= 64; bytes -= 64, target_bytes += 64, source_bytes += 64) {
+    std::memcpy(target_bytes, source_bytes, 64);
   }
 #pragma GCC unroll 5
   for (int64_t piece = 32; piece >= 2; piece /= 2) {
     if (bytes & piece) {
-      std::memcpy(target, source, piece);
-      target += piece;
-      source += piece;
+      std::memcpy(target_bytes, source_bytes, piece);
+      target_bytes += piece;
+      source_bytes += piece;
     }
   }
 }
 
-// Copies `count` numbers in whole pieces of 64 bytes, up to 63 bytes more than asked for, where
-// `end` (of what may be read) allows it: a short row then takes no branches. `to` must have the
-// room.
+// Copies `count` elements in whole pieces of 64 bytes, up to 63 bytes more than requested, if
+// `end` (of what may be read) allows it: a short row then takes no branches. `target` must have the
+// capacity.
 template <class S>
-SACCADE_INLINE void copy_numbers_roughly(S* to, const S* from, int64_t count, const S* end) {
+SACCADE_INLINE void copy_whole_pieces(S* target, const S* source, int64_t count, const S* end) {
   constexpr int64_t kPiece = 64 / sizeof(S);
   const int64_t rounded = (count + kPiece - 1) / kPiece * kPiece;
-  if (from + rounded > end) {
-    copy_numbers(to, from, count);
+  if (source + rounded > end) {
+    copy_elements(target, source, count);
     return;
   }
-  for (int64_t at = 0; at < rounded; at += kPiece) {
-    std::memcpy(to + at, from + at, 64);
+  for (int64_t i = 0; i < rounded; i += kPiece) {
+    std::memcpy(target + i, source + i, 64);
   }
 }
 
-// What a chunk of queries reads of a tensor [T, M, ...] lies in pieces, one head apart: fetched
-// far enough ahead to cover the way to memory, near enough to still be in the cache when needed.
+// A chunk of queries reads pieces of a tensor [T, M, ...] that lie one query apart. They are
+// fetched far enough ahead to cover the way to memory, near enough to still be in the cache when
+// needed.
 constexpr int64_t kQueriesAhead = 16;
 constexpr int64_t kPointsAhead = 256;
 
-// Fetches the lines in which the numbers lie, into the second-level cache, which has more requests
-// under way than the first.
+// Fetches the lines in which the elements lie into the second-level cache, which can have more
+// requests under way than the first.
 template <class S>
-SACCADE_INLINE void prefetch(const S* from, int64_t count) {
+SACCADE_INLINE void prefetch(const S* first, int64_t count) {
   constexpr uintptr_t kLine = 64;
-  const char* const end = reinterpret_cast<const char*>(from + count);
-  const char* line = reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(from) & -kLine);
+  const char* const end = reinterpret_cast<const char*>(first + count);
+  const char* line = reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(first) & -kLine);
   for (; line < end; line += kLine) {
     __builtin_prefetch(line, 0, 2);
   }
@@ -114,150 +115,152 @@ template <class S>
 using Compute = typename ComputeOf<S>::type;
 
 template <class T>
-const PointTable<T>& point_table(const Problem& problem);
+const PointTable<T>& point_table(const Plan& plan);
 template <>
-inline const PointTable<float>& point_table(const Problem& problem) {
-  return problem.float_table;
+inline const PointTable<float>& point_table(const Plan& plan) {
+  return plan.float_table;
 }
 template <>
-inline const PointTable<double>& point_table(const Problem& problem) {
-  return problem.double_table;
+inline const PointTable<double>& point_table(const Plan& plan) {
+  return plan.double_table;
 }
 
-// Consecutive queries of a map and some neighbouring heads of each. What one head of one query does
-// is a look; the looks of a unit go query after query.
-struct Unit {
-  int64_t batch, first_head, num_heads;
-  int64_t first_query;  // among all queries
+// A *(query, head) pair*, in short a pair, is one query seen by one head: the owner of P points and
+// of D channels of the output. A tile is a range of consecutive queries of one map and of
+// neighbouring heads; its pairs go query after query.
+struct Tile {
+  int64_t batch_index, first_head, num_heads;
+  int64_t first_query;  // among the queries of all maps
   int64_t num_queries;
 
-  int64_t num_looks() const { return num_queries * num_heads; }
+  int64_t num_pairs() const { return num_queries * num_heads; }
 
-  // Index into tensors [T, M, ...] of the first look of a query.
-  int64_t row(const Problem& problem, int64_t query) const {
-    return (first_query + query) * problem.num_heads + first_head;
+  // Index into tensors [T, M, ...] of the first pair of a query, which is counted within the tile.
+  int64_t row(const Plan& plan, int64_t query) const {
+    return (first_query + query) * plan.call.num_heads + first_head;
   }
 
-  // Calls run(look, row, head): counted within the unit, index into tensors [T, M, ...], counted
-  // from the first head.
+  // Calls run(pair, row, head): the pair counted within the tile, its index into tensors
+  // [T, M, ...], and its head counted from the first one.
   template <class Run>
-  SACCADE_INLINE void for_each_look(const Problem& problem, Run run) const {
-    int64_t look = 0;
+  SACCADE_INLINE void for_each_pair(const Plan& plan, Run run) const {
+    int64_t pair = 0;
     for (int64_t query = 0; query < num_queries; ++query) {
-      const int64_t first = row(problem, query);
-      for (int64_t head = 0; head < num_heads; ++head, ++look) {
-        run(look, first + head, head);
+      const int64_t first = row(plan, query);
+      for (int64_t head = 0; head < num_heads; ++head, ++pair) {
+        run(pair, first + head, head);
       }
     }
   }
 };
 
-// The unit of work of the kernels that go by queries: map by map, there head by head.
-inline Unit unit_of(const Problem& problem, int64_t index) {
-  const int64_t groups = problem.num_heads / problem.heads_together;
-  const std::vector<int64_t>& first = problem.first_chunks;
+// Tiles are numbered map by map, and within a map head by head.
+inline Tile get_tile(const Plan& plan, int64_t index) {
+  const int64_t groups = plan.call.num_heads / plan.heads_per_tile;
+  const std::vector<int64_t>& first = plan.first_chunks;
   // The last map whose chunks begin at or before this one: maps without queries have none.
-  const int64_t batch =
+  const int64_t batch_index =
       std::upper_bound(first.begin(), first.end(), index / groups) - first.begin() - 1;
-  const int64_t in_map = index - groups * first[batch];
-  const int64_t num_chunks = first[batch + 1] - first[batch];
-  const int64_t query = problem.first_queries[batch] + in_map % num_chunks * problem.chunk_queries;
-  return {batch, in_map / num_chunks * problem.heads_together, problem.heads_together, query,
-          std::min(problem.chunk_queries, problem.first_queries[batch + 1] - query)};
+  const int64_t index_in_map = index - groups * first[batch_index];
+  const int64_t num_chunks = first[batch_index + 1] - first[batch_index];
+  const int64_t query =
+      plan.call.first_queries[batch_index] + index_in_map % num_chunks * plan.queries_per_chunk;
+  return {batch_index, index_in_map / num_chunks * plan.heads_per_tile, plan.heads_per_tile, query,
+          std::min(plan.queries_per_chunk, plan.call.first_queries[batch_index + 1] - query)};
 }
 
-// Numbers in whole vectors.
+// `count` elements in whole vectors.
 template <class T>
-int64_t whole_vectors(int64_t count) {
+int64_t round_up_to_vectors(int64_t count) {
   return (count + kWidth<T> - 1) / kWidth<T> * kWidth<T>;
 }
 
-// What a thread keeps of a large buffer between calls.
-constexpr int64_t kKeptBytes = int64_t(16) << 20;
+// A thread gives back what a large buffer has beyond this when a call ends.
+constexpr int64_t kMaxKeptBytes = int64_t(16) << 20;
 
-// Where the rows of a unit's first head are: in the value, and the packed levels copied together.
+// The rows of a tile's first head: those of the value, and the copies of its packed levels.
 template <class S>
 struct HeadRows {
-  const S* in_place;
-  int64_t stride;       // of the rows in place
-  int64_t head_stride;  // to the next head's
+  const S* value;
+  int64_t stride;       // between the rows of the value
+  int64_t head_stride;  // to the rows of the next head
   const S* packed;
 };
 
 template <class S>
 class PackedRows {
  public:
-  // Consecutive units of a head find the copy of the first.
-  HeadRows<S> rows(const Problem& problem, const Value& value, const Unit& unit) {
-    const int64_t head = problem.value_heads > 1 ? unit.first_head : 0;
-    const S* in_place = static_cast<const S*>(value.data) + unit.batch * value.batch_stride +
-                        head * value.head_stride;
-    if (unit.batch != batch_ || head != head_) {
-      packed_.reserve(problem.num_packed_rows * problem.head_dim);
-      for (const Level& level : problem.levels) {
+  // Consecutive tiles of a head share one copy.
+  HeadRows<S> rows(const Plan& plan, const Value& value, const Tile& tile) {
+    const int64_t head = plan.call.value_heads > 1 ? tile.first_head : 0;
+    const S* rows = static_cast<const S*>(value.data) + tile.batch_index * value.batch_stride +
+                    head * value.head_stride;
+    if (tile.batch_index != batch_index_ || head != head_) {
+      packed_.reserve(plan.num_packed_rows * plan.call.head_dim);
+      for (const PlannedLevel& level : plan.levels) {
         if (level.packed) {
-          pack(in_place + level.first_row * value.row_stride, value.row_stride, level.num_rows(),
-               level.first_packed_row, problem.head_dim);
+          pack(rows + level.first_row * value.row_stride, value.row_stride, level.num_rows(),
+               level.first_packed_row, plan.call.head_dim);
         }
       }
-      batch_ = unit.batch;
+      batch_index_ = tile.batch_index;
       head_ = head;
     }
-    return {in_place, value.row_stride, problem.value_heads > 1 ? value.head_stride : 0,
+    return {rows, value.row_stride, plan.call.value_heads > 1 ? value.head_stride : 0,
             packed_.data()};
   }
 
-  // To be called at the beginning and end of every call: the copy belongs to one value only.
-  void forget() {
-    batch_ = head_ = -1;
-    packed_.release_if_above(kKeptBytes / int64_t(sizeof(S)));
+  // Must be called at the beginning and end of every call: the copy belongs to one value only.
+  void invalidate() {
+    batch_index_ = head_ = -1;
+    packed_.release_if_above(kMaxKeptBytes / int64_t(sizeof(S)));
   }
 
  private:
-  void pack(const S* from, int64_t stride, int64_t num_rows, int64_t first, int64_t head_dim) {
+  void pack(const S* source, int64_t stride, int64_t num_rows, int64_t first, int64_t head_dim) {
     constexpr int64_t kRowsAhead = 16;
     for (int64_t row = 0; row < num_rows; ++row) {
-      prefetch(from + std::min(row + kRowsAhead, num_rows - 1) * stride, head_dim);
-      copy_numbers(&packed_[(first + row) * head_dim], from + row * stride, head_dim);
+      prefetch(source + std::min(row + kRowsAhead, num_rows - 1) * stride, head_dim);
+      copy_elements(&packed_[(first + row) * head_dim], source + row * stride, head_dim);
     }
   }
 
   Buffer<S> packed_;
-  int64_t batch_ = -1, head_ = -1;
+  int64_t batch_index_ = -1, head_ = -1;
 };
 
-// A piece of a row: some whole vectors, or (Partial) a row shorter than a vector.
+// A piece of a row: some whole vectors, or (Partial) a whole row shorter than one.
 template <int NumVectors, bool IsPartial>
 struct Block {
   static constexpr int NV = NumVectors;
   static constexpr bool Partial = IsPartial;
 };
 
-// Vector v of a block that begins at `row`. Blocks of several vectors go in pairs (see
-// load_of_pair).
+// Vector v of a block that begins at `row`. Blocks of several vectors are interleaved by two (see
+// load_interleaved).
 template <class S, class T, class Block>
-SACCADE_INLINE Vector<T> load_of_block(const S* row, int v, int64_t channels) {
+SACCADE_INLINE Vector<T> load_block_vector(const S* row, int v, int64_t channels) {
   if (Block::Partial) {
     return load_partial<S, T>(row, channels);
   }
   return Block::NV == 1 ? load_as_compute(row)
-                        : load_of_pair<S, T>(row + v / 2 * 2 * kWidth<T>, v % 2);
+                        : load_interleaved<S, T>(row + v / 2 * 2 * kWidth<T>, v % 2);
 }
 
-// Calls run(Block, slot, channel) for pieces of a row of `channels` numbers, up to `Most` vectors
-// at a time: `channel` is the first number of the piece in the row, `slot` its place in a buffer of
-// whole vectors. Where the row does not end with a vector, the last piece is the row's last whole
-// vector, so that its first numbers are visited a second time.
-template <class T, int Most, class Run>
+// Calls run(Block, slot, channel) for pieces of a row of `channels` elements, up to MaxVectors
+// vectors at a time: `channel` is the piece's offset in the row, `slot` its offset in a buffer of
+// whole vectors. If the row does not end with a whole vector, the last piece is the row's last
+// whole vector, so that its first channels are visited a second time.
+template <class T, int MaxVectors, class Run>
 SACCADE_INLINE void for_blocks(int64_t channels, Run run) {
   constexpr int W = kWidth<T>;
   int64_t slot = 0;
-  if constexpr (Most >= 4) {
+  if constexpr (MaxVectors >= 4) {
     for (; slot + 4 * W <= channels; slot += 4 * W) {
       run(Block<4, false>{}, slot, slot);
     }
   }
-  if constexpr (Most >= 2) {
+  if constexpr (MaxVectors >= 2) {
     for (; slot + 2 * W <= channels; slot += 2 * W) {
       run(Block<2, false>{}, slot, slot);
     }
@@ -274,14 +277,14 @@ SACCADE_INLINE void for_blocks(int64_t channels, Run run) {
   }
 }
 
-// From a row of the compute type to one as it is stored.
+// Converts a row of the compute type to the storage type.
 template <class S, class T>
-SACCADE_INLINE void write_numbers(S* to, const T* from, int64_t count) {
+SACCADE_INLINE void write_elements(S* target, const T* source, int64_t count) {
   const auto run = [&](auto block, int64_t, int64_t channel) SACCADE_INLINE_LAMBDA {
     if (decltype(block)::Partial) {
-      store_partial<S, T>(to, load_partial<T, T>(from, count), count);
+      store_partial<S, T>(target, load_partial<T, T>(source, count), count);
     } else {
-      store_from_compute(to + channel, load(from + channel));
+      store_from_compute(target + channel, load(source + channel));
     }
   };
   for_blocks<T, 1>(count, run);
@@ -289,8 +292,8 @@ SACCADE_INLINE void write_numbers(S* to, const T* from, int64_t count) {
 
 // The same past the caches, for rows of whole cache lines.
 template <class S, class T>
-SACCADE_INLINE void stream_numbers(S* to, const T* from, int64_t count) {
-  for (int64_t at = 0; at < count; at += kWidth<T>) {
-    stream_from_compute(to + at, load(from + at));
+SACCADE_INLINE void stream_elements(S* target, const T* source, int64_t count) {
+  for (int64_t i = 0; i < count; i += kWidth<T>) {
+    stream_from_compute(target + i, load(source + i));
   }
 }

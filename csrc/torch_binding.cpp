@@ -1,6 +1,5 @@
-// The torch operators: schemas, memory, threads. With torch_arguments.h the only file that knows
-// torch; compiled against PyTorch's stable ABI, so one binary serves torch 2.10 and everything
-// later.
+// The torch operators: schemas, memory, threads. With parse_call.h the only file that knows torch;
+// compiled against PyTorch's stable ABI, so one binary serves torch 2.10 and everything later.
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -8,17 +7,20 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
-#include "torch_arguments.h"
+#include "kernels.h"
+#include "parse_call.h"
 
 namespace saccade {
 namespace {
 
-ScalarType compute_type(const Problem& problem) {
-  return problem.storage == Storage::float64 ? ScalarType::Double : ScalarType::Float;
+ScalarType compute_type(const Call& call) {
+  return call.storage == Storage::float64 ? ScalarType::Double : ScalarType::Float;
 }
 
 // The tensor itself if it is contiguous and of that type already.
@@ -61,7 +63,12 @@ Tensor empty(IntHeaderOnlyArrayRef sizes, ScalarType type) {
   return tensor;
 }
 
-Value describe(const Tensor& value) {
+// The plan of a checked call for torch's number of threads.
+std::shared_ptr<const Plan> plan_call(const Arguments& arguments) {
+  return find_plan(parse_call(arguments), torch::stable::get_num_threads());
+}
+
+Value describe_value(const Tensor& value) {
   return {value.const_data_ptr(), value.stride(0), value.stride(1), value.stride(2)};
 }
 
@@ -70,18 +77,18 @@ Tensor with_contiguous_channels(const Tensor& value) {
 }
 
 template <class Work>
-void in_parallel(int64_t units, int64_t unit_cost, const Work& work) {
-  // A thread is worth waking for some tens of microseconds of gathers.
+void in_parallel(int64_t count, int64_t cost, const Work& work) {
+  // Waking a thread pays from some tens of microseconds of gathers on.
   constexpr int64_t kThreadCost = 1 << 16;
-  const int64_t grain = std::max<int64_t>(1, kThreadCost / std::max<int64_t>(1, unit_cost));
-  if (units > 0) {
-    torch::stable::parallel_for(0, units, grain, work);
+  const int64_t grain = std::max<int64_t>(1, kThreadCost / std::max<int64_t>(1, cost));
+  if (count > 0) {
+    torch::stable::parallel_for(0, count, grain, work);
   }
 }
 
 // By all threads: one alone cannot keep the memory busy.
 void fill_with_zeros(const Tensor& tensor) {
-  constexpr int64_t kPiece = int64_t(1) << 20;  // worth waking a thread for
+  constexpr int64_t kPiece = int64_t(1) << 20;  // bytes, worth waking a thread for
   const int64_t bytes = tensor.numel() * tensor.element_size();
   char* const data = static_cast<char*>(tensor.mutable_data_ptr());
   in_parallel((bytes + kPiece - 1) / kPiece, kPiece, [&](int64_t begin, int64_t end) {
@@ -89,206 +96,184 @@ void fill_with_zeros(const Tensor& tensor) {
   });
 }
 
-// The points in the compute type, held while a kernel reads them.
-class GivenTensors {
+// The tensors of points, contiguous and in the compute type, kept while a kernel reads them.
+class ContiguousPoints {
  public:
-  GivenTensors(const PointTensors& points, ScalarType type)
-      : locations_(contiguous_as(points.locations, type)),
-        weights_(contiguous_as(points.weights, type)),
-        references_(points.fused() ? contiguous_as(*points.reference_points, type) : weights_),
-        inputs_{points.fused() ? references_.const_data_ptr() : nullptr,
-                locations_.const_data_ptr(), weights_.const_data_ptr()} {}
+  ContiguousPoints(const Arguments& arguments, ScalarType type)
+      : points_(contiguous_as(arguments.points, type)),
+        weights_(contiguous_as(arguments.weights, type)),
+        references_(arguments.reference_points ? contiguous_as(*arguments.reference_points, type)
+                                               : weights_),
+        inputs_{arguments.reference_points ? references_.const_data_ptr() : nullptr,
+                points_.const_data_ptr(), weights_.const_data_ptr()} {}
 
   const PointInputs& inputs() const { return inputs_; }
 
  private:
-  Tensor locations_, weights_, references_;
+  Tensor points_, weights_, references_;
   PointInputs inputs_;
 };
 
-Tensor run_forward(const Tensor& value, const PointTensors& points, const Options& options) {
-  const Problem problem = understand(value, points, options);
+Tensor run_forward(const Arguments& arguments) {
+  const std::shared_ptr<const Plan> plan_owner = plan_call(arguments);
+  const Plan& plan = *plan_owner;
   const Kernels& kernels = active_kernels();
-  const Tensor rows = with_contiguous_channels(value);
-  const GivenTensors given(points, compute_type(problem));
-  Tensor output = empty(
-      {points.locations.size(0), points.locations.size(1), problem.num_heads * problem.head_dim},
-      value.scalar_type());
-  const Value described = describe(rows);
-  void* to = output.mutable_data_ptr();
-  in_parallel(problem.forward_units(), problem.unit_cost(), [&](int64_t begin, int64_t end) {
-    kernels.forward(problem, described, given.inputs(), to, begin, end);
+  const Tensor rows = with_contiguous_channels(arguments.value);
+  const ContiguousPoints points(arguments, compute_type(plan.call));
+  Tensor output = empty({arguments.points.size(0), arguments.points.size(1),
+                         plan.call.num_heads * plan.call.head_dim},
+                        arguments.value.scalar_type());
+  const Value value = describe_value(rows);
+  void* const output_data = output.mutable_data_ptr();
+  in_parallel(plan.num_tiles(), plan.tile_cost(), [&](int64_t begin, int64_t end) {
+    kernels.forward(plan, value, points.inputs(), output_data, begin, end);
   });
   return output;
 }
 
-// What the gradient of a tensor is that nobody wants.
-Tensor unwanted(const Tensor& like) { return empty({0}, like.scalar_type()); }
+// What stands for a gradient that is not needed.
+Tensor make_empty_gradient(const Tensor& tensor) { return empty({0}, tensor.scalar_type()); }
 
-Tensor run_backward_value(const Problem& problem, const Tensor& value, const void* grad_output,
+Tensor run_backward_value(const Plan& plan, const Tensor& value, const void* grad_output,
                           const PointInputs& inputs) {
   Tensor grad_value = empty(value.sizes(), value.scalar_type());
-  void* to = grad_value.mutable_data_ptr();
-  if (problem.adds_in_place()) {
+  void* const grad_data = grad_value.mutable_data_ptr();
+  if (plan.adds_in_place()) {
     fill_with_zeros(grad_value);
   }
-  const int64_t chunks_of_map =
-      problem.first_chunks.back() / std::max<int64_t>(problem.batch_size, 1);
-  const int64_t cost = chunks_of_map * problem.unit_cost() +
-                       problem.num_positions * problem.head_dim / problem.num_bands;
+  const int64_t chunks_per_map =
+      plan.first_chunks.back() / std::max<int64_t>(plan.call.batch_size, 1);
+  const int64_t cost = chunks_per_map * plan.tile_cost() +
+                       plan.call.num_positions * plan.call.head_dim / plan.num_bands;
   const Kernels& kernels = active_kernels();
-  in_parallel(problem.backward_value_units(), cost, [&](int64_t begin, int64_t end) {
-    kernels.backward_value(problem, grad_output, inputs, to, begin, end);
+  in_parallel(plan.num_value_tasks(), cost, [&](int64_t begin, int64_t end) {
+    kernels.backward_value(plan, grad_output, inputs, grad_data, begin, end);
   });
   return grad_value;
 }
 
-// From the gradients [T, M, n] of the reference points, head by head, to their sums [T, n].
+// From gradients [T, M, n] of the reference points, one per head, to their sums [T, n].
 template <class T>
-void sum_heads(const Problem& problem, const T* of_heads, T* sums) {
-  const int64_t of_query = problem.num_references * problem.reference_size();
-  in_parallel(problem.total_queries(), problem.num_heads * of_query,
-              [&](int64_t begin, int64_t end) {
-                for (int64_t query = begin; query < end; ++query) {
-                  T* const sum = sums + query * of_query;
-                  std::fill_n(sum, of_query, T(0));
-                  const T* from = of_heads + query * problem.num_heads * of_query;
-                  for (int64_t i = 0; i < problem.num_heads * of_query; ++i) {
-                    sum[i % of_query] += from[i];
-                  }
-                }
-              });
+void sum_heads(const Call& call, const T* per_head, T* sums) {
+  const int64_t elements_per_query = call.num_references * call.reference_size();
+  const int64_t stride = call.num_heads * elements_per_query;
+  in_parallel(call.total_queries(), stride, [&](int64_t begin, int64_t end) {
+    for (int64_t query = begin; query < end; ++query) {
+      T* const sum = sums + query * elements_per_query;
+      std::fill_n(sum, elements_per_query, T(0));
+      const T* source = per_head + query * stride;
+      for (int64_t i = 0; i < stride; ++i) {
+        sum[i % elements_per_query] += source[i];
+      }
+    }
+  });
 }
 
 struct PointGradientTensors {
-  Tensor reference_points, locations, weights;
+  Tensor points, weights, reference_points;
 };
 
-// In the compute type; all of them but that of the reference points, which may be unwanted, come
-// from the same dot products.
-PointGradientTensors run_backward_points(const Problem& problem, const Tensor& value,
-                                         const void* grad_output, const PointTensors& points,
-                                         const PointInputs& inputs, bool reference_wanted) {
-  const ScalarType type = compute_type(problem);
-  const Tensor rows = with_contiguous_channels(value);
-  const Value described = describe(rows);
-  const Tensor locations = empty(points.locations.sizes(), type);
-  const Tensor weights = empty(points.weights.sizes(), type);
-  Tensor references = unwanted(weights);
-  Tensor of_heads = references;
-  if (reference_wanted) {
-    references = empty(points.reference_points->sizes(), type);
-    of_heads = empty({problem.total_queries(), problem.num_heads, problem.num_references,
-                      problem.reference_size()},
-                     type);
+// In the compute type. Those of points and weights come from the same dot products; that of the
+// reference points is computed only if it is needed.
+PointGradientTensors run_backward_points(const Plan& plan, const Arguments& arguments,
+                                         const void* grad_output, const PointInputs& inputs,
+                                         bool needs_references) {
+  const Call& call = plan.call;
+  const ScalarType type = compute_type(call);
+  const Tensor rows = with_contiguous_channels(arguments.value);
+  const Value value = describe_value(rows);
+  const Tensor points = empty(arguments.points.sizes(), type);
+  const Tensor weights = empty(arguments.weights.sizes(), type);
+  Tensor references = make_empty_gradient(weights);
+  Tensor references_per_head = references;
+  if (needs_references) {
+    references = empty(arguments.reference_points->sizes(), type);
+    references_per_head = empty(
+        {call.total_queries(), call.num_heads, call.num_references, call.reference_size()}, type);
   }
-  const PointGradients to = {reference_wanted ? of_heads.mutable_data_ptr() : nullptr,
-                             locations.mutable_data_ptr(), weights.mutable_data_ptr()};
+  const PointGradients gradients = {
+      needs_references ? references_per_head.mutable_data_ptr() : nullptr,
+      points.mutable_data_ptr(), weights.mutable_data_ptr()};
   const Kernels& kernels = active_kernels();
-  in_parallel(problem.backward_points_units(), problem.unit_cost(),
-              [&](int64_t begin, int64_t end) {
-                kernels.backward_points(problem, described, grad_output, inputs, to, begin, end);
-              });
-  if (reference_wanted) {
-    if (type == ScalarType::Double) {
-      sum_heads(problem, static_cast<const double*>(to.reference_points),
-                static_cast<double*>(references.mutable_data_ptr()));
-    } else {
-      sum_heads(problem, static_cast<const float*>(to.reference_points),
-                static_cast<float*>(references.mutable_data_ptr()));
-    }
+  in_parallel(plan.num_tiles(), plan.tile_cost(), [&](int64_t begin, int64_t end) {
+    kernels.backward_points(plan, value, grad_output, inputs, gradients, begin, end);
+  });
+  if (needs_references && type == ScalarType::Double) {
+    sum_heads(call, static_cast<const double*>(gradients.reference_points),
+              static_cast<double*>(references.mutable_data_ptr()));
+  } else if (needs_references) {
+    sum_heads(call, static_cast<const float*>(gradients.reference_points),
+              static_cast<float*>(references.mutable_data_ptr()));
   }
-  return {references, locations, weights};
+  return {points, weights, references};
 }
 
-// The gradients of the value, the reference points (of a fused call), the locations (offsets) and
-// the weights (logits), where the mask says so.
-std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(
-    const Tensor& grad_output, const Tensor& value, const PointTensors& points,
-    const Options& options, bool value_wanted, bool references_wanted, bool locations_wanted,
-    bool weights_wanted) {
-  const Problem problem = understand(value, points, options);
-  STD_TORCH_CHECK(storage_of("grad_output", grad_output) == problem.storage,
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+Gradients run_backward(const Tensor& grad_output, const Arguments& arguments,
+                       const std::vector<bool>& output_mask) {
+  STD_TORCH_CHECK(output_mask.size() == 4, "output_mask: expected 4 entries, got ",
+                  output_mask.size());
+  const bool needs_value = output_mask[0], needs_points = output_mask[1];
+  const bool needs_weights = output_mask[2], needs_references = output_mask[3];
+  STD_TORCH_CHECK(!needs_references || arguments.reference_points,
+                  "output_mask: expected no gradient of reference_points without "
+                  "reference_points");
+  const Tensor& value = arguments.value;
+  const std::shared_ptr<const Plan> plan_owner = plan_call(arguments);
+  const Plan& plan = *plan_owner;
+  STD_TORCH_CHECK(parse_storage("grad_output", grad_output) == plan.call.storage,
                   "grad_output: expected the dtype of value");
-  check_shape(
-      "grad_output", grad_output,
-      {points.locations.size(0), points.locations.size(1), problem.num_heads * problem.head_dim});
+  check_shape("grad_output", grad_output,
+              {arguments.points.size(0), arguments.points.size(1),
+               plan.call.num_heads * plan.call.head_dim});
   const Tensor grad = contiguous_as(grad_output, value.scalar_type());
-  const GivenTensors given(points, compute_type(problem));
-  const void* grad_data = grad.const_data_ptr();
-  const Tensor& references = points.fused() ? *points.reference_points : points.locations;
-  std::tuple<Tensor, Tensor, Tensor, Tensor> found = {
-      unwanted(value), unwanted(references), unwanted(points.locations), unwanted(points.weights)};
-  if (value_wanted) {
-    std::get<0>(found) = run_backward_value(problem, value, grad_data, given.inputs());
+  const void* const grad_data = grad.const_data_ptr();
+  const ContiguousPoints points(arguments, compute_type(plan.call));
+  const Tensor& references =
+      arguments.reference_points ? *arguments.reference_points : arguments.points;
+  Gradients gradients = {make_empty_gradient(value), make_empty_gradient(arguments.points),
+                         make_empty_gradient(arguments.weights), make_empty_gradient(references)};
+  if (needs_value) {
+    std::get<0>(gradients) = run_backward_value(plan, value, grad_data, points.inputs());
   }
-  if (references_wanted || locations_wanted || weights_wanted) {
-    const PointGradientTensors gradients =
-        run_backward_points(problem, value, grad_data, points, given.inputs(), references_wanted);
-    if (references_wanted) {
-      std::get<1>(found) = contiguous_as(gradients.reference_points, references.scalar_type());
+  if (needs_points || needs_weights || needs_references) {
+    const PointGradientTensors computed =
+        run_backward_points(plan, arguments, grad_data, points.inputs(), needs_references);
+    if (needs_points) {
+      std::get<1>(gradients) = contiguous_as(computed.points, arguments.points.scalar_type());
     }
-    if (locations_wanted) {
-      std::get<2>(found) = contiguous_as(gradients.locations, points.locations.scalar_type());
+    if (needs_weights) {
+      std::get<2>(gradients) = contiguous_as(computed.weights, arguments.weights.scalar_type());
     }
-    if (weights_wanted) {
-      std::get<3>(found) = contiguous_as(gradients.weights, points.weights.scalar_type());
+    if (needs_references) {
+      std::get<3>(gradients) = contiguous_as(computed.reference_points, references.scalar_type());
     }
   }
-  return found;
+  return gradients;
 }
 
-using Ints = std::vector<int64_t>;
-
-void check_mask(const std::vector<bool>& output_mask, size_t expected) {
-  STD_TORCH_CHECK(output_mask.size() == expected, "output_mask: expected ", expected,
-                  " entries, got ", output_mask.size());
+Tensor deformable_attention(const Tensor& value, const Ints& spatial_shapes, const Tensor& points,
+                            const Tensor& weights, const std::optional<Tensor>& reference_points,
+                            const std::optional<Ints>& reference_index, bool softmax,
+                            const Ints& num_points, const StringArgument& interpolation,
+                            const StringArgument& padding, const StringArgument& coordinates,
+                            const std::optional<Ints>& queries_per_map) {
+  return run_forward({value, spatial_shapes, points, weights, reference_points, reference_index,
+                      softmax, num_points, interpolation, padding, coordinates, queries_per_map});
 }
 
-Tensor deformable_attention(const Tensor& value, const Ints& spatial_shapes,
-                            const Tensor& sampling_locations, const Tensor& attention_weights,
-                            const Ints& num_points, const Text& interpolation, const Text& padding,
-                            const Text& coordinates, const std::optional<Ints>& queries_per_map) {
-  return run_forward(
-      value, {sampling_locations, attention_weights},
-      {spatial_shapes, num_points, interpolation, padding, coordinates, queries_per_map});
-}
-
-std::tuple<Tensor, Tensor, Tensor> deformable_attention_backward(
+Gradients deformable_attention_backward(
     const Tensor& grad_output, const Tensor& value, const Ints& spatial_shapes,
-    const Tensor& sampling_locations, const Tensor& attention_weights, const Ints& num_points,
-    const Text& interpolation, const Text& padding, const Text& coordinates,
-    const std::optional<Ints>& queries_per_map, const std::vector<bool>& output_mask) {
-  check_mask(output_mask, 3);
-  auto [of_value, of_references, of_locations, of_weights] = run_backward(
-      grad_output, value, {sampling_locations, attention_weights},
-      {spatial_shapes, num_points, interpolation, padding, coordinates, queries_per_map},
-      output_mask[0], false, output_mask[1], output_mask[2]);
-  return {of_value, of_locations, of_weights};
-}
-
-Tensor fused_deformable_attention(const Tensor& value, const Ints& spatial_shapes,
-                                  const Tensor& reference_points, const Tensor& sampling_offsets,
-                                  const Tensor& attention_logits, const Ints& reference_index,
-                                  const Ints& num_points, const Text& interpolation,
-                                  const Text& padding, const Text& coordinates,
-                                  const std::optional<Ints>& queries_per_map) {
-  return run_forward(
-      value, {sampling_offsets, attention_logits, &reference_points, &reference_index},
-      {spatial_shapes, num_points, interpolation, padding, coordinates, queries_per_map});
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> fused_deformable_attention_backward(
-    const Tensor& grad_output, const Tensor& value, const Ints& spatial_shapes,
-    const Tensor& reference_points, const Tensor& sampling_offsets, const Tensor& attention_logits,
-    const Ints& reference_index, const Ints& num_points, const Text& interpolation,
-    const Text& padding, const Text& coordinates, const std::optional<Ints>& queries_per_map,
+    const Tensor& points, const Tensor& weights, const std::optional<Tensor>& reference_points,
+    const std::optional<Ints>& reference_index, bool softmax, const Ints& num_points,
+    const StringArgument& interpolation, const StringArgument& padding,
+    const StringArgument& coordinates, const std::optional<Ints>& queries_per_map,
     const std::vector<bool>& output_mask) {
-  check_mask(output_mask, 4);
-  return run_backward(
-      grad_output, value, {sampling_offsets, attention_logits, &reference_points, &reference_index},
-      {spatial_shapes, num_points, interpolation, padding, coordinates, queries_per_map},
-      output_mask[0], output_mask[1], output_mask[2], output_mask[3]);
+  return run_backward(grad_output,
+                      {value, spatial_shapes, points, weights, reference_points, reference_index,
+                       softmax, num_points, interpolation, padding, coordinates, queries_per_map},
+                      output_mask);
 }
 
 std::string cpu_isa() { return active_kernels().name; }
@@ -301,28 +286,20 @@ std::string cpu_isas() {
   return names;
 }
 
-void set_cpu_isa(const Text& name) { set_active_kernels(std::string(name.text)); }
+void set_cpu_isa(const StringArgument& name) { set_active_kernels(std::string(name.view)); }
 
 }  // namespace
 }  // namespace saccade
 
-// A test holds these schemas equal to those of src/saccade/ops/contract.py.
-#define SACCADE_OPTIONS                                                 \
-  "int[] num_points, str interpolation, str padding, str coordinates, " \
-  "SymInt[]? queries_per_map"
-#define SACCADE_POINTS                                                        \
-  "Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations, Tensor " \
-  "attention_weights, " SACCADE_OPTIONS
-#define SACCADE_FUSED_POINTS                                         \
-  "Tensor value, SymInt[] spatial_shapes, Tensor reference_points, " \
-  "Tensor sampling_offsets, Tensor attention_logits, int[] reference_index, " SACCADE_OPTIONS
+// A test holds these schemas equal to those of src/saccade/ops/schema.py.
+#define SACCADE_ARGUMENTS                                                              \
+  "Tensor value, SymInt[] spatial_shapes, Tensor points, Tensor weights, "             \
+  "Tensor? reference_points, int[]? reference_index, bool softmax, int[] num_points, " \
+  "str interpolation, str padding, str coordinates, SymInt[]? queries_per_map"
 
 STABLE_TORCH_LIBRARY(saccade, library) {
-  library.def("deformable_attention(" SACCADE_POINTS ") -> Tensor");
-  library.def("deformable_attention_backward(Tensor grad_output, " SACCADE_POINTS
-              ", bool[] output_mask) -> (Tensor, Tensor, Tensor)");
-  library.def("fused_deformable_attention(" SACCADE_FUSED_POINTS ") -> Tensor");
-  library.def("fused_deformable_attention_backward(Tensor grad_output, " SACCADE_FUSED_POINTS
+  library.def("deformable_attention(" SACCADE_ARGUMENTS ") -> Tensor");
+  library.def("deformable_attention_backward(Tensor grad_output, " SACCADE_ARGUMENTS
               ", bool[] output_mask) -> (Tensor, Tensor, Tensor, Tensor)");
   library.def("_cpu_isa() -> str");
   library.def("_cpu_isas() -> str");
@@ -332,9 +309,6 @@ STABLE_TORCH_LIBRARY(saccade, library) {
 STABLE_TORCH_LIBRARY_IMPL(saccade, CPU, library) {
   library.impl("deformable_attention", TORCH_BOX(&saccade::deformable_attention));
   library.impl("deformable_attention_backward", TORCH_BOX(&saccade::deformable_attention_backward));
-  library.impl("fused_deformable_attention", TORCH_BOX(&saccade::fused_deformable_attention));
-  library.impl("fused_deformable_attention_backward",
-               TORCH_BOX(&saccade::fused_deformable_attention_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(saccade, CompositeExplicitAutograd, library) {

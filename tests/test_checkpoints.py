@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+import helpers
 import pytest
 import torch
 from checkpoint_helpers import (
@@ -102,8 +103,16 @@ SEGMENTERS = {"mask2former", "oneformer"}
 WITHOUT_PROJECTIONS = {"d-fine", "deimv2"}
 
 
-@pytest.mark.parametrize("shards", [False, True], ids=["one-file", "shards"])
-@pytest.mark.parametrize("name", [name for name in DETECTORS if name not in WITHOUT_PROJECTIONS])
+FOLDERS = [
+    (name, shards)
+    for shards in (False, True)
+    for name in DETECTORS
+    if name not in WITHOUT_PROJECTIONS
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "shards"), helpers.some(FOLDERS, 6))
 def test_transformers_folders(tmp_path, name, shards):
     pytest.importorskip("safetensors", reason="transformers writes with it")
     detector = DETECTORS[name]
@@ -260,7 +269,7 @@ def test_the_embedding_of_levels_is_mentioned_and_not_believed():
     weights = layers("", DECODER, "self.{}", {"decoder": [4]}, count=1)
     weights["transformer.level_embeds"] = torch.zeros(4, EMBED_DIM)
     with pytest.raises(
-        ValueError, match=r"\(transformer.level_embeds has 4 rows, perhaps one a lev"
+        ValueError, match=r"\(transformer.level_embeds has 4 rows, perhaps one per lev"
     ):
         checkpoints.attention_modules(weights, num_heads=4)
     assert geometry(weights, num_heads=4, num_levels=1) == (4, [4])

@@ -1,4 +1,4 @@
-"""Small detectors with random weights, and pictures, for the tests of the vision layer."""
+"""Small detectors with random weights, and images, for the tests of the vision layer."""
 
 from __future__ import annotations
 
@@ -97,8 +97,8 @@ def save_random_rt_detr(folder: Path) -> Path:
     return folder
 
 
-def gradient_picture(width: int, height: int) -> Image.Image:
-    """A picture whose red channel grows with x and whose green channel grows with y."""
+def gradient_image(width: int, height: int) -> Image.Image:
+    """An image whose red channel grows with x and whose green channel grows with y."""
     red = Image.linear_gradient("L").rotate(90).resize((width, height))
     green = Image.linear_gradient("L").resize((width, height))
     return Image.merge("RGB", (red, green, Image.new("L", (width, height), 128)))

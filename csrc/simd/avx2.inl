@@ -42,7 +42,7 @@ SACCADE_INLINE __m256d pick(__m256d v, const int32_t* index) {
 }
 
 // The first `count` numbers, fewer than a vector has: no others are touched. None for 16 bits.
-constexpr std::size_t kLeastMasked = 4;
+constexpr std::size_t kMinMaskedBytes = 4;
 SACCADE_INLINE __m256i mask32(int64_t count) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)),
                             _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));

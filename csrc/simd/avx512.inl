@@ -44,7 +44,7 @@ SACCADE_INLINE __m512d pick(__m512d v, const int32_t* index) {
 }
 
 // The first `count` numbers, fewer than a vector has: no others are touched.
-constexpr std::size_t kLeastMasked = 2;
+constexpr std::size_t kMinMaskedBytes = 2;
 SACCADE_INLINE __m512 load_masked(const float* from, int64_t count) {
   return _mm512_maskz_loadu_ps((1u << count) - 1, from);
 }

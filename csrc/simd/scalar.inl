@@ -95,7 +95,7 @@ SACCADE_INLINE DoubleVector repeat_four(const double* from) {
 
 constexpr bool kPicks = false;
 
-constexpr std::size_t kLeastMasked = 64;  // no masked loads and stores
+constexpr std::size_t kMinMaskedBytes = 64;  // no masked loads and stores
 
 // Nothing goes past the caches here.
 template <class N>

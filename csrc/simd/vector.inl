@@ -49,11 +49,11 @@ SACCADE_INLINE Vector<float> load_as_compute(const BFloat16* from) {
 // one after the other, but for bfloat16 the numbers of even index, then those of odd index, which
 // takes one load, one shift and one mask. Sums do not care, and store_pair puts them back.
 template <class S, class T>
-SACCADE_INLINE Vector<T> load_of_pair(const S* from, int odd) {
+SACCADE_INLINE Vector<T> load_interleaved(const S* from, int odd) {
   return load_as_compute(from + odd * kWidth<T>);
 }
 template <>
-SACCADE_INLINE Vector<float> load_of_pair<BFloat16, float>(const BFloat16* from, int odd) {
+SACCADE_INLINE Vector<float> load_interleaved<BFloat16, float>(const BFloat16* from, int odd) {
   typedef typename VectorOf<uint32_t, kFloatWidth>::type Wide;
   Wide both;
   std::memcpy(&both, from, sizeof(both));
@@ -63,9 +63,9 @@ SACCADE_INLINE Vector<float> load_of_pair<BFloat16, float>(const BFloat16* from,
 // A vector as it is stored.
 typedef typename VectorOf<uint16_t, kFloatWidth>::type Bits16;
 
-SACCADE_INLINE Vector<float> as_stored(const float*, Vector<float> vector) { return vector; }
-SACCADE_INLINE Vector<double> as_stored(const double*, Vector<double> vector) { return vector; }
-SACCADE_INLINE Bits16 as_stored(const Half*, Vector<float> vector) {
+SACCADE_INLINE Vector<float> to_stored(const float*, Vector<float> vector) { return vector; }
+SACCADE_INLINE Vector<double> to_stored(const double*, Vector<double> vector) { return vector; }
+SACCADE_INLINE Bits16 to_stored(const Half*, Vector<float> vector) {
   return (Bits16)half_bits(vector);
 }
 // The bits of bfloat16 numbers, above whatever is left of the float's.
@@ -77,27 +77,27 @@ SACCADE_INLINE typename VectorOf<uint32_t, kFloatWidth>::type round_to_bfloat16(
   const Wide quiet = wide | 0x400000;                       // a NaN stays one
   return (Wide)(vector == vector) ? rounded : quiet;
 }
-SACCADE_INLINE Bits16 as_stored(const BFloat16*, Vector<float> vector) {
+SACCADE_INLINE Bits16 to_stored(const BFloat16*, Vector<float> vector) {
   return __builtin_convertvector(round_to_bfloat16(vector) >> 16, Bits16);
 }
 
 template <class S, class V>
 SACCADE_INLINE void store_from_compute(S* to, V vector) {
-  const auto stored = as_stored(to, vector);
+  const auto stored = to_stored(to, vector);
   std::memcpy(to, &stored, sizeof(stored));
 }
 
 // Past the caches; `to` is aligned to the size of the vector as it is stored.
 template <class S, class V>
 SACCADE_INLINE void stream_from_compute(S* to, V vector) {
-  const auto stored = as_stored(to, vector);
+  const auto stored = to_stored(to, vector);
   stream(to, &stored, std::integral_constant<std::size_t, sizeof(stored)>{});
 }
 
 // The reverse of load_of_pair.
 template <class S, class T>
-SACCADE_INLINE void store_pair(S* to, Vector<T> first, Vector<T> second, bool past_the_caches) {
-  if (past_the_caches) {
+SACCADE_INLINE void store_interleaved(S* to, Vector<T> first, Vector<T> second, bool streams) {
+  if (streams) {
     stream_from_compute(to, first);
     stream_from_compute(to + kWidth<T>, second);
   } else {
@@ -106,10 +106,10 @@ SACCADE_INLINE void store_pair(S* to, Vector<T> first, Vector<T> second, bool pa
   }
 }
 template <>
-SACCADE_INLINE void store_pair<BFloat16, float>(BFloat16* to, Vector<float> even, Vector<float> odd,
-                                                bool past_the_caches) {
+SACCADE_INLINE void store_interleaved<BFloat16, float>(BFloat16* to, Vector<float> even,
+                                                       Vector<float> odd, bool streams) {
   const auto both = (round_to_bfloat16(odd) & 0xffff0000u) | (round_to_bfloat16(even) >> 16);
-  if (past_the_caches) {
+  if (streams) {
     stream(to, &both, std::integral_constant<std::size_t, sizeof(both)>{});
   } else {
     std::memcpy(to, &both, sizeof(both));
@@ -124,7 +124,7 @@ using Masked = typename std::conditional<sizeof(S) == 2, uint16_t, S>::type;
 template <class S, class T>
 SACCADE_INLINE Vector<T> load_partial(const S* from, int64_t count) {
   S padded[kWidth<T>] = {};
-  if constexpr (sizeof(S) >= kLeastMasked) {
+  if constexpr (sizeof(S) >= kMinMaskedBytes) {
     const auto loaded = load_masked(reinterpret_cast<const Masked<S>*>(from), count);
     std::memcpy(padded, &loaded, sizeof(padded));
   } else {
@@ -137,8 +137,8 @@ SACCADE_INLINE Vector<T> load_partial(const S* from, int64_t count) {
 
 template <class S, class T>
 SACCADE_INLINE void store_partial(S* to, Vector<T> vector, int64_t count) {
-  const auto stored = as_stored(to, vector);
-  if constexpr (sizeof(S) >= kLeastMasked) {
+  const auto stored = to_stored(to, vector);
+  if constexpr (sizeof(S) >= kMinMaskedBytes) {
     store_masked(reinterpret_cast<Masked<S>*>(to),
                  (decltype(load_masked(reinterpret_cast<Masked<S>*>(to), 0)))stored, count);
   } else {
@@ -162,20 +162,20 @@ SACCADE_INLINE Vector<T> minimum(Vector<T> a, Vector<T> b) {
 
 // Rows of the value: 32 bits for each number of a vector.
 template <class T>
-using RowNumbers = typename VectorOf<int32_t, kWidth<T>>::type;
+using RowIndices = typename VectorOf<int32_t, kWidth<T>>::type;
 
 template <class T>
-SACCADE_INLINE RowNumbers<T> load_rows(const int32_t* from) {
+SACCADE_INLINE RowIndices<T> load_rows(const int32_t* from) {
   return *reinterpret_cast<const typename VectorOf<int32_t, kWidth<T>>::unaligned*>(from);
 }
 template <class T>
-SACCADE_INLINE void store_rows(int32_t* to, RowNumbers<T> rows) {
+SACCADE_INLINE void store_rows(int32_t* to, RowIndices<T> rows) {
   *reinterpret_cast<typename VectorOf<int32_t, kWidth<T>>::unaligned*>(to) = rows;
 }
 // Of whole numbers.
 template <class T>
-SACCADE_INLINE RowNumbers<T> as_rows(Vector<T> whole) {
-  return __builtin_convertvector(whole, RowNumbers<T>);
+SACCADE_INLINE RowIndices<T> to_rows(Vector<T> whole) {
+  return __builtin_convertvector(whole, RowIndices<T>);
 }
 
 template <class M>
@@ -189,19 +189,19 @@ SACCADE_INLINE bool any(M mask) {
 
 // Whether one of `whole` numbers, a multiple of the width, is NaN (is not finite).
 template <class T>
-SACCADE_INLINE bool has_nan(const T* numbers, int64_t whole) {
-  auto found = load(numbers) != load(numbers);
+SACCADE_INLINE bool has_nan(const T* elements, int64_t whole) {
+  auto found = load(elements) != load(elements);
   for (int64_t at = kWidth<T>; at < whole; at += kWidth<T>) {
-    const Vector<T> vector = load(numbers + at);
+    const Vector<T> vector = load(elements + at);
     found |= vector != vector;
   }
   return any(found);
 }
 template <class T>
-SACCADE_INLINE bool all_finite(const T* numbers, int64_t whole) {
+SACCADE_INLINE bool all_finite(const T* elements, int64_t whole) {
   Vector<T> zero_or_nan = {};
   for (int64_t at = 0; at < whole; at += kWidth<T>) {
-    const Vector<T> vector = load(numbers + at);
+    const Vector<T> vector = load(elements + at);
     zero_or_nan += vector - vector;
   }
   return !any(zero_or_nan != zero_or_nan);
@@ -218,30 +218,30 @@ SACCADE_INLINE Vector<T> shuffle(Vector<T> a, Vector<T> b) {
 }
 
 template <class T, int... I>
-SACCADE_INLINE Vector<T> evens_of(Vector<T> a, Vector<T> b, std::integer_sequence<int, I...>) {
+SACCADE_INLINE Vector<T> select_evens(Vector<T> a, Vector<T> b, std::integer_sequence<int, I...>) {
   return shuffle<T, 2 * I...>(a, b);
 }
 template <class T, int... I>
-SACCADE_INLINE Vector<T> odds_of(Vector<T> a, Vector<T> b, std::integer_sequence<int, I...>) {
+SACCADE_INLINE Vector<T> select_odds(Vector<T> a, Vector<T> b, std::integer_sequence<int, I...>) {
   return shuffle<T, 2 * I + 1 ...>(a, b);
 }
 
 // The numbers of even (odd) index of a and b, joined.
 template <class T>
 SACCADE_INLINE Vector<T> evens(Vector<T> a, Vector<T> b) {
-  return evens_of<T>(a, b, std::make_integer_sequence<int, kWidth<T>>{});
+  return select_evens<T>(a, b, std::make_integer_sequence<int, kWidth<T>>{});
 }
 template <class T>
 SACCADE_INLINE Vector<T> odds(Vector<T> a, Vector<T> b) {
-  return odds_of<T>(a, b, std::make_integer_sequence<int, kWidth<T>>{});
+  return select_odds<T>(a, b, std::make_integer_sequence<int, kWidth<T>>{});
 }
 
 template <class T, int... I>
-SACCADE_INLINE Vector<T> low_pairs(Vector<T> a, Vector<T> b, std::integer_sequence<int, I...>) {
+SACCADE_INLINE Vector<T> zip_low(Vector<T> a, Vector<T> b, std::integer_sequence<int, I...>) {
   return shuffle<T, (I / 2 + I % 2 * kWidth<T>)...>(a, b);
 }
 template <class T, int... I>
-SACCADE_INLINE Vector<T> high_pairs(Vector<T> a, Vector<T> b, std::integer_sequence<int, I...>) {
+SACCADE_INLINE Vector<T> zip_high(Vector<T> a, Vector<T> b, std::integer_sequence<int, I...>) {
   return shuffle<T, ((kWidth<T> + I) / 2 + I % 2 * kWidth<T>)...>(a, b);
 }
 
@@ -269,10 +269,10 @@ struct Quad {
 
 // a[0], b[0], a[1], b[1], ...
 template <class T>
-SACCADE_INLINE void store_pairs(T* to, Vector<T> a, Vector<T> b) {
+SACCADE_INLINE void store_zipped(T* to, Vector<T> a, Vector<T> b) {
   constexpr std::make_integer_sequence<int, kWidth<T>> lanes{};
-  store(to, low_pairs<T>(a, b, lanes));
-  store(to + kWidth<T>, high_pairs<T>(a, b, lanes));
+  store(to, zip_low<T>(a, b, lanes));
+  store(to + kWidth<T>, zip_high<T>(a, b, lanes));
 }
 
 // Every third number of a, b and c, joined, from number `First` on.
@@ -319,7 +319,7 @@ SACCADE_INLINE void store_by_axis(T* to, const Vector<T>* axes) {
   if constexpr (N == 1) {
     store(to, axes[0]);
   } else if constexpr (N == 2) {
-    store_pairs<T>(to, axes[0], axes[1]);
+    store_zipped<T>(to, axes[0], axes[1]);
   } else {
     store(to, triples<T, 0>(axes[0], axes[1], axes[2], lanes));
     store(to + W, triples<T, 1>(axes[0], axes[1], axes[2], lanes));
@@ -331,8 +331,8 @@ SACCADE_INLINE void store_by_axis(T* to, const Vector<T>* axes) {
 template <class T>
 SACCADE_INLINE void store_quads(T* to, Vector<T> a, Vector<T> b, Vector<T> c, Vector<T> d) {
   constexpr std::make_integer_sequence<int, kWidth<T>> lanes{};
-  store_pairs<T>(to, low_pairs<T>(a, c, lanes), low_pairs<T>(b, d, lanes));
-  store_pairs<T>(to + 2 * kWidth<T>, high_pairs<T>(a, c, lanes), high_pairs<T>(b, d, lanes));
+  store_zipped<T>(to, zip_low<T>(a, c, lanes), zip_low<T>(b, d, lanes));
+  store_zipped<T>(to + 2 * kWidth<T>, zip_high<T>(a, c, lanes), zip_high<T>(b, d, lanes));
 }
 
 // Lanes 0, 1 (2, 3) of each four, of a and b in turns; and the first (second) halves of each four.

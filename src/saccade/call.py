@@ -21,7 +21,6 @@ from saccade.checks import (
     SpatialShapes,
     apply_value_padding_mask,
     check_border_height,
-    check_device,
     check_floating,
     check_option,
     check_shape,
@@ -257,9 +256,7 @@ def _check(request: _Request) -> _Recipe:
     if reference_points is not None:
         tensors["reference_points"] = reference_points
     for name, tensor in tensors.items():
-        check_floating(name, tensor, VALUE_DTYPES)
-    for name, tensor in tensors.items():
-        check_device(name, tensor, value)
+        check_floating(name, tensor, VALUE_DTYPES, None if tensor is value else value.device)
 
     if value.dim() != 4:
         raise ValueError(

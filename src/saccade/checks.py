@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from typing import TypeAlias, get_args
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -89,9 +89,11 @@ def apply_value_padding_mask(value: Tensor, value_padding_mask: Tensor) -> Tenso
     )
 
 
-def check_option(name: str, option: object, literal: object) -> None:
+def check_option(name: str, option: object, literal: Any) -> None:
     """Raises a ValueError unless `option` is one of the strings of a Literal type."""
-    choices = get_args(literal)
+    choices = (
+        literal.__args__
+    )  # not typing.get_args, which takes as long as all other checks of an option
     if not isinstance(option, str) or option not in choices:
         got = repr(option) if isinstance(option, str | int | None) else type(option).__name__
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {got}")
@@ -133,11 +135,12 @@ def parse_num_points(
             )
         num_points = per_level
     expected = "an int or a sequence of int"
-    counts = (
-        to_ints("num_points", num_points, expected)
-        if isinstance(num_points, Sequence)
-        else [_to_named_int("num_points", num_points, expected)] * num_levels
-    )
+    if type(num_points) is int:
+        counts = [num_points] * num_levels
+    elif isinstance(num_points, Sequence):
+        counts = to_ints("num_points", num_points, expected)
+    else:
+        counts = [_to_named_int("num_points", num_points, expected)] * num_levels
     if len(counts) != num_levels:
         raise ValueError(
             f"num_points: expected {num_levels} numbers, one for each level, got {counts}"
@@ -247,9 +250,16 @@ def check_tensor(name: str, tensor: object) -> Tensor:
     return tensor
 
 
-def check_floating(name: str, tensor: object, dtypes: tuple[torch.dtype, ...]) -> None:
-    """Raises unless the argument is a dense tensor of one of these dtypes."""
-    tensor = check_tensor(name, tensor)
+def check_floating(
+    name: str,
+    tensor: object,
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device | None = None,
+) -> None:
+    """Raises unless the argument is a dense tensor of one of these dtypes, on the device if one is given."""
+    if not isinstance(tensor, Tensor):
+        check_tensor(name, tensor)
+        return
     if tensor.dtype not in dtypes:
         raise ValueError(
             f"{name}: expected one of {', '.join(map(str, dtypes))}, got {tensor.dtype}"
@@ -257,14 +267,14 @@ def check_floating(name: str, tensor: object, dtypes: tuple[torch.dtype, ...]) -
     if tensor.layout != torch.strided or tensor.is_nested:
         kind = "a nested tensor" if tensor.is_nested else tensor.layout
         raise ValueError(f"{name}: expected a dense (strided) tensor, got {kind}")
+    if device is not None and tensor.device != device:
+        check_device(name, tensor, device)
 
 
-def check_device(name: str, tensor: Tensor, value: Tensor) -> None:
-    """Raises a ValueError unless the tensor is on the device of `value`."""
-    if tensor.device != value.device:
-        raise ValueError(
-            f"{name}: expected a tensor on {value.device} like value, got {tensor.device}"
-        )
+def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    """Raises a ValueError unless the tensor is on the device, which is that of `value`."""
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device} like value, got {tensor.device}")
 
 
 def check_shape(name: str, tensor: Tensor, expected: Sequence[int | None], hint: str = "") -> None:
@@ -283,9 +293,7 @@ def check_axes(name: str, tensor: Tensor, value: Tensor | None, **axes: int | No
 
     The size None stands for any size above 0, and for any at all of a batch, its queries or anchors.
     """
-    check_floating(name, tensor, VALUE_DTYPES)
-    if value is not None:
-        check_device(name, tensor, value)
+    check_floating(name, tensor, VALUE_DTYPES, None if value is None else value.device)
     may_be_empty = ("batch", "queries", "anchors")
     if tensor.dim() != len(axes) or not all(
         (size >= 1 or axis in may_be_empty) if expected is None else size == expected

@@ -5,15 +5,18 @@
 #include <cmath>
 #include <limits>
 #include <random>
+#include <utility>
 #include <vector>
 
-#include "deformable_attention.h"
+#include "kernels.h"
 #include "stored.h"
 
+using saccade::Call;
 using saccade::Coordinates;
 using saccade::Interpolation;
+using saccade::Level;
 using saccade::Padding;
-using saccade::Problem;
+using saccade::Plan;
 
 inline std::mt19937 generator(0);
 
@@ -25,72 +28,84 @@ inline double real(double low, double high) {
 }
 
 template <class S>
-struct Call {
+struct RandomCall {
   typedef Compute<S> T;
-  Problem problem;
-  int64_t row_padding;  // numbers between the rows of the value that belong to nobody
+  Plan plan;
+  int64_t row_padding;  // unused elements between the rows of the value
   std::vector<S> value, grad_output;
-  // As the kernel is to find them; of a fused call references, offsets and logits make them.
+  // What the kernel must arrive at, and the tensors that it starts from where these differ.
   std::vector<T> locations, weights;
   std::vector<T> references, offsets, logits;
 
-  saccade::PointInputs points() const {
-    if (!problem.is_fused()) return {nullptr, locations.data(), weights.data()};
-    return {references.data(), offsets.data(), logits.data()};
+  const Call& call() const { return plan.call; }
+  saccade::PointInputs inputs() const {
+    return {call().has_references() ? references.data() : nullptr,
+            call().has_references() ? offsets.data() : locations.data(),
+            call().softmax ? logits.data() : weights.data()};
   }
-  // What offset `i` of those of all points is multiplied by, without the size of its box.
-  T step(int64_t i) const {
-    const int64_t point = i / problem.spatial_dims % problem.total_points;
-    const saccade::Level* level = &problem.levels[0];
-    while (point >= level->first_point + level->num_points) ++level;
-    if (problem.references_are_boxes) return static_cast<T>(0.5 / level->num_points);
-    const int64_t sizes[] = {level->width, level->height, level->depth};
-    const int64_t size = sizes[i % problem.spatial_dims];
-    const int64_t pixels = problem.coordinates == Coordinates::normalized           ? size
-                           : problem.coordinates == Coordinates::normalized_corners ? size - 1
-                                                                                    : 1;
-    return pixels > 0 ? T(1) / static_cast<T>(pixels) : T(0);
-  }
-  // Where the coordinate that offset `i` starts from is among all references.
-  int64_t reference(int64_t i) const {
-    const int64_t axes = problem.spatial_dims, point = i / axes;
-    const int64_t query = point / problem.total_points / problem.num_heads;
-    const int64_t number = problem.reference_index[point % problem.total_points];
-    return (query * problem.num_references + number) * problem.reference_size() + i % axes;
+  saccade::Value described_value() const {
+    return {value.data(), call().num_positions * row_stride(), row_stride(), call().head_dim};
   }
 
-  int64_t row_stride() const { return problem.value_heads * problem.head_dim + row_padding; }
-  int64_t row(int64_t batch, int64_t position, int64_t head) const {
-    return (batch * problem.num_positions + position) * row_stride() +
-           (problem.value_heads > 1 ? head : 0) * problem.head_dim;
+  // The factor of offset `i`, without the size of its box.
+  T offset_step(int64_t i) const {
+    const int64_t point = i / call().spatial_dims % call().total_points;
+    const Level* level = &call().levels[0];
+    while (point >= level->first_point + level->num_points) ++level;
+    if (call().references_are_boxes) return static_cast<T>(0.5 / level->num_points);
+    const int64_t sizes[] = {level->width, level->height, level->depth};
+    const int64_t size = sizes[i % call().spatial_dims];
+    const int64_t pixels = call().coordinates == Coordinates::normalized           ? size
+                           : call().coordinates == Coordinates::normalized_corners ? size - 1
+                                                                                   : 1;
+    return pixels > 0 ? T(1) / static_cast<T>(pixels) : T(0);
+  }
+  // The index in `references` of the coordinate that offset `i` starts from.
+  int64_t reference_element(int64_t i) const {
+    const int64_t axes = call().spatial_dims, point = i / axes;
+    const int64_t query = point / call().total_points / call().num_heads;
+    const int64_t reference = call().reference_index[point % call().total_points];
+    return (query * call().num_references + reference) * call().reference_size() + i % axes;
+  }
+
+  int64_t row_stride() const { return call().value_heads * call().head_dim + row_padding; }
+  int64_t row(int64_t batch_index, int64_t position, int64_t head) const {
+    return (batch_index * call().num_positions + position) * row_stride() +
+           (call().value_heads > 1 ? head : 0) * call().head_dim;
   }
 };
 
-// Locations and weights of a fused call, rounded step by step as in the kernel.
+// Rounded step by step, as in the kernel.
 template <class S>
-void unfuse(Call<S>& call) {
+void compute_locations(RandomCall<S>& random) {
   typedef Compute<S> T;
-  const Problem& p = call.problem;
-  for (size_t i = 0; i < call.offsets.size(); ++i) {
-    const T* from = &call.references[call.reference(i)];
-    volatile T moved = call.offsets[i] * call.step(i);
-    if (p.references_are_boxes) moved = moved * from[p.spatial_dims];
-    call.locations[i] = from[0] + moved;
-  }
-  for (size_t first = 0; first < call.logits.size(); first += p.total_points) {
-    const T* logits = &call.logits[first];
-    const double most = *std::max_element(logits, logits + p.total_points);
-    double sum = 0;
-    for (int64_t k = 0; k < p.total_points; ++k) sum += std::exp(logits[k] - most);
-    for (int64_t k = 0; k < p.total_points; ++k)
-      call.weights[first + k] = static_cast<T>(std::exp(logits[k] - most) / sum);
+  const Call& call = random.call();
+  for (size_t i = 0; i < random.offsets.size(); ++i) {
+    const T* reference = &random.references[random.reference_element(i)];
+    volatile T moved = random.offsets[i] * random.offset_step(i);
+    if (call.references_are_boxes) moved = moved * reference[call.spatial_dims];
+    random.locations[i] = reference[0] + moved;
   }
 }
 
 template <class S>
-void draw_points(Call<S>& call) {
+void compute_weights(RandomCall<S>& random) {
   typedef Compute<S> T;
-  const Problem& problem = call.problem;
+  const int64_t total_points = random.call().total_points;
+  for (size_t first = 0; first < random.logits.size(); first += total_points) {
+    const T* logits = &random.logits[first];
+    const double max = *std::max_element(logits, logits + total_points);
+    double sum = 0;
+    for (int64_t k = 0; k < total_points; ++k) sum += std::exp(logits[k] - max);
+    for (int64_t k = 0; k < total_points; ++k)
+      random.weights[first + k] = static_cast<T>(std::exp(logits[k] - max) / sum);
+  }
+}
+
+template <class S>
+void draw_points(RandomCall<S>& random) {
+  typedef Compute<S> T;
+  const Call& call = random.call();
   const T extreme[] = {std::numeric_limits<T>::infinity(),
                        -std::numeric_limits<T>::infinity(),
                        std::numeric_limits<T>::quiet_NaN(),
@@ -99,81 +114,86 @@ void draw_points(Call<S>& call) {
                        T(1e9),
                        T(-0.0),
                        T(3e15)};
-  const auto fill = [&](std::vector<T>& numbers, int64_t count, double low, double high) {
-    numbers.resize(count);
-    for (T& number : numbers)
-      number = integer(0, 30) ? static_cast<T>(real(low, high)) : extreme[integer(0, 7)];
+  const auto fill = [&](std::vector<T>& elements, int64_t count, double low, double high) {
+    elements.resize(count);
+    for (T& element : elements)
+      element = integer(0, 30) ? static_cast<T>(real(low, high)) : extreme[integer(0, 7)];
   };
-  const int64_t points = problem.total_queries() * problem.num_heads * problem.total_points;
-  const double reach = problem.coordinates == Coordinates::pixel ? 8 : 1.4;
-  call.weights.resize(points);
-  for (T& weight : call.weights) weight = static_cast<T>(real(0, 1));
-  fill(call.locations, problem.spatial_dims * points, -0.4 * reach, reach);
-  if (!problem.is_fused()) return;
-  fill(call.references, problem.total_queries() * problem.num_references * problem.reference_size(),
-       -0.1 * reach, 0.8 * reach);
-  fill(call.offsets, problem.spatial_dims * points, -3, 3);
-  call.logits.resize(points);
-  for (T& logit : call.logits) logit = static_cast<T>(real(-4, 4));
-  unfuse(call);
+  const int64_t points = call.total_queries() * call.num_heads * call.total_points;
+  const double reach = call.coordinates == Coordinates::pixel ? 8 : 1.4;
+  random.weights.resize(points);
+  for (T& weight : random.weights) weight = static_cast<T>(real(0, 1));
+  fill(random.locations, call.spatial_dims * points, -0.4 * reach, reach);
+  if (call.has_references()) {
+    fill(random.references, call.total_queries() * call.num_references * call.reference_size(),
+         -0.1 * reach, 0.8 * reach);
+    fill(random.offsets, call.spatial_dims * points, -3, 3);
+    compute_locations(random);
+  }
+  if (call.softmax) {
+    random.logits.resize(points);
+    for (T& logit : random.logits) logit = static_cast<T>(real(-4, 4));
+    compute_weights(random);
+  }
 }
 
 template <class S>
-Call<S> draw() {
-  Call<S> call;
-  Problem& problem = call.problem;
-  problem.storage = Stored<S>::kind;
+RandomCall<S> draw() {
+  Call call;
+  call.storage = Stored<S>::kind;
   const int64_t rule = integer(0, 5);
-  problem.interpolation = rule > 1    ? Interpolation::linear
-                          : rule == 1 ? Interpolation::nearest
-                                      : Interpolation::discrete;
-  problem.coordinates = static_cast<Coordinates>(integer(0, 2));
-  problem.spatial_dims = integer(0, 2) ? 2 : integer(1, 3);
-  const bool by_height = rule == 0 && problem.spatial_dims == 2 && integer(0, 1);
-  problem.padding = by_height       ? Padding::border_height
-                    : integer(0, 1) ? Padding::zeros
-                                    : Padding::border;
-  problem.batch_size = integer(0, 2);
-  problem.first_queries = {0};
+  call.interpolation = rule > 1    ? Interpolation::linear
+                       : rule == 1 ? Interpolation::nearest
+                                   : Interpolation::discrete;
+  call.coordinates = static_cast<Coordinates>(integer(0, 2));
+  call.spatial_dims = integer(0, 2) ? 2 : integer(1, 3);
+  const bool by_height = rule == 0 && call.spatial_dims == 2 && integer(0, 1);
+  call.padding = by_height       ? Padding::border_height
+                 : integer(0, 1) ? Padding::zeros
+                                 : Padding::border;
+  call.batch_size = integer(0, 2);
+  call.first_queries = {0};
   const int64_t num_queries = integer(0, 9) ? integer(0, 20) : integer(100, 300);
   const bool ragged = integer(0, 1);
-  for (int64_t batch = 0; batch < problem.batch_size; ++batch) {
-    problem.first_queries.push_back(problem.first_queries.back() +
-                                    (ragged ? integer(0, num_queries) : num_queries));
+  for (int64_t batch_index = 0; batch_index < call.batch_size; ++batch_index) {
+    call.first_queries.push_back(call.first_queries.back() +
+                                 (ragged ? integer(0, num_queries) : num_queries));
   }
-  problem.num_heads = integer(1, 3);
-  problem.value_heads = integer(0, 2) ? problem.num_heads : 1;
-  problem.head_dim = integer(0, 1) ? integer(1, 40) : 16 * integer(1, 6);
+  call.num_heads = integer(1, 3);
+  call.value_heads = integer(0, 2) ? call.num_heads : 1;
+  call.head_dim = integer(0, 1) ? integer(1, 40) : 16 * integer(1, 6);
   const int64_t num_levels = integer(1, 4);
   for (int64_t i = 0; i < num_levels; ++i) {
-    const int64_t depth = problem.spatial_dims > 2 ? integer(1, 4) : 1;
-    const int64_t height = problem.spatial_dims > 1 ? integer(1, 7) : 1;
-    const int64_t width = integer(1, problem.spatial_dims > 1 ? 7 : 30);
+    const int64_t depth = call.spatial_dims > 2 ? integer(1, 4) : 1;
+    const int64_t height = call.spatial_dims > 1 ? integer(1, 7) : 1;
+    const int64_t width = integer(1, call.spatial_dims > 1 ? 7 : 30);
     const int64_t points = integer(0, 2) ? integer(1, 5) : 16;  // 16: whole vectors, whole lines
-    problem.levels.push_back(
-        {depth, height, width, problem.num_positions, problem.total_points, points});
-    problem.num_positions += depth * height * width;
-    problem.total_points += points;
+    call.levels.push_back({depth, height, width, call.num_positions, call.total_points, points});
+    call.num_positions += depth * height * width;
+    call.total_points += points;
   }
   if (integer(0, 1)) {
-    problem.num_references = integer(1, 5);
-    problem.references_are_boxes = integer(0, 1);
-    for (int64_t k = 0; k < problem.total_points; ++k) {
-      problem.reference_index.push_back(integer(0, problem.num_references - 1));
+    call.num_references = integer(1, 5);
+    call.references_are_boxes = integer(0, 1);
+    for (int64_t k = 0; k < call.total_points; ++k) {
+      call.reference_index.push_back(integer(0, call.num_references - 1));
     }
   }
-  problem.prepare(integer(1, 8));
+  call.softmax = integer(0, 1);
+  RandomCall<S> random;
+  random.plan = saccade::make_plan(std::move(call), integer(1, 8));
   // Whatever the size.
-  problem.stream_results = integer(0, 1);
-  for (saccade::Level& level : problem.levels) {
+  random.plan.streams_results = integer(0, 1);
+  for (saccade::PlannedLevel& level : random.plan.levels) {
     level.fetched_ahead = integer(0, 1);
   }
-  call.row_padding = integer(0, 2) ? 0 : integer(1, 5);
-  const int64_t rows = problem.batch_size * problem.num_positions;
-  call.value.resize(rows > 0 ? rows * call.row_stride() - call.row_padding : 0);
-  for (S& number : call.value) number = Stored<S>::encode(real(-1, 1));
-  call.grad_output.resize(problem.total_queries() * problem.num_heads * problem.head_dim);
-  for (S& number : call.grad_output) number = Stored<S>::encode(real(-1, 1));
-  draw_points(call);
-  return call;
+  random.row_padding = integer(0, 2) ? 0 : integer(1, 5);
+  const int64_t rows = random.call().batch_size * random.call().num_positions;
+  random.value.resize(rows > 0 ? rows * random.row_stride() - random.row_padding : 0);
+  for (S& element : random.value) element = Stored<S>::encode(real(-1, 1));
+  random.grad_output.resize(random.call().total_queries() * random.call().num_heads *
+                            random.call().head_dim);
+  for (S& element : random.grad_output) element = Stored<S>::encode(real(-1, 1));
+  draw_points(random);
+  return random;
 }

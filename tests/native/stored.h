@@ -7,7 +7,7 @@
 #include <limits>
 #include <type_traits>
 
-#include "deformable_attention.h"
+#include "kernels.h"
 
 using saccade::BFloat16;
 using saccade::Half;

@@ -19,7 +19,7 @@ from torch import Tensor
 import saccade
 from saccade.benchmark.workloads import Inputs, Workload
 from saccade.doctor import installed
-from saccade.integrations.quiet import quiet_exporters
+from saccade.integrations.exporter_logging import silence_exporters
 from saccade.ops import native
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -280,7 +280,7 @@ def _exported(attend: Attend, inputs: Inputs) -> bytes:
             return attend(value, locations, weights)
 
     file = BytesIO()
-    with quiet_exporters():
+    with silence_exporters():
         program: Any = torch.onnx.export(
             Graph(), tuple(inputs[:3]), dynamo=True, opset_version=ONNX_OPSET, verbose=False
         )

@@ -203,4 +203,4 @@ def _check_axes_and_devices(arguments: Arguments, grad_output: Tensor | None = N
                 f"{name}: expected {len(axes)} axes [{', '.join(axes)}], "
                 f"got {tensor.dim()} axes {format_shape(tensor)}"
             )
-        check_device(name, tensor, arguments.value)
+        check_device(name, tensor, arguments.value.device)

@@ -1,4 +1,4 @@
-"""Exporters without the notes that are no business of whoever exports."""
+"""Silences exporters' internal warnings while a model is exported."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def quiet_exporters() -> Iterator[None]:
-    """Without the exporters' notes: names of axes, old parts of their own, what is not installed."""
+def silence_exporters() -> Iterator[None]:
+    """Hides what exporters log and warn about: names of axes, deprecations, packages they lack."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

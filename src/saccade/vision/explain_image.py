@@ -1,4 +1,4 @@
-"""An explanation as a picture that teaches it."""
+"""Draws an explanation as an image."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 
 from saccade.vision.explain import Explanation, Point
-from saccade.vision.explain_table import number, pair
+from saccade.vision.explain_table import format_number, format_pair
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # of the points; safe for colour-blind eyes
+# Colours of the points, which colour-blind people can tell apart.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 _INK, _GREY, _PAPER = "#222222", "#777777", "#f6f5f1"
 _MAX_LEVELS = 4
 
 
-def save_picture(explanation: Explanation, path: Path) -> None:
-    """Draws an explanation into a file; the ending of its name chooses the format.
+def save_image(explanation: Explanation, path: Path) -> None:
+    """Draws an explanation into a file; the suffix of its name determines the format.
 
-    The worked example becomes a map with its values, reference point, offsets and positions, and
-    an enlarged view of the corners of each point. A module's query becomes one map a level, with
-    the points sized by attention weight.
+    The worked example is drawn as a map with its values, reference point, offsets and positions,
+    and an enlarged view of the corners of each point. A module's query is drawn as one map per
+    level, with the points sized by attention weight.
 
     Raises:
         OSError: the file cannot be written.
@@ -43,30 +44,31 @@ def _worked_example(explanation: Explanation) -> Figure:
         wspace=0.12, hspace=0.36,
     )  # fmt: skip
     figure.text(0.04, 0.945, "Deformable attention, one query", fontsize=17, weight="bold")
-    read = {
+    what_is_read = {
         "linear": "the pixels around it, the nearer the more",
         "nearest": "the nearest pixel",
         "discrete": "the pixel of floor(position + 1)",
     }[explanation.interpolation]
     for left, text in (
         (0.04, "The query jumps from its reference point by four offsets …"),
-        (0.53, f"… and at each position reads {read}"),
+        (0.53, f"… and at each position reads {what_is_read}"),
     ):
         figure.text(left, 0.91, text, fontsize=11.5, color=_GREY)
     _draw_map(figure.add_subplot(grid[:, 0]), explanation)
-    # The panels stand as the points do around the reference point: upper points above.
-    for point, place in zip(explanation.points, ((1, 2), (1, 1), (0, 2), (0, 1)), strict=True):
-        _draw_corners(figure.add_subplot(grid[place]), explanation, point)
+    # The panels are arranged as the points are around the reference point.
+    for point, cell in zip(explanation.points, ((1, 2), (1, 1), (0, 2), (0, 1)), strict=True):
+        _draw_corners(figure.add_subplot(grid[cell]), explanation, point)
     terms = " + ".join(
-        f"{number(point.attention_weight)} · {number(point.read)}" for point in explanation.points
+        f"{format_number(point.attention_weight)} · {format_number(point.read)}"
+        for point in explanation.points
     )
     figure.text(
         0.5, 0.075,
-        f"output = Σ attention weight · read = {terms} = {number(explanation.by_hand, 4)}",
+        f"output = Σ attention weight · read = {terms} = {format_number(explanation.by_hand, 4)}",
         fontsize=14, ha="center", color=_INK, weight="bold",
     )  # fmt: skip
     figure.text(
-        0.5, 0.035, f"saccade.deformable_attention gives {number(explanation.library, 4)}",
+        0.5, 0.035, f"saccade.deformable_attention gives {format_number(explanation.library, 4)}",
         fontsize=11, ha="center", color=_GREY,
     )  # fmt: skip
     return figure
@@ -82,7 +84,7 @@ def _draw_map(axes: Any, explanation: Explanation) -> None:
                 )
             )
             axes.text(
-                column, row + 0.33, number(float(values[row, column])), fontsize=12, color=_INK,
+                column, row + 0.33, format_number(float(values[row, column])), fontsize=12, color=_INK,
                 ha="center", va="center",
             )  # fmt: skip
     reference_x, reference_y = explanation.reference[0]
@@ -93,7 +95,7 @@ def _draw_map(axes: Any, explanation: Explanation) -> None:
             "", xy=end, xytext=start,
             arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 2, "shrinkA": 7, "shrinkB": 9},
         )  # fmt: skip
-        if explanation.padding != "zeros":  # which may have moved it
+        if explanation.padding != "zeros":  # Clamping may have moved the position.
             axes.plot(*zip(end, point.position, strict=True), ":", color=colour, lw=1.5)
         x, y = point.position
         axes.plot(x, y, "o", ms=17, color=colour, mec="white", mew=1.5, zorder=4)
@@ -112,14 +114,14 @@ def _draw_map(axes: Any, explanation: Explanation) -> None:
     axes.tick_params(length=0, labeltop=True, labelbottom=False, pad=2)
     axes.set_frame_on(False)
     axes.set_xlabel(
-        f"★ reference point {pair((reference_x, reference_y))}    → offset    "
+        f"★ reference point {format_pair((reference_x, reference_y))}    → offset    "
         "● position\nin the cells: the values of the map, z(x, y) = 10 x + y",
         fontsize=11, color=_INK, labelpad=8,
     )  # fmt: skip
 
 
 def _draw_corners(axes: Any, explanation: Explanation, point: Point) -> None:
-    """The pixels a point reads, with their values, and their weights as the depth of the colour."""
+    """Draws the pixels that a point reads; the depth of the colour shows the weight."""
     colour = _COLOURS[point.number - 1]
     for corner in point.corners:
         axes.add_patch(
@@ -137,17 +139,17 @@ def _draw_corners(axes: Any, explanation: Explanation, point: Point) -> None:
                 hatch="///" if corner.value is None else None,
             )
         )
-        inked = _INK if corner.weight > 0 else "#999999"
-        value = "outside: 0" if corner.value is None else number(corner.value)
-        # Away from the middle of the panel, where the point may lie.
+        text_colour = _INK if corner.weight > 0 else "#999999"
+        value = "outside: 0" if corner.value is None else format_number(corner.value)
+        # The text avoids the middle of the panel, where the point may lie.
         upper = corner.y == min(other.y for other in point.corners)
         y = corner.y + (-0.32 if upper else 0.12)
         axes.text(
-            corner.x, y, value, ha="center", fontsize=12, color=inked, weight="bold", zorder=5
+            corner.x, y, value, ha="center", fontsize=12, color=text_colour, weight="bold", zorder=5
         )
         axes.text(
             corner.x, y + (0.2 if len(point.corners) == 4 else 0.1),
-            f"weight {number(corner.weight)}", ha="center", fontsize=9.5, color=inked, zorder=5,
+            f"weight {format_number(corner.weight)}", ha="center", fontsize=9.5, color=text_colour, zorder=5,
         )  # fmt: skip
     x, y = point.position
     axes.plot(x, y, "o", ms=9, color=colour, mec="white", mew=1.5, zorder=6)
@@ -161,7 +163,7 @@ def _draw_corners(axes: Any, explanation: Explanation, point: Point) -> None:
     axes.tick_params(length=0, pad=1)
     axes.set_frame_on(False)
     axes.set_title(
-        f"{point.number}  at {pair(point.position)}  reads {number(point.read)}",
+        f"{point.number}  at {format_pair(point.position)}  reads {format_number(point.read)}",
         color=colour, fontsize=12, weight="bold", pad=5,
     )  # fmt: skip
 
@@ -181,9 +183,9 @@ def _module(explanation: Explanation) -> Figure:
         _draw_level(figure.add_subplot(rows, columns, level + 1), explanation, level, largest)
     notes = [
         "★ reference    ● position, its area the attention weight "
-        f"(largest {number(largest)})    grey: channel {explanation.channel} of the value",
-        f"sum of attention weight · read = {number(explanation.by_hand, 5)};  "
-        f"the module's attended value = {number(explanation.library, 5)}",
+        f"(largest {format_number(largest)})    grey: channel {explanation.channel} of the value",
+        f"sum of attention weight · read = {format_number(explanation.by_hand, 5)};  "
+        f"the module's attended value = {format_number(explanation.library, 5)}",
     ]
     if len(explanation.spatial_shapes) > len(shapes):
         notes.append(f"the first {len(shapes)} of {len(explanation.spatial_shapes)} levels")
@@ -218,7 +220,7 @@ def _draw_level(axes: Any, explanation: Explanation, level: int, largest: float)
     axes.plot(*centre, "*", ms=17, color=_INK, mec="white", mew=1.2, zorder=4)
     share = 100 * sum(point.attention_weight for point in points)
     axes.set_title(
-        f"level {level}: {height} x {width} pixels, {number(share, 1)} % of the attention",
+        f"level {level}: {height} x {width} pixels, {format_number(share, 1)} % of the attention",
         fontsize=11,
     )
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -227,7 +229,7 @@ def _draw_level(axes: Any, explanation: Explanation, level: int, largest: float)
 
 
 def _keep_in_view(axes: Any, width: int, height: int, positions: list[tuple[float, float]]) -> None:
-    """The whole map, and points outside it as far as one more map on each side."""
+    """Shows the whole map, and points outside it up to one map size away on each side."""
     xs = [min(max(x, -width), 2 * width) for x, y in positions if math.isfinite(x + y)]
     ys = [min(max(y, -height), 2 * height) for x, y in positions if math.isfinite(x + y)]
     axes.set_xlim(min([-0.5, *(x - 0.5 for x in xs)]), max([width - 0.5, *(x + 0.5 for x in xs)]))

@@ -1,4 +1,4 @@
-"""What a state dict holds of deformable attention: found by what a module owns, not by its name."""
+"""The parts of a state dict that belong to deformable attention, recognised by their parameters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from saccade.integrations.checkpoints.geometry import SCALES, joined
+from saccade.integrations.checkpoints.geometry import SCALES, join_name
 
 FIRST = "sampling_offsets.weight"
 LAYERS = ("sampling_offsets", "attention_weights", "value_proj", "output_proj")
@@ -17,13 +17,13 @@ ENTRIES = tuple(f"{layer}.{kind}" for layer in LAYERS for kind in ("weight", "bi
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """What `load` found in a file.
+    """The content of a file that `load` has read.
 
     Attributes:
         state_dict: the tensors by name.
-        config: the settings that say how many heads, levels and points there are, where the file has
-            them (in the authors' `args`, or transformers' config.json).
-        entry: where in the file the state dict lay, such as "model" or "ema.module"; "" on top.
+        config: the settings for the numbers of heads, levels and points, where the file has them (in the
+            authors' `args`, or transformers' config.json).
+        entry: the path of the state dict in the file, such as "model" or "ema.module"; "" on top.
     """
 
     state_dict: dict[str, Tensor] = field(repr=False)
@@ -52,29 +52,29 @@ def attention_prefixes(source: Checkpoint | Mapping[str, Tensor]) -> list[str]:
 def state_dict_of(source: Checkpoint | Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The entries of one module under the names of `saccade.nn.MultiScaleDeformableAttention`.
 
-    For a module that you made yourself: `module.load_state_dict(state_dict_of(...))` finds no key
-    missing and none unexpected.
+    A module that you made yourself loads them strictly:
+    `module.load_state_dict(state_dict_of(...))`.
 
     Args:
         source: what `load` returned, or a state dict.
         prefix: one of `attention_prefixes`.
 
     Returns:
-        The eight tensors, not copied.
+        The eight tensors, which are not copies.
 
     Raises:
         ValueError: an entry is missing, unknown or of another shape; the message names it.
     """
     state_dict = source.state_dict if isinstance(source, Checkpoint) else source
-    own = own_entries(state_dict, prefix)
-    _check_names(prefix, own, attention_prefixes(state_dict))
-    _check_shapes(prefix, own)
-    return {name: own[name] for name in ENTRIES}
+    entries = get_entries(state_dict, prefix)
+    _check_names(prefix, entries, attention_prefixes(state_dict))
+    _check_shapes(prefix, entries)
+    return {name: entries[name] for name in ENTRIES}
 
 
-def own_entries(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def get_entries(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The entries under the prefix, by the rest of their names."""
-    start = joined(prefix, "")
+    start = join_name(prefix, "")
     return {
         name.removeprefix(start): tensor
         for name, tensor in state_dict.items()
@@ -82,23 +82,26 @@ def own_entries(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tens
     }
 
 
-def hint_of_levels(state_dict: Mapping[str, Tensor], prefix: str) -> str:
-    """The embedding of the levels, for a message: it may count other levels than the module's."""
+def make_level_hint(state_dict: Mapping[str, Tensor], prefix: str) -> str:
+    """A part of an error message: the number of rows of a level embedding.
+
+    The rows may belong to other levels than the module's, so that the number is only mentioned.
+    """
     parts = prefix.split(".")
     for length in range(len(parts), -1, -1):
         for name in ("level_embed", "level_embeds"):
             entry = ".".join([*parts[:length], name])
             if entry in state_dict:
-                return f" ({entry} has {len(state_dict[entry])} rows, perhaps one a level)"
+                return f" ({entry} has {len(state_dict[entry])} rows, perhaps one per level)"
     return ""
 
 
-def _check_names(prefix: str, own: Mapping[str, Tensor], known: list[str]) -> None:
-    if FIRST not in own:
-        raise ValueError(f"prefix: expected one of {known}, got {prefix!r}")
-    missing = [name for name in ENTRIES if name not in own]
+def _check_names(prefix: str, entries: Mapping[str, Tensor], prefixes: list[str]) -> None:
+    if FIRST not in entries:
+        raise ValueError(f"prefix: expected one of {prefixes}, got {prefix!r}")
+    missing = [name for name in ENTRIES if name not in entries]
     if missing:
-        absent = {layer for layer in LAYERS[2:] if f"{layer}.weight" not in own}
+        absent = {layer for layer in LAYERS[2:] if f"{layer}.weight" not in entries}
         reason = ""
         if len(absent) == 2:
             reason = (
@@ -115,7 +118,7 @@ def _check_names(prefix: str, own: Mapping[str, Tensor], known: list[str]) -> No
             f"{prefix or 'top'}: expected the entries {', '.join(ENTRIES)}, got none for "
             f"{', '.join(missing)}{reason}"
         )
-    unknown = [name for name in own if name not in (*ENTRIES, *SCALES)]
+    unknown = [name for name in entries if name not in (*ENTRIES, *SCALES)]
     if unknown:
         raise ValueError(
             f"{prefix or 'top'}: expected only {', '.join(ENTRIES)} and {' or '.join(SCALES)}, got "
@@ -123,9 +126,9 @@ def _check_names(prefix: str, own: Mapping[str, Tensor], known: list[str]) -> No
         )
 
 
-def _check_shapes(prefix: str, own: Mapping[str, Tensor]) -> None:
-    weight = own[FIRST]
-    rows = len(own["attention_weights.bias"]) if own["attention_weights.bias"].dim() else 0
+def _check_shapes(prefix: str, entries: Mapping[str, Tensor]) -> None:
+    weight = entries[FIRST]
+    rows = len(entries["attention_weights.bias"]) if entries["attention_weights.bias"].dim() else 0
     embed_dim = weight.shape[-1] if weight.dim() == 2 else 0
     spatial_dims = len(weight) // rows if weight.dim() and rows else 2
     sizes = {
@@ -137,10 +140,10 @@ def _check_shapes(prefix: str, own: Mapping[str, Tensor]) -> None:
     for name in ENTRIES:
         layer, _, kind = name.rpartition(".")
         shape = [sizes[layer], embed_dim] if kind == "weight" else [sizes[layer]]
-        if list(own[name].shape) != shape or not own[name].is_floating_point():
+        if list(entries[name].shape) != shape or not entries[name].is_floating_point():
             raise ValueError(
-                f"{joined(prefix, name)}: expected floating point {shape}, by embed_dim={embed_dim} and "
-                f"{rows} rows of attention_weights, got {own[name].dtype} {list(own[name].shape)}. "
+                f"{join_name(prefix, name)}: expected floating point {shape}, by embed_dim={embed_dim} and "
+                f"{rows} rows of attention_weights, got {entries[name].dtype} {list(entries[name].shape)}. "
                 "Queries and values must have embed_dim channels, before and after value_proj "
                 "(value_proj_ratio=1 in mmcv)"
             )
