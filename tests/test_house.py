@@ -53,7 +53,7 @@ def imported(tree):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def layer_of(part):
+def find_layer(part):
     return next(number for number, layer in enumerate(LAYERS) if part in layer)
 
 
@@ -66,9 +66,9 @@ def test_imports_go_downward_only():
             target = name.split(".")[1] if "." in name else "__init__"
             if target not in parts or target == "__init__":
                 # The package's public names are for the modules that use the library as its users do.
-                assert layer_of(part) <= 1, f"{path.name} imports {name} from the top"
+                assert find_layer(part) <= 1, f"{path.name} imports {name} from the top"
                 continue
-            assert layer_of(part) <= layer_of(target), f"{path.name} imports {name} upward"
+            assert find_layer(part) <= find_layer(target), f"{path.name} imports {name} upward"
 
 
 def test_exports_do_not_depend_on_benchmarks():
