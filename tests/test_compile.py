@@ -15,6 +15,8 @@ from transformers.models.rt_detr_v2.modeling_rt_detr_v2 import (
 
 import saccade
 
+pytestmark = pytest.mark.slow
+
 CHANNELS, HEADS = 32, 4
 
 
@@ -102,7 +104,6 @@ def test_one_graph_for_all_sizes(name):
     assert count_graphs(make(), [inputs(*size) for size in sizes]) == [1] * len(sizes)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["op", "MultiScaleDeformableAttention"])
 def test_gradients_of_one_graph_for_all_sizes(name):
     torch.compiler.reset()
@@ -155,7 +156,6 @@ def test_an_error_prints_the_sizes(dynamic):
         compiled(value[:, :, :-1], *rest)
 
 
-@pytest.mark.slow
 def test_a_patched_layer_whose_graph_breaks_and_its_unpatched_twin():
     """A graph that is compiled for a patched layer does not run in an unpatched one."""
     config = RTDetrV2Config(d_model=CHANNELS, decoder_attention_heads=HEADS)
@@ -179,7 +179,6 @@ def test_a_patched_layer_whose_graph_breaks_and_its_unpatched_twin():
     assert layers[0].forward.__func__.__code__ is not type(unpatched).forward.__code__
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(
     not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler"
 )

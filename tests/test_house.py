@@ -175,7 +175,7 @@ def test_docstrings_run():
         "docs/compositions.md",
         "docs/deformable_convolution.md",
         "docs/backends.md",
-        "docs/export.md",
+        pytest.param("docs/export.md", marks=pytest.mark.slow),
     ],
 )
 def test_examples_of_the_pages_run(page):
