@@ -104,15 +104,15 @@ inline bool fills_lines(const void* first, int64_t row_bytes) {
 
 // The compute type of a storage type.
 template <class S>
-struct ComputeOf {
+struct ComputeType {
   typedef float type;
 };
 template <>
-struct ComputeOf<double> {
+struct ComputeType<double> {
   typedef double type;
 };
 template <class S>
-using Compute = typename ComputeOf<S>::type;
+using Compute = typename ComputeType<S>::type;
 
 template <class T>
 const PointTable<T>& point_table(const Plan& plan);

@@ -83,7 +83,7 @@ def build_program(program: str) -> Path:
 @shares_objects
 @pytest.mark.slow
 def test_kernels_agree_with_loops_and_stay_within_their_tensors():
-    printed = check(build_program("check_kernels"), "300" if helpers.ALL else "100")
+    printed = check(build_program("check_kernels"), "300" if helpers.ALL else "50")
     for isa in native.available_isas():
         assert f"{isa} float32" in printed
 
@@ -100,7 +100,7 @@ def test_another_compiler_agrees(tmp_path):
     kept = [path for path in library_objects() if path.stem not in names]
     program = link(compiler, tmp_path, flags, "check_kernels", [*replaced, *kept])
     for isa in isas:
-        assert f"{isa} float64" in check(program, "100" if helpers.ALL else "30", isa)
+        assert f"{isa} float64" in check(program, "100" if helpers.ALL else "20", isa)
 
 
 @shares_objects
@@ -147,7 +147,9 @@ def test_neon_under_emulation(tmp_path):
     compiler = tool("aarch64-linux-gnu-g++")
     emulator = tool("qemu-aarch64", "qemu-aarch64-static")
     flags = ["-O2", "-static"] if helpers.ALL else ["-O1", "-static"]
-    objects = compile_objects(compiler, tmp_path, flags, [*PLAIN, "isa_neon", "isa_scalar"])
+    objects = compile_objects(compiler, tmp_path, flags, [*PLAIN, "isa_neon"])
+    # It is linked, but not run.
+    objects += compile_objects(compiler, tmp_path, ["-O0"], ["isa_scalar"])
     program = link(compiler, tmp_path, flags, "check_kernels", objects)
     printed = check(emulator, program, "100" if helpers.ALL else "20", "neon")
     assert "neon float32" in printed

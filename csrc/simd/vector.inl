@@ -9,7 +9,7 @@
 //   stream, end_streams: stores past the caches.
 
 template <class T, int W>
-struct VectorOf {
+struct VectorType {
   typedef T type __attribute__((vector_size(W * sizeof(T)), may_alias));
   typedef T unaligned __attribute__((vector_size(W * sizeof(T)), may_alias, aligned(alignof(T))));
 };
@@ -18,9 +18,9 @@ template <class T>
 constexpr int kWidth = sizeof(T) == sizeof(float) ? kFloatWidth : kDoubleWidth;
 
 template <class T>
-using Vector = typename VectorOf<T, kWidth<T>>::type;
+using Vector = typename VectorType<T, kWidth<T>>::type;
 template <class T>
-using Unaligned = typename VectorOf<T, kWidth<T>>::unaligned;
+using Unaligned = typename VectorType<T, kWidth<T>>::unaligned;
 
 template <class T>
 SACCADE_INLINE Vector<T> splat(T element) {
@@ -42,8 +42,8 @@ SACCADE_INLINE Vector<float> load_as_compute(const float* source) { return load(
 SACCADE_INLINE Vector<double> load_as_compute(const double* source) { return load(source); }
 SACCADE_INLINE Vector<float> load_as_compute(const Half* source) { return load_half(source); }
 SACCADE_INLINE Vector<float> load_as_compute(const BFloat16* source) {
-  typedef typename VectorOf<uint16_t, kFloatWidth>::unaligned Bits;
-  typedef typename VectorOf<uint32_t, kFloatWidth>::type Wide;
+  typedef typename VectorType<uint16_t, kFloatWidth>::unaligned Bits;
+  typedef typename VectorType<uint32_t, kFloatWidth>::type Wide;
   const Wide wide = __builtin_convertvector(*reinterpret_cast<const Bits*>(source), Wide) << 16;
   return (Vector<float>)wide;
 }
@@ -58,14 +58,14 @@ SACCADE_INLINE Vector<T> load_interleaved(const S* source, int odd) {
 }
 template <>
 SACCADE_INLINE Vector<float> load_interleaved<BFloat16, float>(const BFloat16* source, int odd) {
-  typedef typename VectorOf<uint32_t, kFloatWidth>::type Wide;
+  typedef typename VectorType<uint32_t, kFloatWidth>::type Wide;
   Wide both;
   std::memcpy(&both, source, sizeof(both));
   return (Vector<float>)(odd ? both & 0xffff0000u : both << 16);
 }
 
 // A vector in the storage type.
-typedef typename VectorOf<uint16_t, kFloatWidth>::type Bits16;
+typedef typename VectorType<uint16_t, kFloatWidth>::type Bits16;
 
 SACCADE_INLINE Vector<float> to_stored(const float*, Vector<float> vector) { return vector; }
 SACCADE_INLINE Vector<double> to_stored(const double*, Vector<double> vector) { return vector; }
@@ -73,9 +73,9 @@ SACCADE_INLINE Bits16 to_stored(const Half*, Vector<float> vector) {
   return (Bits16)half_bits(vector);
 }
 // The bits of bfloat16 elements in the upper halves; the lower halves hold leftovers of the floats.
-SACCADE_INLINE typename VectorOf<uint32_t, kFloatWidth>::type round_to_bfloat16(
+SACCADE_INLINE typename VectorType<uint32_t, kFloatWidth>::type round_to_bfloat16(
     Vector<float> vector) {
-  typedef typename VectorOf<uint32_t, kFloatWidth>::type Wide;
+  typedef typename VectorType<uint32_t, kFloatWidth>::type Wide;
   const Wide wide = (Wide)vector;
   const Wide rounded = wide + 0x7fff + ((wide >> 16) & 1);  // half to even
   const Wide quiet = wide | 0x400000;                       // a NaN stays one
@@ -166,15 +166,15 @@ SACCADE_INLINE Vector<T> minimum(Vector<T> a, Vector<T> b) {
 
 // Indices of rows of the value: 32 bits for each lane.
 template <class T>
-using RowIndices = typename VectorOf<int32_t, kWidth<T>>::type;
+using RowIndices = typename VectorType<int32_t, kWidth<T>>::type;
 
 template <class T>
 SACCADE_INLINE RowIndices<T> load_rows(const int32_t* source) {
-  return *reinterpret_cast<const typename VectorOf<int32_t, kWidth<T>>::unaligned*>(source);
+  return *reinterpret_cast<const typename VectorType<int32_t, kWidth<T>>::unaligned*>(source);
 }
 template <class T>
 SACCADE_INLINE void store_rows(int32_t* target, RowIndices<T> rows) {
-  *reinterpret_cast<typename VectorOf<int32_t, kWidth<T>>::unaligned*>(target) = rows;
+  *reinterpret_cast<typename VectorType<int32_t, kWidth<T>>::unaligned*>(target) = rows;
 }
 // `vector` must hold whole numbers.
 template <class T>
