@@ -63,7 +63,7 @@ struct Stored<Half> {
     const uint32_t bits = get_bits(static_cast<float>(std::round(value * 8) / 8));
     const uint32_t magnitude = bits & 0x7fffffff;
     const uint32_t half = magnitude == 0 ? 0 : (magnitude - (112u << 23)) >> 13;
-    return {static_cast<uint16_t>(bits >> 16 & 0x8000u | half)};
+    return {static_cast<uint16_t>((bits >> 16 & 0x8000u) | half)};
   }
   static double decode(Half value) {
     const int exponent = value.bits >> 10 & 0x1f, mantissa = value.bits & 0x3ff;
