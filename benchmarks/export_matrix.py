@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from benchmarks.export_targets import TARGETS, Target, Tensors
 from saccade.export import formats
-from saccade.export.detectors import reason
+from saccade.export.detectors import summarize_error
+from saccade.integrations.exporter_logging import silence_exporters
 from saccade.integrations.onnx import Lowering
-from saccade.integrations.quiet import quiet_exporters
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "export.md"
 MARKED = re.compile(r"(<!-- matrix -->\n).*?(<!-- end of matrix -->)", flags=re.DOTALL)
@@ -83,7 +83,7 @@ def _compile(work: Work) -> Callable[..., Any]:
 
 
 def _trace(work: Work) -> Callable[..., Any]:
-    with quiet_exporters():
+    with silence_exporters():
         return torch.jit.trace(work.module, work.inputs("same"), check_trace=False)
 
 
@@ -148,7 +148,7 @@ def _tuple(outputs: Any) -> Tensors:
 
 def _told(error: Exception) -> str:
     """The reason, without places in sources, paths and sizes of one case: it is told once."""
-    told = re.sub(r"\S*/(\w+\.\w+)", r"\1", reason(error))
+    told = re.sub(r"\S*/(\w+\.\w+)", r"\1", summarize_error(error))
     told = re.sub(r"(\w+Error: )+(understand, [\w.:]+, )?", r"\1", told)
     return re.sub(r"\b\d{2,}\b", "n", told).replace("|", "/")[:160]
 

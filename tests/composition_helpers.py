@@ -80,14 +80,14 @@ def multi_camera_loops(value, cameras, locations, weights):
     value = value.double()
     batch, anchors, points, num_cameras, levels, groups = weights.shape
     output = torch.zeros(batch, anchors, value.shape[2], dtype=torch.float64)
-    group_of_channel = torch.arange(value.shape[2]) // (value.shape[2] // groups)
+    group_index = torch.arange(value.shape[2]) // (value.shape[2] // groups)
     for b, a, k in itertools.product(range(batch), range(anchors), range(points)):
         first_row = 0
         for camera, level in itertools.product(range(num_cameras), range(levels)):
             height, width = cameras[camera][level]
             x, y = (float(number) for number in locations[b, a, k, camera])
             if 0 < x < 1 and 0 < y < 1:
-                share = weights[b, a, k, camera, level].double()[group_of_channel]
+                share = weights[b, a, k, camera, level].double()[group_index]
                 for (column, wx), (row, wy) in itertools.product(cells(x, width), cells(y, height)):
                     output[b, a] += wx * wy * share * value[b, first_row + row * width + column]
             first_row += height * width

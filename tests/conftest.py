@@ -17,6 +17,7 @@ if not torch.cuda.is_available():
 import helpers
 
 import saccade
+from saccade import call
 from saccade.ops import gpu, native, schema
 
 ON_A_CARD = torch.cuda.is_available()
@@ -118,58 +119,58 @@ def native_backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-# Rows of so many channels, or so many points, are not read at once.
+# Cases with rows of so many channels, or so many points, that they are not read at once.
 TOO_WIDE = ("slices-of-rows", "wide-rows", "many-points")
+
+
+def gpu_plans() -> list:
+    """The plans of the GPU kernels that calls have made since the cache of calls was emptied."""
+    plans = (plan for recipe in call._cache.values() for plan in recipe.plans.values())
+    return [plan for plan in plans if hasattr(plan, "kernel")]
 
 
 @contextmanager
 def table(monkeypatch: pytest.MonkeyPatch, **entries: int) -> Iterator[list[str]]:
     """The GPU kernels, chosen by other entries of the table; gives the names of those that ran."""
-    from saccade.backends.triton import backward, launch, tuning
+    from saccade.backends.triton import tuning
 
     changed = {**tuning._table(), **entries}
     monkeypatch.setattr(tuning, "_table", lambda: changed)
-    remembered = (launch._remembered, backward._remembered)
-    for plans in remembered:
-        plans.clear()
+    call._cache.clear()
     ran: list[str] = []
     with use(TRITON):
         yield ran
-    ran += [plan.prepared.kernel.__name__ for plans in remembered for plan in plans.values()]
-    for plans in remembered:
-        plans.clear()
+    ran += [plan.kernel.name for plan in gpu_plans()]
+    call._cache.clear()
 
 
 def summing(way: str) -> dict[str, int]:
     """The entries of the table for a way to sum up the gradient of the value."""
-    return {"many_samples": MANY_SAMPLES[way], "many_samples_of_a_cell": 0}
+    return {"many_samples": MANY_SAMPLES[way], "many_samples_per_cell": 0}
 
 
-FEW_LOOKS = {"queries": -1, "points": 2**62}
-MANY_SAMPLES = {"added": 2**62, "in-order": 0}
+FEW_PAIRS = {"queries": -1, "points": 2**62}
+MANY_SAMPLES = {"atomic": 2**62, "sorted": 0}
 
 
-@pytest.fixture(params=FEW_LOOKS)
+@pytest.fixture(params=FEW_PAIRS)
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The GPU kernels: those for many queries and those for few by turns, whatever the number of looks."""
-    with table(monkeypatch, few_looks=FEW_LOOKS[request.param]) as ran:
+    """The GPU kernels: those for many queries and those for few by turns, whatever their number is."""
+    with table(monkeypatch, few_pairs=FEW_PAIRS[request.param]) as ran:
         yield request.param
     # What does not fit into registers at once is left to the other one.
-    assert f"attend_{request.param}" in ran or request.node.callspec.id.endswith(TOO_WIDE)
+    assert f"forward_{request.param}_kernel" in ran or request.node.callspec.id.endswith(TOO_WIDE)
 
 
 @pytest.fixture(params=MANY_SAMPLES)
 def summed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Both ways to sum up the gradient of the value, by the GPU kernels for many queries."""
-    from saccade.backends.triton import backward
-
-    chosen = {"few_looks": -1, **summing(request.param)}
-    with table(monkeypatch, **chosen) as ran:
+    with table(monkeypatch, few_pairs=-1, **summing(request.param)) as ran:
         yield request.param
-        plans = [plan for plan in backward._remembered.values() if plan.wanted.value]
-        ways = {plan.in_order is not None for plan in plans}
-    assert "differentiate_queries" in ran
-    assert ways == {request.param == "in-order"}
+        plans = [plan for plan in gpu_plans() if getattr(plan, "wanted", [False])[0]]
+        ways = {plan.kernel.constants.GRAD_VALUE for plan in plans}
+    assert "backward_queries_kernel" in ran
+    assert ways == {request.param}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

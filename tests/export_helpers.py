@@ -1,9 +1,12 @@
-"""What the tests of export share: what is exported, and the embedded detector."""
+"""Shared by the tests of export: the exported modules, and the embedded detector."""
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
+import helpers
+import pytest
 import torch
 from PIL import Image
 
@@ -16,44 +19,60 @@ from benchmarks.export_targets import (
     TARGETS,
     Target,
 )
-from saccade.export.verify import LEAST_IOU, box_iou
+from saccade.export.verify import MIN_IOU, box_iou
 from saccade.integrations.tracing import symbolic_sizes
 
 ROOT = Path(__file__).resolve().parent.parent
+NUM_DECODER_LAYERS = 2
+# Tests with this mark run on one worker of xdist, so that they share the exported detector.
+SHARES_DETECTOR = pytest.mark.xdist_group("embedded detector")
 SCENES = [ROOT / f"examples/digit_scenes/scenes/scene_{number}.png" for number in (0, 1)]
 
 
-def of_a_convolution(batch, queries, height, width):
+def make_convolution_inputs(batch, queries, height, width):
     return (torch.randn(batch, height, width, CHANNELS),)
 
 
 CASES = {name: target for name, target in TARGETS.items() if not target.whole} | {
     "nn.DeformableConv": Target(
-        lambda: saccade.nn.DeformableConv(CHANNELS, HEADS), of_a_convolution, (CHANNELS_LAST,)
+        lambda: saccade.nn.DeformableConv(CHANNELS, HEADS),
+        make_convolution_inputs,
+        (CHANNELS_LAST,),
     )
 }
 
 
+@functools.cache
 def embedded_detector():
-    """The model that comes with saccade, and the shipped scenes as its input."""
-    # transformers, which not every test of export needs
+    """Returns the model that comes with saccade, and the shipped scenes as its input.
+
+    Only the full set of tests keeps all six decoder layers: each of them predicts, and the time that
+    exporters and compilers take grows with their number.
+    """
+    # These import transformers, which some tests of export do not need.
     from saccade.export.detectors import Outputs
     from saccade.vision.detector import Detector
 
     detector = Detector.load()
-    pictures = [Image.open(path).convert("RGB") for path in SCENES]
-    pixels = detector.processor(images=pictures, return_tensors="pt")["pixel_values"]
+    images = [Image.open(path).convert("RGB") for path in SCENES]
+    pixels = detector.processor(images=images, return_tensors="pt")["pixel_values"]
+    if not helpers.ALL:
+        decoder = detector.model.model.decoder
+        decoder.layers = decoder.layers[:NUM_DECODER_LAYERS]
     return Outputs(detector.model).eval(), pixels
 
 
-def export_detector(model, pixels):
-    """With a dynamic batch and resolution."""
+@functools.cache
+def exported_detector():
+    """Returns the embedded detector, its input, and its program with dynamic batch and resolution."""
+    model, pixels = embedded_detector()
     with torch.no_grad(), symbolic_sizes():
-        return torch.export.export(model, (pixels,), dynamic_shapes=(CHANNELS_FIRST,))
+        program = torch.export.export(model, (pixels,), dynamic_shapes=(CHANNELS_FIRST,))
+    return model, pixels, program
 
 
 def detections(outputs, threshold=0.5):
-    """(image, query, label) and the boxes of what was found."""
+    """Returns (image, query, label) of each detection, and the boxes."""
     logits, boxes = outputs
     scores, labels = logits.sigmoid().max(-1)
     image, query = (scores > threshold).nonzero(as_tuple=True)
@@ -62,15 +81,15 @@ def detections(outputs, threshold=0.5):
 
 
 def corners(boxes):
-    """(x0, y0, x1, y1) of (centre x, centre y, width, height)."""
+    """Converts boxes from (centre x, centre y, width, height) to (x0, y0, x1, y1)."""
     centre, size = boxes.chunk(2, -1)
     return torch.cat([centre - size / 2, centre + size / 2], -1)
 
 
-def assert_same_detections(found, expected):
-    """The same classes from the same queries, boxes with an IoU above 0.99."""
-    names, boxes = detections(found)
-    wanted_names, wanted = detections(expected)
-    assert len(wanted_names) > 5
-    assert names == wanted_names
-    assert box_iou(corners(boxes), corners(wanted)).diagonal().min() > LEAST_IOU
+def assert_same_detections(actual, expected):
+    """Checks for the same classes from the same queries, and boxes with an IoU above 0.99."""
+    names, boxes = detections(actual)
+    expected_names, expected_boxes = detections(expected)
+    assert len(expected_names) > 5
+    assert names == expected_names
+    assert box_iou(corners(boxes), corners(expected_boxes)).diagonal().min() > MIN_IOU

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 import saccade
+from saccade.call import parse_call
+from saccade.functional import run
 from saccade.integrations import onnx as saccade_onnx
 
 LOWERINGS = ("grid_sample", "gather", "plugin", "native")
@@ -19,8 +21,8 @@ SHAPES = {1: [(9,), (5,)], 2: [(6, 7), (3, 4)], 3: [(3, 4, 5), (2, 3, 2)]}
 OTHER_SHAPES = {1: [(12,), (3,)], 2: [(5, 9), (4, 3)], 3: [(4, 3, 6), (3, 2, 4)]}
 
 
-def shapes_of(maps):
-    """The recipe of docs/onnx.md: numbers from the maps' shapes, never from a tensor."""
+def get_shapes(maps):
+    """The recipe of docs/onnx.md: ints from the maps' shapes, never from a tensor."""
     return [tuple(feature_map.shape[2:]) for feature_map in maps]
 
 
@@ -29,8 +31,8 @@ def flattened(maps):
     return torch.cat([feature_map.flatten(2) for feature_map in maps], 2).transpose(1, 2)
 
 
-def of_points(query, shapes):
-    """What a query says, taken apart: [B, Q, M, P, N], as locations a little outside too, and [B, Q, M, P]."""
+def split_query(query, shapes):
+    """Points [B, Q, M, P, N], some of them a little outside as locations, and weights [B, Q, M, P]."""
     spatial_dims, points = len(shapes[0]), len(shapes) * POINTS
     count = HEADS * points * spatial_dims
     return (
@@ -39,64 +41,54 @@ def of_points(query, shapes):
     )
 
 
-def value_of(maps, heads):
-    """[B, S, heads, D]."""
-    return flattened(maps).unflatten(-1, (heads, -1))
+class Operator(nn.Module):
+    """Calls of the operator, one for each dict of options.
 
-
-class Plain(nn.Module):
-    """Calls of the operator, one for each dict of options; `value_heads` is one of them."""
-
-    def __init__(self, *calls):
-        super().__init__()
-        self.calls = calls
-
-    def forward(self, maps, query, mask):
-        shapes, found = shapes_of(maps), []
-        locations, weights = of_points(query, shapes)
-        for call in self.calls:
-            options = {"num_points": POINTS} | call
-            value = value_of(maps, options.pop("value_heads", HEADS))
-            if options.pop("masked", False):
-                options["value_padding_mask"] = mask
-            at, counted = locations, weights
-            if options.get("coordinates") == "pixel":
-                at = at * 6
-            if "queries_per_map" in options:
-                at, counted = at.flatten(0, 1), counted.flatten(0, 1)
-            elif call == {}:
-                # With an axis for the levels.
-                del options["num_points"]
-                at, counted = (tensor.unflatten(3, (len(maps), POINTS)) for tensor in (at, counted))
-            found.append(saccade.deformable_attention(value, shapes, at, counted, **options))
-        return tuple(found)
-
-
-class Fused(nn.Module):
-    """Calls of the fused operator, as `Plain`; `boxes` and `references` are options too."""
+    Beside the operator's options there are `references`, the number of reference points (points are offsets
+    then), `boxes`, `softmax`, `value_heads` and `masked`.
+    """
 
     def __init__(self, *calls):
         super().__init__()
         self.calls = calls
 
     def forward(self, maps, query, mask):
-        shapes, found = shapes_of(maps), []
-        offsets, logits = of_points(query, shapes)
-        offsets = offsets * 3
-        for call in self.calls:
-            options = {"num_points": POINTS} | call
-            coordinates = len(shapes[0]) * (2 if options.pop("boxes", False) else 1)
-            references = query[..., : options.pop("references", 1) * coordinates]
-            references = references.unflatten(-1, (-1, coordinates))
-            if options.get("coordinates") == "pixel":
-                references = references * 6
-            value = value_of(maps, options.pop("value_heads", HEADS))
-            found.append(
-                saccade.fused_deformable_attention(
-                    value, shapes, references, offsets, logits, **options
-                )
+        return tuple(self.run(dict(call), maps, query, mask) for call in self.calls)
+
+    def run(self, options, maps, query, mask):
+        shapes = get_shapes(maps)
+        points, weights = split_query(query, shapes)
+        value = flattened(maps).unflatten(-1, (options.pop("value_heads", HEADS), -1))
+        if options.pop("masked", False):
+            options["value_padding_mask"] = mask
+        by_level = not options
+        references, softmax = options.pop("references", 0), options.pop("softmax", False)
+        coordinates = len(shapes[0]) * (2 if options.pop("boxes", False) else 1)
+        unit = 6 if options.get("coordinates") == "pixel" else 1
+        if references:
+            reference_points = query[..., : references * coordinates] * unit
+            reference_points = reference_points.unflatten(-1, (-1, coordinates))
+            points = points * 3
+        else:
+            points = points * unit
+        if "queries_per_map" in options:
+            points, weights = points.flatten(0, 1), weights.flatten(0, 1)
+        elif by_level:  # with an axis for the levels
+            points, weights = (
+                tensor.unflatten(3, (len(maps), POINTS)) for tensor in (points, weights)
             )
-        return tuple(found)
+        if not by_level:
+            options.setdefault("num_points", POINTS)
+        if softmax != bool(references):
+            # The public functions have no such call.
+            if references:
+                options["reference_points"] = reference_points
+            return run(parse_call(value, shapes, points, weights, softmax=softmax, **options))
+        if references:
+            return saccade.fused_deformable_attention(
+                value, shapes, reference_points, points, weights, **options
+            )
+        return saccade.deformable_attention(value, shapes, points, weights, **options)
 
 
 class MultiScale(nn.Module):
@@ -113,7 +105,7 @@ class MultiScale(nn.Module):
         reference = query[..., CHANNELS : CHANNELS + 4].unsqueeze(2).sigmoid()
         return (
             self.attention(
-                query[..., :CHANNELS], reference, flattened(maps), shapes_of(maps), mask
+                query[..., :CHANNELS], reference, flattened(maps), get_shapes(maps), mask
             ),
         )
 
@@ -228,11 +220,10 @@ def plugin_node():
     return MultiscaleDeformableAttnPlugin_TRT
 
 
-def assert_equal(found, expected, tolerance=1e-4):
-    """Of all outputs."""
-    assert len(found) == len(expected)
-    for number, (have, want) in enumerate(zip(found, expected, strict=True)):
-        assert have.shape == tuple(want.shape), number
+def assert_equal(outputs, expected, tolerance=1e-4):
+    assert len(outputs) == len(expected)
+    for number, (output, tensor) in enumerate(zip(outputs, expected, strict=True)):
+        assert output.shape == tuple(tensor.shape), number
         np.testing.assert_allclose(
-            have, want.detach().numpy(), rtol=0, atol=tolerance, err_msg=f"output {number}"
+            output, tensor.detach().numpy(), rtol=0, atol=tolerance, err_msg=f"output {number}"
         )

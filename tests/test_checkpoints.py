@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+import helpers
 import pytest
 import torch
 from checkpoint_helpers import (
@@ -22,7 +23,7 @@ from checkpoint_helpers import (
 )
 
 import saccade
-from saccade.benchmark.detectors import DETECTORS
+from benchmarks.small_models import SMALL_MODELS
 from saccade.integrations import checkpoints
 
 
@@ -102,12 +103,20 @@ SEGMENTERS = {"mask2former", "oneformer"}
 WITHOUT_PROJECTIONS = {"d-fine", "deimv2"}
 
 
-@pytest.mark.parametrize("shards", [False, True], ids=["one-file", "shards"])
-@pytest.mark.parametrize("name", [name for name in DETECTORS if name not in WITHOUT_PROJECTIONS])
+FOLDERS = [
+    (name, shards)
+    for shards in (False, True)
+    for name in SMALL_MODELS
+    if name not in WITHOUT_PROJECTIONS
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "shards"), helpers.some(FOLDERS, 6))
 def test_transformers_folders(tmp_path, name, shards):
     pytest.importorskip("safetensors", reason="transformers writes with it")
-    detector = DETECTORS[name]
-    model, inputs = detector.build(small=True), detector.inputs(small=True)
+    detector = SMALL_MODELS[name]
+    model, inputs = detector.build(), detector.inputs()
     if name == "deformable-detr":
         inputs["pixel_mask"] = torch.ones(1, *inputs["pixel_values"].shape[2:], dtype=torch.long)
         inputs["pixel_mask"][:, 60:, 80:] = 0
@@ -260,7 +269,7 @@ def test_the_embedding_of_levels_is_mentioned_and_not_believed():
     weights = layers("", DECODER, "self.{}", {"decoder": [4]}, count=1)
     weights["transformer.level_embeds"] = torch.zeros(4, EMBED_DIM)
     with pytest.raises(
-        ValueError, match=r"\(transformer.level_embeds has 4 rows, perhaps one a lev"
+        ValueError, match=r"\(transformer.level_embeds has 4 rows, perhaps one per lev"
     ):
         checkpoints.attention_modules(weights, num_heads=4)
     assert geometry(weights, num_heads=4, num_levels=1) == (4, [4])
@@ -295,6 +304,6 @@ def test_entries_that_do_not_fit(weights, message):
 
 
 def test_d_fine_of_transformers_is_refused_with_the_reason():
-    model = DETECTORS["d-fine"].build(small=True)
+    model = SMALL_MODELS["d-fine"].build()
     with pytest.raises(ValueError, match="its value comes projected, as in D-FINE"):
         checkpoints.attention_modules(model.state_dict(), model.config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -18,10 +19,12 @@ from composition_helpers import (
     on_the_volume,
     with_gradients,
 )
-from helpers import TOLERANCE
+from conftest import BACKENDS
+from helpers import TOLERANCE, some
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import saccade
 from saccade import depth_weighted_deformable_attention as depth_weighted
 from saccade import multi_camera_deformable_aggregation as multi_camera
 
@@ -31,9 +34,11 @@ INF, NAN = math.inf, math.nan
 HEADS = [(2, 2), (2, 1), (1, 2), (1, 1)]
 
 
-@pytest.mark.parametrize(("value_heads", "depth_heads"), HEADS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_depth_weighted_is_its_loops(backend, dtype, value_heads, depth_heads):
+@pytest.mark.parametrize(
+    ("heads", "dtype"), some(itertools.product(HEADS, (torch.float32, torch.float64)), 4)
+)
+def test_depth_weighted_is_its_loops(backend, heads, dtype):
+    value_heads, depth_heads = heads
     value, depth, locations, weights = draw_depth_weighted(
         dtype, value_heads=value_heads, depth_heads=depth_heads
     )
@@ -44,7 +49,7 @@ def test_depth_weighted_is_its_loops(backend, dtype, value_heads, depth_heads):
 
 
 @pytest.mark.parametrize(("value_heads", "depth_heads"), HEADS)
-def test_depth_weighted_is_the_operator_on_the_volume(backend, value_heads, depth_heads):
+def test_depth_weighted_is_the_operator_on_the_volume(cpu_backend, value_heads, depth_heads):
     value, depth, locations, weights = draw_depth_weighted(
         value_heads=value_heads, depth_heads=depth_heads, queries=9
     )
@@ -54,9 +59,9 @@ def test_depth_weighted_is_the_operator_on_the_volume(backend, value_heads, dept
     for axis in range(3):
         locations[0, :, 0, 0, axis, axis] = pixels[axis]
     inputs = (value, depth, locations, weights)
-    found = with_gradients(lambda v, d, p, w: depth_weighted(v, d, SHAPES, p, w), inputs)
+    actual = with_gradients(lambda v, d, p, w: depth_weighted(v, d, SHAPES, p, w), inputs)
     expected = with_gradients(lambda v, d, p, w: on_the_volume(v, d, SHAPES, p, w), inputs)
-    assert_all_close(found, expected, 4 * TOLERANCE[torch.float64])
+    assert_all_close(actual, expected, 4 * TOLERANCE[torch.float64])
 
 
 @settings(max_examples=30, deadline=None)
@@ -76,9 +81,9 @@ def test_depth_weighted_is_the_operator_on_any_volume(data):
         head_dim=data.draw(st.integers(1, 9)),
         spread=data.draw(st.floats(0, 2)),
     )
-    found = with_gradients(lambda v, d, p, w: depth_weighted(v, d, shapes, p, w), inputs)
+    actual = with_gradients(lambda v, d, p, w: depth_weighted(v, d, shapes, p, w), inputs)
     expected = with_gradients(lambda v, d, p, w: on_the_volume(v, d, shapes, p, w), inputs)
-    assert_all_close(found, expected, 4 * TOLERANCE[torch.float64])
+    assert_all_close(actual, expected, 4 * TOLERANCE[torch.float64])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -96,8 +101,8 @@ def test_multi_camera_is_its_loops(backend, dtype):
 def test_multi_camera_is_the_operator_camera_by_camera(data):
     torch.manual_seed(data.draw(st.integers(0, 999)))
     size, levels = st.integers(1, 5), data.draw(st.integers(1, 3))
-    of_camera = st.lists(st.tuples(size, size), min_size=levels, max_size=levels)
-    cameras = data.draw(st.lists(of_camera, min_size=1, max_size=3))
+    pyramids = st.lists(st.tuples(size, size), min_size=levels, max_size=levels)
+    cameras = data.draw(st.lists(pyramids, min_size=1, max_size=3))
     groups = data.draw(st.integers(1, 4))
     inputs = draw_multi_camera(
         cameras=cameras,
@@ -105,9 +110,9 @@ def test_multi_camera_is_the_operator_camera_by_camera(data):
         channels=groups * data.draw(st.integers(1, 9)),
         points=data.draw(st.integers(1, 4)),
     )
-    found = with_gradients(lambda v, p, w: multi_camera(v, cameras, p, w), inputs)
+    actual = with_gradients(lambda v, p, w: multi_camera(v, cameras, p, w), inputs)
     expected = with_gradients(lambda v, p, w: camera_by_camera(v, cameras, p, w), inputs)
-    assert_all_close(found, expected, 4 * TOLERANCE[torch.float64])
+    assert_all_close(actual, expected, 4 * TOLERANCE[torch.float64])
 
 
 def test_multi_camera_reads_strictly_inside_only(backend):
@@ -130,15 +135,26 @@ def test_multi_camera_reads_strictly_inside_only(backend):
 
 
 def test_first_derivatives(cpu_backend):
-    depth_inputs = [t.requires_grad_() for t in draw_depth_weighted(batch=1, queries=2)]
+    shapes, cameras = [(2, 3), (1, 2)], [[(2, 2)], [(1, 3)]]
+    inputs = draw_depth_weighted(shapes=shapes, batch=1, queries=2, points=2, head_dim=2)
     assert torch.autograd.gradcheck(
-        lambda v, d, p, w: depth_weighted(v, d, SHAPES, p, w), depth_inputs
+        lambda v, d, p, w: depth_weighted(v, d, shapes, p, w),
+        [tensor.requires_grad_() for tensor in inputs],
     )
-    inputs = [t.requires_grad_() for t in draw_multi_camera(batch=1, anchors=2)]
-    assert torch.autograd.gradcheck(lambda v, p, w: multi_camera(v, CAMERAS, p, w), inputs)
+    inputs = draw_multi_camera(cameras=cameras, batch=1, anchors=2, channels=4)
+    assert torch.autograd.gradcheck(
+        lambda v, p, w: multi_camera(v, cameras, p, w),
+        [tensor.requires_grad_() for tensor in inputs],
+    )
 
 
-def test_second_derivatives(cpu_backend):
+@pytest.mark.parametrize("name", BACKENDS[:2])
+def test_second_derivatives(name):
+    with saccade.use_backend(name):
+        assert_second_derivatives()
+
+
+def assert_second_derivatives():
     depth_inputs = draw_depth_weighted(
         shapes=[(2, 2)], bins=2, batch=1, queries=1, points=2, head_dim=1
     )
@@ -173,20 +189,20 @@ def test_16_bit_is_rounded_once(backend, dtype):
     assert ((output - expected).abs() <= ROUNDING[dtype] * expected.abs() + 1e-3).all()
 
 
-def test_the_gradient_of_a_16_bit_depth_is_rounded_once(backend):
+def test_the_gradient_of_a_16_bit_depth_is_rounded_once(cpu_backend):
     value, depth, locations, weights = draw_depth_weighted(torch.float32, queries=50)
     inputs = (value, depth.bfloat16(), locations, weights)
-    _, _, found, *_ = with_gradients(lambda v, d, p, w: depth_weighted(v, d, SHAPES, p, w), inputs)
-    assert found.dtype == torch.bfloat16
+    _, _, actual, *_ = with_gradients(lambda v, d, p, w: depth_weighted(v, d, SHAPES, p, w), inputs)
+    assert actual.dtype == torch.bfloat16
     exact = [tensor.double() for tensor in inputs]
     _, _, expected, *_ = with_gradients(lambda v, d, p, w: on_the_volume(v, d, SHAPES, p, w), exact)
     # Contributions of both signs: a sum of rounded parts would be off by more than its last bit.
-    assert ((found - expected).abs() <= ROUNDING[torch.bfloat16] * expected.abs() + 1e-4).all()
+    assert ((actual - expected).abs() <= ROUNDING[torch.bfloat16] * expected.abs() + 1e-4).all()
 
 
 @pytest.mark.parametrize("number", [INF, -INF, NAN, 1e38])
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_a_location_that_is_not_finite_contributes_nothing(backend, axis, number):
+def test_a_location_that_is_not_finite_contributes_nothing(cpu_backend, axis, number):
     value, depth, locations, weights = draw_depth_weighted(torch.float32)
     # Infinite wherever a dropped point could be led to read instead.
     locations[..., axis] = number
@@ -235,14 +251,14 @@ def test_outside_along_depth_reads_nothing(backend, z, reads):
 @pytest.mark.parametrize("sizes", [{"batch": 0}, {"queries": 0}])
 def test_nothing_to_do(backend, sizes):
     inputs = draw_depth_weighted(torch.float32, **sizes)
-    found = with_gradients(lambda v, d, p, w: depth_weighted(v, d, SHAPES, p, w), inputs)
-    assert found[0].shape == (sizes.get("batch", 2), sizes.get("queries", 4), 6)
-    assert not any(gradient.any() for gradient in found[1:])
+    actual = with_gradients(lambda v, d, p, w: depth_weighted(v, d, SHAPES, p, w), inputs)
+    assert actual[0].shape == (sizes.get("batch", 2), sizes.get("queries", 4), 6)
+    assert not any(gradient.any() for gradient in actual[1:])
     sizes = {{"queries": "anchors"}.get(name, name): size for name, size in sizes.items()}
     inputs = draw_multi_camera(torch.float32, **sizes)
-    found = with_gradients(lambda v, p, w: multi_camera(v, CAMERAS, p, w), inputs)
-    assert found[0].shape == (sizes.get("batch", 2), sizes.get("anchors", 3), 6)
-    assert not any(gradient.any() for gradient in found[1:])
+    actual = with_gradients(lambda v, p, w: multi_camera(v, CAMERAS, p, w), inputs)
+    assert actual[0].shape == (sizes.get("batch", 2), sizes.get("anchors", 3), 6)
+    assert not any(gradient.any() for gradient in actual[1:])
 
 
 def test_strides_do_not_matter():
@@ -263,19 +279,20 @@ def test_strides_do_not_matter():
 def test_the_bits_do_not_depend_on_threads():
     inputs = draw_depth_weighted(torch.float32, batch=1, queries=300, points=8, depth_heads=1)
     many = draw_multi_camera(torch.float32, batch=1, anchors=300, points=13)
-    threads, found = torch.get_num_threads(), []
+    threads, actual = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             deep = with_gradients(lambda v, d, p, w: depth_weighted(v, d, SHAPES, p, w), inputs)
             wide = with_gradients(lambda v, p, w: multi_camera(v, CAMERAS, p, w), many)
-            found.append((*deep, *wide))
+            actual.append((*deep, *wide))
     finally:
         torch.set_num_threads(threads)
-    for again in found[1:]:
-        assert all(torch.equal(*pair) for pair in zip(found[0], again, strict=True))
+    for again in actual[1:]:
+        assert all(torch.equal(*pair) for pair in zip(actual[0], again, strict=True))
 
 
+@pytest.mark.slow
 def test_one_graph_for_a_compiler():
     inputs = draw_depth_weighted(torch.float32)
     compiled = torch.compile(depth_weighted, backend="eager", fullgraph=True)

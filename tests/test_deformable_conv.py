@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from composition_helpers import assert_all_close, with_gradients
-from helpers import TOLERANCE
+from conftest import TRITON, WITH_TRITON, use
+from helpers import TOLERANCE, some
 
 from saccade import deformable_convolution
 from saccade.nn import DeformableConv
@@ -38,13 +39,13 @@ def sizes(options, height, width):
     """H', W', K, counted: one window after the other as long as it fits."""
     kernel, dilation = pair(options["kernel_size"]), pair(options.get("dilation", 1))
     stride, padding = pair(options.get("stride", 1)), pair(options.get("padding", 0))
-    found = []
+    counts = []
     for size, points, step, move, pad in zip(
         (height, width), kernel, dilation, stride, padding, strict=True
     ):
         starts = range(-pad, size + pad, move)
-        found.append(sum(start + step * (points - 1) < size + pad for start in starts))
-    return *found, kernel[0] * kernel[1] - bool(options.get("remove_center"))
+        counts.append(sum(start + step * (points - 1) < size + pad for start in starts))
+    return *counts, kernel[0] * kernel[1] - bool(options.get("remove_center"))
 
 
 def draw(options, dtype=torch.float64, batch=2, height=5, width=6, groups=2, channels=6):
@@ -77,7 +78,7 @@ def loops(
     ]
     half = [step * (size - 1) // 2 for size, step in zip(kernel, dilation, strict=True)]
     for b, row, column, group in itertools.product(*map(range, (batch, rows, columns, groups))):
-        of_group = slice(group * channels // groups, (group + 1) * channels // groups)
+        group_channels = slice(group * channels // groups, (group + 1) * channels // groups)
         weights = modulation[b, row, column, group]
         weights = weights.softmax(0) if softmax else weights
         centre = (
@@ -92,21 +93,37 @@ def loops(
             for xi, yi in itertools.product((left, left + 1), (top, top + 1)):
                 if 0 <= xi < width and 0 <= yi < height:
                     share = (1 - abs(x - xi)) * (1 - abs(y - yi)) * float(weights[k])
-                    output[b, row, column, of_group] += share * value[b, yi, xi, of_group]
+                    output[b, row, column, group_channels] += (
+                        share * value[b, yi, xi, group_channels]
+                    )
     return output
 
 
-@pytest.mark.parametrize("softmax", [False, True], ids=["modulation", "softmax"])
-@pytest.mark.parametrize("name", list(CASES))
-def test_the_convolution_is_its_loops(backend, name, softmax):
+def assert_it_is_its_loops(options, dtype, **sizes):
+    inputs = draw(options, dtype, **sizes)
+    output = deformable_convolution(*inputs, **options)
+    assert output.dtype == dtype
+    assert output.is_contiguous()
+    # A position is a whole number of pixels and a fraction: slopes multiply the error of its last bit.
+    assert_all_close([output], [loops(*inputs, **options)], 10 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(("name", "softmax"), some(itertools.product(CASES, (False, True)), 10))
+def test_the_convolution_is_its_loops(cpu_backend, name, softmax):
     options = {**CASES[name], "softmax": softmax}
     for dtype in (torch.float32, torch.float64):
-        inputs = draw(options, dtype)
-        output = deformable_convolution(*inputs, **options)
-        assert output.dtype == dtype
-        assert output.is_contiguous()
-        # Positions are whole pixels and parts; a slope of some units takes their last bit along.
-        assert_all_close([output], [loops(*inputs, **options)], 10 * TOLERANCE[dtype])
+        assert_it_is_its_loops(options, dtype, batch=2 if dtype == torch.float32 else 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "softmax", "dtype"),
+    some(itertools.product(CASES, (False, True), (torch.float32, torch.float64)), 6),
+)
+@pytest.mark.parametrize("gpu", [pytest.param(TRITON, marks=WITH_TRITON)])
+def test_the_convolution_is_its_loops_on_the_gpu_kernels(gpu, name, softmax, dtype):
+    options = {**CASES[name], "softmax": softmax}
+    with use(gpu):
+        assert_it_is_its_loops(options, dtype, batch=1, height=5, width=5)
 
 
 @pytest.mark.parametrize(("groups", "channels"), [(1, 1), (3, 3), (1, 7), (5, 35), (4, 64)])
@@ -163,9 +180,10 @@ def test_gradients(cpu_backend, options, softmax):
     )
 
 
-@pytest.mark.parametrize("other", [torch.float32, None], ids=["float32-points", "16-bit-points"])
-@pytest.mark.parametrize("softmax", [False, True], ids=["modulation", "softmax"])
-@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize(
+    ("dtype", "softmax", "other"),
+    some(itertools.product(ROUNDING, (False, True), (torch.float32, None)), 4),
+)
 def test_16_bit_is_rounded_once(backend, dtype, softmax, other):
     # Columns beyond 256, whose halves 16 bits cannot tell apart.
     options = {"kernel_size": 2, "stride": (1, 37), "offset_scale": 0.5, "softmax": softmax}
@@ -176,28 +194,35 @@ def test_16_bit_is_rounded_once(backend, dtype, softmax, other):
     expected = with_gradients(function, [t.double() for t in (value, offsets, modulation)])[0]
     assert output.dtype == dtype
     assert ((output - expected).abs() <= ROUNDING[dtype] * expected.abs() + 1e-3).all()
-    wanted = [dtype, offsets.dtype, modulation.dtype]
-    assert [gradient.dtype for gradient in gradients] == wanted
+    expected_dtypes = [dtype, offsets.dtype, modulation.dtype]
+    assert [gradient.dtype for gradient in gradients] == expected_dtypes
 
 
 @pytest.mark.parametrize("softmax", [False, True], ids=["modulation", "softmax"])
 def test_no_batch_and_points_far_outside(cpu_backend, softmax):
     options = {**CASES["dcnv3"], "softmax": softmax}
     function = lambda v, o, m: deformable_convolution(v, o, m, **options)  # noqa: E731
-    found = with_gradients(function, draw(options, batch=0))
-    assert [list(tensor.shape) for tensor in found[:2]] == [[0, 5, 6, 6]] * 2
+    results = with_gradients(function, draw(options, batch=0))
+    assert [list(tensor.shape) for tensor in results[:2]] == [[0, 5, 6, 6]] * 2
     value, offsets, modulation = draw(options)
     for number in (math.inf, math.nan, -1e30):
-        found = with_gradients(function, (value, offsets * 0 + number, modulation))
-        assert not any(tensor.any() for tensor in found)
+        results = with_gradients(function, (value, offsets * 0 + number, modulation))
+        assert not any(tensor.any() for tensor in results)
 
 
-def test_strides_do_not_matter_and_a_compiler_sees_one_graph():
+def test_strides_do_not_matter():
+    options = {**CASES["stride"], "softmax": True}
+    inputs = draw(options, torch.float32)
+    strided = [t.transpose(0, -1).contiguous().transpose(0, -1) for t in inputs]
+    expected = deformable_convolution(*inputs, **options)
+    assert torch.equal(deformable_convolution(*strided, **options), expected)
+
+
+@pytest.mark.slow
+def test_a_compiler_sees_one_graph():
     options = {**CASES["stride"], "softmax": True}
     inputs = draw(options, torch.float32)
     expected = deformable_convolution(*inputs, **options)
-    strided = [t.transpose(0, -1).contiguous().transpose(0, -1) for t in inputs]
-    assert torch.equal(deformable_convolution(*strided, **options), expected)
     compiled = torch.compile(deformable_convolution, backend="eager", fullgraph=True, dynamic=True)
     assert torch.equal(compiled(*inputs, **options), expected)
     inputs = draw(options, torch.float32, height=8, width=9, batch=3)

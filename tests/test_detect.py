@@ -1,4 +1,4 @@
-"""`saccade detect` without the command line: loading, detecting, which query found what, files."""
+"""`saccade detect` without the command line: loading, detections and their queries, files."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ Image = pytest.importorskip("PIL.Image")
 transformers = pytest.importorskip("transformers")
 
 from vision_helpers import (  # noqa: E402
-    gradient_picture,
+    gradient_image,
     save_random_detector,
     save_random_rt_detr,
 )
 
 import saccade  # noqa: E402
-from saccade.vision.batch import detect_pictures  # noqa: E402
-from saccade.vision.detector import Detector, ModelError, queries_of  # noqa: E402
-from saccade.vision.looking import Recorder, decoder_operators  # noqa: E402
-from saccade.vision.pictures import PictureError, open_picture  # noqa: E402
+from saccade.vision.batch import detect_images  # noqa: E402
+from saccade.vision.detector import Detector, ModelError, find_queries  # noqa: E402
+from saccade.vision.images import ImageError, open_image  # noqa: E402
 from saccade.vision.report import plan_outputs  # noqa: E402
+from saccade.vision.sampling_record import Recorder, find_decoder_operators  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def deformable_detr(folders) -> Detector:
     return Detector.load(str(folders["deformable_detr"]))
 
 
-PICTURES = [gradient_picture(96, 50), gradient_picture(40, 90)]
+IMAGES = [gradient_image(96, 50), gradient_image(40, 90)]
 
 
 def threshold_for(detector: Detector) -> float:
@@ -53,10 +53,10 @@ def threshold_for(detector: Detector) -> float:
 
 def test_attention_runs_on_saccade_and_agrees_with_transformers(detector) -> None:
     assert detector.operators
-    with_saccade = detector.detect(PICTURES, 0.0)
+    with_saccade = detector.detect(IMAGES, 0.0)
     saccade.unpatch(detector.model)
     try:
-        without = detector.detect(PICTURES, 0.0)
+        without = detector.detect(IMAGES, 0.0)
     finally:
         saccade.patch(detector.model)
     for ours, theirs in zip(with_saccade, without, strict=True):
@@ -68,12 +68,12 @@ def test_attention_runs_on_saccade_and_agrees_with_transformers(detector) -> Non
 
 def test_detections_are_those_of_the_post_processing(detector) -> None:
     threshold = threshold_for(detector)
-    results = detector.detect(PICTURES, threshold)
-    inputs = detector.processor(images=PICTURES, return_tensors="pt")
+    results = detector.detect(IMAGES, threshold)
+    inputs = detector.processor(images=IMAGES, return_tensors="pt")
     with torch.inference_mode():
         outputs = detector.model(**inputs)
     expected = detector.processor.post_process_object_detection(
-        outputs, threshold=threshold, target_sizes=[(p.height, p.width) for p in PICTURES]
+        outputs, threshold=threshold, target_sizes=[(p.height, p.width) for p in IMAGES]
     )
     for result, objects in zip(results, expected, strict=True):
         assert 0 < len(result.detections) == len(objects["scores"])
@@ -85,19 +85,21 @@ def test_detections_are_those_of_the_post_processing(detector) -> None:
 @pytest.mark.parametrize("threshold", [0.0, 0.4, 0.9])
 def test_the_query_of_a_detection_predicted_its_box(detector, threshold) -> None:
     """The box and the score of a detection are those that its query predicted for its class."""
-    inputs = detector.processor(images=PICTURES, return_tensors="pt")
+    inputs = detector.processor(images=IMAGES, return_tensors="pt")
     with torch.inference_mode():
         outputs = detector.model(**inputs)
-    results = detector.detect(PICTURES, threshold)
-    for index, (result, picture) in enumerate(zip(results, PICTURES, strict=True)):
-        for found in result.detections:
-            logits = outputs.logits[index, found.query]
-            assert float(logits[found.label_id].sigmoid()) == pytest.approx(found.score, abs=1e-5)
-            x, y, w, h = outputs.pred_boxes[index, found.query].tolist()
+    results = detector.detect(IMAGES, threshold)
+    for index, (result, image) in enumerate(zip(results, IMAGES, strict=True)):
+        for detection in result.detections:
+            logits = outputs.logits[index, detection.query]
+            assert float(logits[detection.label_id].sigmoid()) == pytest.approx(
+                detection.score, abs=1e-5
+            )
+            x, y, w, h = outputs.pred_boxes[index, detection.query].tolist()
             box = (x - w / 2, y - h / 2, x + w / 2, y + h / 2)
-            sides = (picture.width, picture.height) * 2
+            sides = (image.width, image.height) * 2
             scaled = [side * length for side, length in zip(box, sides, strict=True)]
-            assert found.box == pytest.approx(scaled, abs=1e-3)
+            assert detection.box == pytest.approx(scaled, abs=1e-3)
 
 
 def test_a_post_processing_that_changes_boxes_is_noticed(deformable_detr) -> None:
@@ -105,36 +107,36 @@ def test_a_post_processing_that_changes_boxes_is_noticed(deformable_detr) -> Non
         def post_process_object_detection(self, outputs, threshold, target_sizes):
             return [{"boxes": outputs.pred_boxes[0].clamp(0, 1) * 0.5 + 0.1}]
 
-    inputs = deformable_detr.processor(images=PICTURES[:1], return_tensors="pt")
+    inputs = deformable_detr.processor(images=IMAGES[:1], return_tensors="pt")
     with torch.inference_mode():
         outputs = deformable_detr.model(**inputs)
     with pytest.raises(RuntimeError, match="changes boxes"):
-        queries_of(Clipping(), outputs, 0.5)
+        find_queries(Clipping(), outputs, 0.5)
 
 
 def test_the_reference_point_of_the_last_layer_is_the_box_before_it(deformable_detr) -> None:
-    """With box refinement a layer starts from the box of the layer before: an independent path.
+    """With box refinement, a layer starts from the box of the previous layer: an independent path.
 
-    The model keeps these boxes as parts of the picture without padding; the recorded ones are
+    The model keeps these boxes as parts of the image without padding; the recorded ones are
     parts of the padded tensor, by way of the valid ratios.
     """
-    for pictures, tolerance in ((PICTURES[:1], 1e-3), (PICTURES, 8)):
-        inputs = deformable_detr.processor(images=pictures, return_tensors="pt")
+    for images, tolerance in ((IMAGES[:1], 1e-3), (IMAGES, 8)):
+        inputs = deformable_detr.processor(images=images, return_tensors="pt")
         with torch.inference_mode():
             outputs = deformable_detr.model(**inputs)
         before = outputs.intermediate_reference_points[:, -2, :, :2]
-        results = deformable_detr.detect(pictures, 0.0)
-        for index, (result, picture) in enumerate(zip(results, pictures, strict=True)):
-            for found in result.detections:
-                x, y = before[index, found.query].tolist()
-                expected = (x * picture.width, y * picture.height)
+        results = deformable_detr.detect(images, 0.0)
+        for index, (result, image) in enumerate(zip(results, images, strict=True)):
+            for detection in result.detections:
+                x, y = before[index, detection.query].tolist()
+                expected = (x * image.width, y * image.height)
                 # In a padded batch the valid ratio is rounded up to a whole cell, of 8 pixels here.
-                assert found.look.reference == pytest.approx(expected, abs=tolerance)
+                assert detection.look.reference == pytest.approx(expected, abs=tolerance)
 
 
 def test_the_looks_are_those_of_the_chosen_layer(deformable_detr) -> None:
-    first = deformable_detr.detect(PICTURES[:1], 0.0, layer=1)[0]
-    last = deformable_detr.detect(PICTURES[:1], 0.0)[0]
+    first = deformable_detr.detect(IMAGES[:1], 0.0, layer=1)[0]
+    last = deformable_detr.detect(IMAGES[:1], 0.0)[0]
     assert (first.layer, first.num_layers) == (1, 2)
     assert (last.layer, last.num_layers) == (2, 2)
     look, other = first.detections[0].look, last.detections[0].look
@@ -143,11 +145,11 @@ def test_the_looks_are_those_of_the_chosen_layer(deformable_detr) -> None:
     torch.testing.assert_close(look.weights.sum(1), torch.ones(4))
     for layer in (0, 3):
         with pytest.raises(ValueError, match=f"layer: expected 1 to 2.*got {layer}"):
-            deformable_detr.detect(PICTURES[:1], layer=layer)
+            deformable_detr.detect(IMAGES[:1], layer=layer)
 
 
 def test_no_hook_stays_on_the_model(deformable_detr) -> None:
-    deformable_detr.detect(PICTURES[:1])
+    deformable_detr.detect(IMAGES[:1])
     assert not any(module._forward_pre_hooks for module in deformable_detr.model.modules())
     with pytest.raises(RuntimeError, match="has not run"):
         Recorder(deformable_detr.model, deformable_detr.operators).recording()
@@ -155,7 +157,7 @@ def test_no_hook_stays_on_the_model(deformable_detr) -> None:
 
 def test_decoder_operators_are_sorted_by_number() -> None:
     names = [f"model.decoder.layers.{index}.encoder_attn.attn" for index in (10, 2, 0)]
-    assert decoder_operators(["model.encoder.layers.1.self_attn.attn", *names]) == names[::-1]
+    assert find_decoder_operators(["model.encoder.layers.1.self_attn.attn", *names]) == names[::-1]
 
 
 # --- loading ----------------------------------------------------------------------------------
@@ -209,14 +211,14 @@ def test_the_default_model_is_loaded_without_the_network(monkeypatch, folders) -
     assert Detector.load().name == "saccade's digits"
 
 
-# --- pictures ---------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------
 
 
-def test_every_kind_of_picture_is_read(tmp_path) -> None:
-    rgb = gradient_picture(40, 30)
+def test_every_kind_of_image_is_read(tmp_path) -> None:
+    rgb = gradient_image(40, 30)
     grey = rgb.convert("L")
     wide = grey.point(lambda level: level * 257, "I").convert("I;16")
-    for name, picture in {
+    for name, image in {
         "rgb.jpg": rgb,
         "grey.png": grey,
         "palette.gif": rgb.convert("P"),
@@ -227,14 +229,14 @@ def test_every_kind_of_picture_is_read(tmp_path) -> None:
         "float.tif": grey.convert("F"),
         "web.webp": rgb,
     }.items():
-        picture.save(tmp_path / name)
-        read = open_picture(tmp_path / name)
+        image.save(tmp_path / name)
+        read = open_image(tmp_path / name)
         assert (read.mode, read.size) == ("RGB", (40, 30)), name
     # 16 bits are scaled, not clipped
     difference = [
         abs(a - b)
         for a, b in zip(
-            open_picture(tmp_path / "wide.png").convert("L").tobytes(),
+            open_image(tmp_path / "wide.png").convert("L").tobytes(),
             grey.tobytes(),
             strict=True,
         )
@@ -244,82 +246,82 @@ def test_every_kind_of_picture_is_read(tmp_path) -> None:
 
 def test_transparent_parts_are_white(tmp_path) -> None:
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert open_picture(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    assert open_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_exif_orientation_is_respected(tmp_path) -> None:
-    picture = Image.new("RGB", (40, 20), "black")
-    picture.paste("white", (0, 0, 20, 20))  # the left half
+    image = Image.new("RGB", (40, 20), "black")
+    image.paste("white", (0, 0, 20, 20))  # the left half
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise: left becomes top
-    picture.save(tmp_path / "turned.png", exif=exif)
-    upright = open_picture(tmp_path / "turned.png")
+    image.save(tmp_path / "turned.png", exif=exif)
+    upright = open_image(tmp_path / "turned.png")
     assert upright.size == (20, 40)
     assert upright.getpixel((10, 5)) == (255, 255, 255)
     assert upright.getpixel((10, 35)) == (0, 0, 0)
 
 
-def test_pictures_that_cannot_be_read_say_why(tmp_path) -> None:
-    gradient_picture(40, 30).save(tmp_path / "whole.png")
+def test_images_that_cannot_be_read_say_why(tmp_path) -> None:
+    gradient_image(40, 30).save(tmp_path / "whole.png")
     data = (tmp_path / "whole.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     (tmp_path / "empty.png").touch()
     for name, reason in {
         "cut.png": "is broken",
-        "text.png": "not a picture",
-        "empty.png": "not a picture",
-        "nothing.png": "no such file",
+        "text.png": "not an image",
+        "empty.png": "not an image",
+        "nothing.png": "does not exist",
         ".": "is a folder",
     }.items():
-        with pytest.raises(PictureError, match=reason):
-            open_picture(tmp_path / name)
+        with pytest.raises(ImageError, match=reason):
+            open_image(tmp_path / name)
 
 
 # --- files ------------------------------------------------------------------------------------
 
 
 def test_equal_stems_get_different_files(tmp_path) -> None:
-    pictures = [Path("a/1.png"), Path("b/1.png"), Path("b/1.jpg"), Path("1-2.png"), Path("C/A.png")]
-    pictures.append(Path("d/a.png"))
-    names = [files.json.stem for files in plan_outputs(pictures, tmp_path)]
+    images = [Path("a/1.png"), Path("b/1.png"), Path("b/1.jpg"), Path("1-2.png"), Path("C/A.png")]
+    images.append(Path("d/a.png"))
+    names = [files.json.stem for files in plan_outputs(images, tmp_path)]
     assert names == ["1", "1-2", "1-3", "1-2-2", "A", "a-2"]
 
 
 def test_no_input_is_overwritten(tmp_path) -> None:
-    pictures = [tmp_path / "x.png", tmp_path / "x_looked.png"]
-    planned = plan_outputs(pictures, tmp_path)
+    images = [tmp_path / "x.png", tmp_path / "x_looked.png"]
+    planned = plan_outputs(images, tmp_path)
     written = {file for files in planned for file in files}
     assert len(written) == 6
-    assert not written & set(pictures)
+    assert not written & set(images)
 
 
-def test_a_picture_that_fails_does_not_stop_the_rest(deformable_detr, tmp_path) -> None:
-    gradient_picture(96, 50).save(tmp_path / "good.png")
+def test_an_image_that_fails_does_not_stop_the_rest(deformable_detr, tmp_path) -> None:
+    gradient_image(96, 50).save(tmp_path / "good.png")
     Image.new("RGB", (1, 4000)).save(tmp_path / "thin.png")
-    (tmp_path / "bad.png").write_text("no picture")
+    (tmp_path / "bad.png").write_text("no image")
     out = tmp_path / "out"
     out.mkdir()
     names = ["bad.png", "thin.png", "good.png"]
-    done = list(detect_pictures(deformable_detr, [tmp_path / name for name in names], out, 0.9))
-    assert "not a picture" in str(done[0].problem)
+    done = list(detect_images(deformable_detr, [tmp_path / name for name in names], out, 0.9))
+    assert "not an image" in str(done[0].problem)
     assert done[1].problem is not None
     assert done[2].problem is None
     assert done[2].files is not None
     assert sorted(out.iterdir()) == sorted(done[2].files)
 
 
-def test_the_json_holds_what_was_found(deformable_detr, tmp_path) -> None:
-    gradient_picture(96, 50).save(tmp_path / "good.png")
-    (done,) = detect_pictures(deformable_detr, [tmp_path / "good.png"], tmp_path, 0.9)
+def test_the_json_holds_the_detections(deformable_detr, tmp_path) -> None:
+    gradient_image(96, 50).save(tmp_path / "good.png")
+    (done,) = detect_images(deformable_detr, [tmp_path / "good.png"], tmp_path, 0.9)
     assert done.files is not None
     report = json.loads(done.files.json.read_text())
     assert report["picture"] == str(tmp_path / "good.png")
     assert (report["width"], report["height"], report["threshold"]) == (96, 50, 0.9)
     assert report["backend"] == saccade.which_backend().name
-    found = deformable_detr.detect([open_picture(tmp_path / "good.png")], 0.9)[0].detections
-    assert 0 < len(report["detections"]) == len(found)
-    for entry, expected in zip(report["detections"], found, strict=True):
+    detections = deformable_detr.detect([open_image(tmp_path / "good.png")], 0.9)[0].detections
+    assert 0 < len(report["detections"]) == len(detections)
+    for entry, expected in zip(report["detections"], detections, strict=True):
         assert entry["label"] == f"digit {entry['label_id']}" == expected.label
         assert entry["box"] == pytest.approx(expected.box, abs=0.01)
         assert entry["query"] == expected.query

@@ -111,11 +111,11 @@ def test_shipped_model_is_small_and_as_good_as_promised():
     files = list(MODEL.iterdir())
     assert sum(file.stat().st_size for file in files) <= 4e6
     detector, processor = evaluate.load(MODEL)
-    dataset, pictures = scenes.coco_dataset("test", 60)
-    figures = evaluate.average_precision(dataset, evaluate.detect(detector, processor, pictures))
+    dataset, images = scenes.coco_dataset("test", 60)
+    metrics = evaluate.average_precision(dataset, evaluate.detect(detector, processor, images))
     # On 300 scenes the README promises AP 0.80 and AP50 0.94 at least; 60 vary around that.
-    assert figures["AP"] >= 0.78
-    assert figures["AP50"] >= 0.92
+    assert metrics["AP"] >= 0.78
+    assert metrics["AP50"] >= 0.92
 
 
 @pytest.mark.parametrize("name", ["scene_0.png", "scene_1.png"])
@@ -124,16 +124,18 @@ def test_shipped_scenes_and_their_expected_detections(name):
 
     expected = json.loads((EXAMPLE / "scenes/expected.json").read_text())[name]
     detector, processor = evaluate.load(MODEL)
-    with Image.open(EXAMPLE / "scenes" / name) as picture:
-        found = evaluate.detect(detector, processor, [picture.convert("RGB")])[0]
-    found = [detection for detection in found if detection["score"] > evaluate.SHIPPED_THRESHOLD]
-    assert len(found) == len(expected) >= 4
-    for detection, want in zip(
-        sorted(found, key=lambda one: -one["score"]),
+    with Image.open(EXAMPLE / "scenes" / name) as image:
+        detections = evaluate.detect(detector, processor, [image.convert("RGB")])[0]
+    detections = [
+        detection for detection in detections if detection["score"] > evaluate.SHIPPED_THRESHOLD
+    ]
+    assert len(detections) == len(expected) >= 4
+    for detection, expected_detection in zip(
+        sorted(detections, key=lambda one: -one["score"]),
         sorted(expected, key=lambda one: -one["score"]),
         strict=True,
     ):
-        assert detector.config.id2label[detection["category_id"]] == want["label"]
-        assert detection["score"] == pytest.approx(want["score"], abs=0.01)
+        assert detector.config.id2label[detection["category_id"]] == expected_detection["label"]
+        assert detection["score"] == pytest.approx(expected_detection["score"], abs=0.01)
         x, y, width, height = detection["bbox"]
-        assert [x, y, x + width, y + height] == pytest.approx(want["box"], abs=0.5)
+        assert [x, y, x + width, y + height] == pytest.approx(expected_detection["box"], abs=0.5)

@@ -120,7 +120,7 @@ def test_training_reads_the_map_where_the_truth_says():
     """A map of its own coordinates, read at the locations that training aims at."""
     _, times, _ = window = ecg.heartbeats(0, ecg.TRAIN, 0)
     line = (torch.arange(ecg.SAMPLES) / ecg.RATE).view(1, -1, 1, 1)
-    where = beats.batch_of([window])[1][0][0].view(1, -1, 1, 1, 1)
+    where = beats.make_batch([window])[1][0][0].view(1, -1, 1, 1, 1)
     read = saccade.deformable_attention(
         line, [(ecg.SAMPLES,)], where, torch.ones(where.shape[:-1]), num_points=1, padding="border"
     )
@@ -129,7 +129,7 @@ def test_training_reads_the_map_where_the_truth_says():
     _, centres, _ = volume = volumes.blobs(0, volumes.TRAIN, 0)
     axes = torch.meshgrid(*(torch.arange(float(n)) for n in volumes.SHAPE), indexing="ij")
     value = torch.stack(axes[::-1], -1).view(1, -1, 1, 3)
-    where = blobs.batch_of([volume])[1][0].view(1, -1, 1, 1, 3)
+    where = blobs.make_batch([volume])[1][0].view(1, -1, 1, 1, 3)
     read = saccade.deformable_attention(
         value, [volumes.SHAPE], where, torch.ones(where.shape[:-1]), num_points=1
     )
@@ -168,12 +168,12 @@ def test_score_of_blobs():
 
 def test_a_perfect_answer_has_the_least_loss_and_the_full_score():
     windows = [ecg.heartbeats(0, ecg.TRAIN, index) for index in range(2)]
-    _, truth = beats.batch_of(windows)
+    _, truth = beats.make_batch(windows)
     logits = torch.zeros(2, beats.QUERIES, 3)
     logits[..., beats.NONE] = 20.0
     times = torch.rand(2, beats.QUERIES)
     for i, (true, kinds) in enumerate(truth):
-        # The last queries answer: the pairs are found, not given by the order.
+        # The last queries answer: the pairs must be found, their order does not reveal them.
         times[i, -len(true) :] = true
         logits[i, -len(true) :] = 20.0 * torch.nn.functional.one_hot(kinds, 3)
     assert beats.set_loss(logits, times, truth) < 1e-3
@@ -189,7 +189,7 @@ def test_a_perfect_answer_has_the_least_loss_and_the_full_score():
 
 def test_a_perfect_blob_answer_has_the_least_loss_and_the_full_score():
     drawn = [volumes.blobs(0, volumes.TRAIN, index) for index in range(2)]
-    _, truth = blobs.batch_of(drawn)
+    _, truth = blobs.make_batch(drawn)
     logits, centres = torch.full((2, 48), -20.0), torch.rand(2, 48, 3)
     for i, true in enumerate(truth):
         centres[i, -len(true) :] = true
@@ -216,14 +216,14 @@ def test_training_learns_and_scores_before_and_after(
     whole = getattr(module, finder)
     monkeypatch.setattr(module, finder, lambda *args: made.append(whole(*args)) or made[-1])
     monkeypatch.setattr(module, "BATCH", 2)
-    picture = tmp_path / "picture.png"
-    module.main(steps=3, seed=1, threads=1, held_out=4, freeze_offsets=freeze, picture=picture)
+    path = tmp_path / "image.png"
+    module.main(steps=3, seed=1, threads=1, held_out=4, freeze_offsets=freeze, image_path=path)
     printed = capsys.readouterr().out
     for name in ("rule of thumb", "before training", "after training"):
         assert re.search(rf"^{name} +F1 [01]\.\d\d\d", printed, flags=re.MULTILINE), printed
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert path.read_bytes().startswith(b"\x89PNG")
     for layer in made[0].layers:
-        assert bool(layer.look.sampling_offsets.weight.any()) is not freeze
+        assert bool(layer.cross_attention.sampling_offsets.weight.any()) is not freeze
 
 
 def test_the_same_seed_gives_the_same_training(monkeypatch, capsys):
@@ -235,7 +235,7 @@ def test_the_same_seed_gives_the_same_training(monkeypatch, capsys):
         monkeypatch.setattr(module, "BATCH", 2)
         for seed in (0, 0, 1):
             module.main(
-                steps=2, seed=seed, threads=1, held_out=2, freeze_offsets=False, picture=None
+                steps=2, seed=seed, threads=1, held_out=2, freeze_offsets=False, image_path=None
             )
         weights = [torch.cat([p.flatten() for p in model.parameters()]) for model in made]
         assert torch.equal(weights[0], weights[1])

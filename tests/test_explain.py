@@ -1,4 +1,4 @@
-"""`saccade explain`: the numbers are the library's, the parts sum to the whole, files are safe."""
+"""`saccade explain`: values are the library's, the parts sum to its output, files are safe."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import saccade
 from saccade.vision.explain import explain_worked_example, take_apart, worked_map
 from saccade.vision.explain_module import explain_module, load_inputs, load_module
-from saccade.vision.explain_table import number, pair
+from saccade.vision.explain_table import format_number, format_pair
 
 
 def test_worked_example_is_that_of_the_design() -> None:
@@ -25,7 +25,7 @@ def test_worked_example_is_that_of_the_design() -> None:
     assert all(check.passed for check in explanation.checks)
 
 
-def test_values_of_the_worked_map_spell_their_address() -> None:
+def test_values_of_the_worked_map_tell_their_position() -> None:
     for point in explain_worked_example((1.3, 1.6)).points:
         for corner in point.corners:
             assert corner.value == 10 * corner.x + corner.y
@@ -34,8 +34,8 @@ def test_values_of_the_worked_map_spell_their_address() -> None:
 def test_fractional_corner_weights_are_those_of_bilinear_interpolation() -> None:
     point = explain_worked_example((1.3, 1.6)).points[0]  # at (1.8, 2.1)
     expected = {(1, 2): 0.2 * 0.9, (2, 2): 0.8 * 0.9, (1, 3): 0.2 * 0.1, (2, 3): 0.8 * 0.1}
-    found = {(corner.x, corner.y): corner.weight for corner in point.corners}
-    assert found == pytest.approx(expected, abs=1e-6)
+    weights = {(corner.x, corner.y): corner.weight for corner in point.corners}
+    assert weights == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("interpolation", ["linear", "nearest", "discrete"])
@@ -112,14 +112,16 @@ def test_the_parts_of_a_module_reconstruct_its_output(make, options, dtype, tmp_
     module, inputs = make(**options)
     torch.save(module.to(dtype), tmp_path / "module.pt")
     inputs = {
-        name: given.to(dtype) if torch.is_tensor(given) and given.is_floating_point() else given
-        for name, given in inputs.items()
+        name: each.to(dtype) if torch.is_tensor(each) and each.is_floating_point() else each
+        for name, each in inputs.items()
     }
     torch.save(inputs, tmp_path / "inputs.pt")
     loaded = load_module(tmp_path / "module.pt")
-    given = load_inputs(tmp_path / "inputs.pt", loaded)
+    loaded_inputs = load_inputs(tmp_path / "inputs.pt", loaded)
     for batch, query, head in ((0, 0, 0), (1, 5, 1)):
-        explanation = explain_module(loaded, given, query=query, batch=batch, head=head, channel=3)
+        explanation = explain_module(
+            loaded, loaded_inputs, query=query, batch=batch, head=head, channel=3
+        )
         assert len(explanation.checks) == 2
         assert all(check.passed for check in explanation.checks), explanation.checks
         total = sum(point.attention_weight for point in explanation.points)
@@ -131,7 +133,9 @@ def test_the_checks_notice_a_wrong_operator(monkeypatch) -> None:
 
     right = sampling_module.fused_deformable_attention
     monkeypatch.setattr(
-        sampling_module, "fused_deformable_attention", lambda *a, **k: right(*a, **k) * 1.01
+        sampling_module,
+        "fused_deformable_attention",
+        lambda *args, **options: right(*args, **options) * 1.01,
     )
     module, inputs = multi_scale()
     assert [check.passed for check in explain_module(module, inputs).checks] == [False, False]
@@ -176,10 +180,10 @@ def test_foreign_code_in_a_file_does_not_run(tmp_path, capsys) -> None:
 
 def test_wrong_files_are_named(tmp_path) -> None:
     module, inputs = single_scale()
-    with pytest.raises(ValueError, match="MODULE: there is no file"):
+    with pytest.raises(ValueError, match="MODULE: the file .* does not exist"):
         load_module(tmp_path / "nothing.pt")
     (tmp_path / "text.pt").write_text("no torch file")
-    with pytest.raises(ValueError, match=r"MODULE: cannot load .* no file of"):
+    with pytest.raises(ValueError, match=r"MODULE: cannot load .* not written by torch\.save"):
         load_module(tmp_path / "text.pt")
     torch.save(module.state_dict(), tmp_path / "state.pt")
     with pytest.raises(ValueError, match="a state dict"):
@@ -193,12 +197,12 @@ def test_wrong_files_are_named(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("make", [multi_scale, single_scale])
-def test_the_picture_of_a_module_is_written(make, tmp_path) -> None:
+def test_the_image_of_a_module_is_written(make, tmp_path) -> None:
     pytest.importorskip("matplotlib")
-    from saccade.vision.explain_picture import save_picture
+    from saccade.vision.explain_image import save_image
 
     module, inputs = make()
-    save_picture(explain_module(module, inputs), tmp_path / "module.png")
+    save_image(explain_module(module, inputs), tmp_path / "module.png")
     assert (tmp_path / "module.png").stat().st_size > 10_000
 
 
@@ -207,10 +211,10 @@ def test_the_picture_of_a_module_is_written(make, tmp_path) -> None:
     [(0.0, "0"), (-0.0, "0"), (16.5, "16.5"), (1 / 3, "0.333"), (1e-7, "1e-07"), (2.0, "2")],
 )
 def test_numbers_are_short(value, text) -> None:
-    assert number(value) == text
+    assert format_number(value) == text
 
 
 def test_pairs_are_short() -> None:
-    assert pair((0.5, -0.5), sign=True) == "(+0.5, -0.5)"
-    assert pair((1e-9, -1e-9)) == "(0, 0)"
-    assert pair((math.nan, math.inf)) == "(nan, inf)"
+    assert format_pair((0.5, -0.5), sign=True) == "(+0.5, -0.5)"
+    assert format_pair((1e-9, -1e-9)) == "(0, 0)"
+    assert format_pair((math.nan, math.inf)) == "(nan, inf)"

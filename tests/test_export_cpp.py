@@ -1,4 +1,4 @@
-"""An exported detector ahead-of-time compiled, run from Python and from C++ without Python."""
+"""An exported detector, compiled ahead of time, runs in Python and in C++ without Python."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 import torch
 from export_helpers import (
     ROOT,
+    SHARES_DETECTOR,
     assert_same_detections,
     detections,
-    embedded_detector,
-    export_detector,
+    exported_detector,
 )
 
 from saccade.export import formats
@@ -22,6 +22,7 @@ from saccade.ops import native
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 pytestmark = [
     pytest.mark.slow,
+    SHARES_DETECTOR,
     pytest.mark.skipif(COMPILER is None, reason="AOTInductor and C++ need a C++ compiler"),
     pytest.mark.skipif(native.failure is not None, reason=f"no native library: {native.failure}"),
 ]
@@ -30,9 +31,9 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     """The embedded detector, the scenes, and its package; compiling takes a minute or two."""
-    model, pixels = embedded_detector()
+    model, pixels, program = exported_detector()
     path = str(tmp_path_factory.mktemp("aoti") / "detector.pt2")
-    formats.write(export_detector(model, pixels), Path(path), "aoti", "grid_sample")
+    formats.write(program, Path(path), "aoti", "grid_sample")
     return model, pixels, path
 
 
@@ -60,8 +61,8 @@ def test_from_python(compiled):
     with torch.no_grad():
         assert_same_detections(loaded(pixels), model(pixels))
         for other in (pixels[:1], torch.cat([pixels, pixels])[:3, :, :, :130].contiguous()):
-            for found, expected in zip(loaded(other), model(other), strict=True):
-                torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+            for actual, expected in zip(loaded(other), model(other), strict=True):
+                torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
         # Four channels, and another dtype: what the package was not compiled for.
         for wrong in (torch.zeros(1, 4, 160, 160), pixels.double()):
             with pytest.raises(RuntimeError):
@@ -73,9 +74,9 @@ def test_from_cpp_without_python(compiled, program, tmp_path):
     libraries = run("ldd", str(program)) + run("ldd", str(native.LIBRARY))
     assert "libtorch_cpu" in libraries
     assert "libpython" not in libraries
-    for given in (pixels, torch.cat([pixels, pixels])[:3, :, :, :130].contiguous()):
-        given.numpy().tofile(tmp_path / "input.raw")
-        batch, _, height, width = map(str, given.shape)
+    for inputs in (pixels, torch.cat([pixels, pixels])[:3, :, :, :130].contiguous()):
+        inputs.numpy().tofile(tmp_path / "input.raw")
+        batch, _, height, width = map(str, inputs.shape)
         printed = run(
             str(program),
             path,
@@ -87,10 +88,10 @@ def test_from_cpp_without_python(compiled, program, tmp_path):
         )
         rows = [line.split() for line in printed.splitlines()]
         with torch.no_grad():
-            names, boxes = detections(model(given))
+            names, boxes = detections(model(inputs))
         assert [(int(row[0]), int(row[1])) for row in rows] == [(i, label) for i, _, label in names]
-        found = torch.tensor([[float(number) for number in row[3:]] for row in rows])
-        torch.testing.assert_close(found, boxes, rtol=0, atol=1e-3)
+        printed_boxes = torch.tensor([[float(number) for number in row[3:]] for row in rows])
+        torch.testing.assert_close(printed_boxes, boxes, rtol=0, atol=1e-3)
 
 
 def test_cpp_says_what_is_wrong(program, tmp_path):
@@ -107,21 +108,21 @@ def test_cpp_says_what_is_wrong(program, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (("x", "8", "8"), "BATCH: expected a whole number of at least 1, got x"),
         (("1", "-8", "8"), "HEIGHT: expected a whole number of at least 1, got -8"),
         (("1", "8", "1e3"), "WIDTH: expected a whole number of at least 1, got 1e3"),
         (("1", "8", "9"), "INPUT.raw: expected 864 bytes, got 768 in "),
-        (("1", "8", "8", "xx"), "LEAST_SCORE: expected a number from 0 to 1, got xx"),
-        (("1", "8", "8", "1.5"), "LEAST_SCORE: expected a number from 0 to 1, got 1.5"),
+        (("1", "8", "8", "xx"), "MIN_SCORE: expected a number from 0 to 1, got xx"),
+        (("1", "8", "8", "1.5"), "MIN_SCORE: expected a number from 0 to 1, got 1.5"),
         (("1", "8", "8"), "PACKAGE.pt2: cannot be read"),
     ],
 )
-def test_cpp_refuses(program, tmp_path, arguments, told):
-    given = tmp_path / "input.raw"
-    torch.zeros(1, 3, 8, 8).numpy().tofile(given)
-    command = [str(program), str(tmp_path / "a.pt2"), str(native.LIBRARY), str(given), *arguments]
+def test_cpp_refuses(program, tmp_path, arguments, message):
+    pixels = tmp_path / "input.raw"
+    torch.zeros(1, 3, 8, 8).numpy().tofile(pixels)
+    command = [str(program), str(tmp_path / "a.pt2"), str(native.LIBRARY), str(pixels), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert told in done.stderr
+    assert message in done.stderr

@@ -1,4 +1,4 @@
-"""What counts as the same in two runs of a detector."""
+"""The comparison of two runs of a detector."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def outputs(batch=2):
     return logits, boxes
 
 
-def detections_of(found):
+def get_detections(outputs):
     """The best class of each query, as post-processing gives it, the best first."""
     detections = []
-    for logits, boxes in zip(*found, strict=True):
+    for logits, boxes in zip(*outputs, strict=True):
         scores, labels = logits.sigmoid().max(-1)
         order = scores.argsort(descending=True)
         detections.append(
@@ -30,16 +30,16 @@ def detections_of(found):
     return detections
 
 
-def changed(**of_row):
-    """The outputs with another logit or box coordinate in a row: `logits=(image, query, by)`."""
+def changed(**changes):
+    """The outputs with one logit or box coordinate changed: `logits=(image, query, by)`."""
     logits, boxes = outputs()
-    for name, (image, query, by) in of_row.items():
+    for name, (image, query, by) in changes.items():
         {"logits": logits, "boxes": boxes}[name][image, query, 0] += by
     return logits, boxes
 
 
-def same(found, threshold=0.5, chooses_queries=True):
-    return compare(outputs(), found, detections_of, threshold, chooses_queries=chooses_queries)
+def compare_to_outputs(actual, threshold=0.5, selects_queries=True):
+    return compare(outputs(), actual, get_detections, threshold, selects_queries=selects_queries)
 
 
 def best(image=0):
@@ -48,10 +48,10 @@ def best(image=0):
 
 
 def test_equal_and_nearly_equal():
-    assert same(outputs()).same
-    assert same(outputs()).largest_difference == 0
-    assert same(outputs()).rows == 2 * QUERIES
-    nearly = same(changed(logits=(1, 3, 1e-4)))
+    assert compare_to_outputs(outputs()).same
+    assert compare_to_outputs(outputs()).largest_difference == 0
+    assert compare_to_outputs(outputs()).rows == 2 * QUERIES
+    nearly = compare_to_outputs(changed(logits=(1, 3, 1e-4)))
     assert nearly.same
     assert nearly.largest_difference == pytest.approx(1e-4, rel=0.01)
 
@@ -59,34 +59,36 @@ def test_equal_and_nearly_equal():
 def test_rows_that_changed_places_are_the_same():
     logits, boxes = outputs()
     order = torch.randperm(QUERIES, generator=torch.Generator().manual_seed(1))
-    found = same((logits[:, order], boxes[:, order]))
-    assert found.same
-    assert (found.rows_apart, found.largest_difference) == (0, 0)
+    result = compare_to_outputs((logits[:, order], boxes[:, order]))
+    assert result.same
+    assert (result.unmatched_rows, result.largest_difference) == (0, 0)
     # Where each row belongs to a query of its own, they are not.
-    assert not same((logits[:, order], boxes[:, order]), chooses_queries=False).same
+    assert not compare_to_outputs((logits[:, order], boxes[:, order]), selects_queries=False).same
 
 
 def test_a_row_of_another_query_counts_where_it_is_no_detection():
     worst = int(outputs()[0][0].amax(-1).argmin())
-    found = same(changed(boxes=(0, worst, 0.3)), threshold=0.9)
-    assert (found.rows_apart, found.detections_missed) == (1, 0)
-    assert found.same
-    assert found.largest_difference == 0
-    found = same(changed(boxes=(0, worst, 0.3)), threshold=0.9, chooses_queries=False)
-    assert found.largest_difference == pytest.approx(0.3)
-    assert not found.same
+    result = compare_to_outputs(changed(boxes=(0, worst, 0.3)), threshold=0.9)
+    assert (result.unmatched_rows, result.detections_missed) == (1, 0)
+    assert result.same
+    assert result.largest_difference == 0
+    result = compare_to_outputs(
+        changed(boxes=(0, worst, 0.3)), threshold=0.9, selects_queries=False
+    )
+    assert result.largest_difference == pytest.approx(0.3)
+    assert not result.same
     # The same in a detection is a detection missed, from both sides.
-    found = same(changed(boxes=(0, best(), 0.3)))
-    assert found.detections_missed == 2
-    assert not found.same
+    result = compare_to_outputs(changed(boxes=(0, best(), 0.3)))
+    assert result.detections_missed == 2
+    assert not result.same
 
 
-def test_many_rows_apart_are_other_numbers():
+def test_many_unmatched_rows_are_other_numbers():
     logits, boxes = outputs()
     boxes[0, :3] += 0.3
-    found = same((logits, boxes), threshold=0.999)
-    assert found.largest_difference == pytest.approx(0.3)
-    assert not found.same
+    result = compare_to_outputs((logits, boxes), threshold=0.999)
+    assert result.largest_difference == pytest.approx(0.3)
+    assert not result.same
 
 
 @pytest.mark.parametrize("name", ["logits", "boxes"])
@@ -94,46 +96,46 @@ def test_a_difference_above_the_tolerance_in_every_row(name):
     logits, boxes = outputs()
     moved = {"logits": logits, "boxes": boxes}
     moved[name] += 2 * TOLERANCE
-    assert not same((moved["logits"], moved["boxes"])).same
+    assert not compare_to_outputs((moved["logits"], moved["boxes"])).same
 
 
 def test_another_class_of_a_detection():
     logits, boxes = outputs()
     logits[0, best()] = logits[0, best()].roll(1)
-    found = same((logits, boxes))
-    assert found.detections_missed == 2
-    assert not found.same
+    result = compare_to_outputs((logits, boxes))
+    assert result.detections_missed == 2
+    assert not result.same
 
 
 def test_never_fewer_than_the_ten_best_are_compared():
-    assert same(outputs(), threshold=1.0).detections == 20
-    everything = same(outputs(), threshold=0.0)
+    assert compare_to_outputs(outputs(), threshold=1.0).detections == 20
+    everything = compare_to_outputs(outputs(), threshold=0.0)
     assert everything.detections == 2 * QUERIES
 
 
 def test_other_shapes_and_numbers_that_are_not_finite():
     logits, boxes = outputs()
     with pytest.raises(ValueError, match=r"expected an output \[2, 100, 5\], got \[1, 100, 5\]"):
-        same((logits[:1], boxes[:1]))
+        compare_to_outputs((logits[:1], boxes[:1]))
     with pytest.raises(ValueError, match="not finite"):
-        same(changed(logits=(0, 0, float("nan"))))
+        compare_to_outputs(changed(logits=(0, 0, float("nan"))))
 
 
 def test_what_is_not_finite_in_both_is_the_same():
     logits, boxes = outputs()
     logits[:, :, 4] = -torch.inf  # a class that is switched off
-    found = compare((logits, boxes), (logits.clone(), boxes), detections_of)
-    assert (found.same, found.largest_difference) == (True, 0)
+    result = compare((logits, boxes), (logits.clone(), boxes), get_detections)
+    assert (result.same, result.largest_difference) == (True, 0)
     with pytest.raises(ValueError, match="not finite"):
-        compare((logits, boxes), (-logits, boxes), detections_of)
+        compare((logits, boxes), (-logits, boxes), get_detections)
     with pytest.raises(ValueError, match="expected 2 outputs, got 1"):
-        compare((logits, boxes), (logits,), detections_of)
+        compare((logits, boxes), (logits,), get_detections)
 
 
 def test_boxes_without_an_area():
     logits, boxes = outputs()
     boxes[..., 2:] = 0
-    assert compare((logits, boxes), (logits, boxes), detections_of).same
+    assert compare((logits, boxes), (logits, boxes), get_detections).same
 
 
 def test_box_iou():

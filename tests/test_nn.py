@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
+import helpers
 import pytest
 import torch
+from conftest import TRITON, WITH_TRITON, use
 
 import saccade
 from saccade.nn import DeformableAttention, MultiScaleDeformableAttention
@@ -48,20 +50,21 @@ def test_state_dict_has_the_keys_of_the_family():
     }
 
 
+@pytest.mark.slow
 def test_transformers_layer_and_module_exchange_weights_and_agree():
     from transformers import DeformableDetrConfig
     from transformers.models.deformable_detr.modeling_deformable_detr import (
-        DeformableDetrMultiscaleDeformableAttention as Peer,
+        DeformableDetrMultiscaleDeformableAttention as TransformersLayer,
     )
 
     config = DeformableDetrConfig(d_model=32, num_feature_levels=2)
-    peer = randomize(Peer(config, num_heads=4, n_points=3))
+    layer = randomize(TransformersLayer(config, num_heads=4, n_points=3))
     module = multi_scale()
-    module.load_state_dict(peer.state_dict())
+    module.load_state_dict(layer.state_dict())
     mask = torch.rand(2, 54) < 0.3
     for coordinates in (2, 4):
         inputs = multi_scale_inputs(coordinates, levels=2)
-        expected, _ = peer(
+        expected, _ = layer(
             inputs["query"],
             attention_mask=~mask,
             encoder_hidden_states=inputs["value"],
@@ -69,8 +72,8 @@ def test_transformers_layer_and_module_exchange_weights_and_agree():
             spatial_shapes=torch.tensor(SHAPES),
             spatial_shapes_list=SHAPES,
         )
-        found = module(**inputs, value_padding_mask=mask)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        output = module(**inputs, value_padding_mask=mask)
+        torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_initialisation_looks_in_the_directions_of_the_paper():
@@ -96,7 +99,7 @@ def test_initialisation_looks_in_the_directions_of_the_paper():
 
 @pytest.mark.parametrize("coordinates", [2, 4])
 @pytest.mark.parametrize("levels", [1, 2])
-def test_sampling_reconstructs_the_output(backend, coordinates, levels):
+def test_sampling_reconstructs_the_output(cpu_backend, coordinates, levels):
     module = randomize(multi_scale(num_points=[2, 3]))
     inputs = multi_scale_inputs(coordinates, levels)
     output, sampling = module(**inputs, return_sampling=True)
@@ -114,7 +117,7 @@ def test_sampling_reconstructs_the_output(backend, coordinates, levels):
 
 
 @pytest.mark.parametrize("value_projection", [True, False])
-def test_single_map_module_by_the_equation(backend, value_projection):
+def test_single_map_module_by_the_equation(cpu_backend, value_projection):
     module = randomize(
         DeformableAttention(12, num_heads=3, num_points=2, value_projection=value_projection)
     )
@@ -137,34 +140,35 @@ def test_single_map_module_by_the_equation(backend, value_projection):
     torch.testing.assert_close(output, module.output_proj(heads.flatten(2)))
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: (multi_scale(), multi_scale_inputs()),
-        lambda: (multi_scale(), multi_scale_inputs(4, 2)),
-        lambda: (
-            DeformableAttention(32),
-            {"query": torch.randn(2, 5, 32), "feature_map": torch.randn(2, 6, 7, 32)},
+MODULES = {
+    "points": lambda: (multi_scale(), multi_scale_inputs()),
+    "boxes": lambda: (multi_scale(), multi_scale_inputs(4, 2)),
+    "single-map": lambda: (
+        DeformableAttention(32, num_heads=4),
+        {"query": torch.randn(2, 5, 32), "feature_map": torch.randn(2, 6, 7, 32)},
+    ),
+    "plain-form": lambda: (
+        DeformableAttention(
+            32, num_heads=2, value_projection=False, predict_reference_points=False
         ),
-        lambda: (
-            DeformableAttention(32, value_projection=False, predict_reference_points=False),
-            {
-                "query": torch.randn(2, 5, 32),
-                "feature_map": torch.randn(2, 6, 7, 32),
-                "reference_points": torch.rand(2, 5, 2),
-            },
-        ),
-    ],
-    ids=["points", "boxes", "single-map", "plain-form"],
-)
+        {
+            "query": torch.randn(2, 5, 32),
+            "feature_map": torch.randn(2, 6, 7, 32),
+            "reference_points": torch.rand(2, 5, 2),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(MODULES))
 @pytest.mark.parametrize("autocast", [False, True])
-def test_every_parameter_gets_a_gradient_and_learns(backend, make, autocast):
-    module, inputs = make()
+def test_every_parameter_gets_a_gradient_and_learns(cpu_backend, name, autocast):
+    module, inputs = MODULES[name]()
     randomize(module)
     target = torch.randn_like(inputs["query"])
     optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
     losses = []
-    for step in range(100 if backend.startswith("cpu") else 5):
+    for step in range(5 if cpu_backend == "reference" else 20):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             output, sampling = module(**inputs, return_sampling=True)
         assert sampling.sampling_locations.dtype == torch.float32
@@ -172,14 +176,41 @@ def test_every_parameter_gets_a_gradient_and_learns(backend, make, autocast):
         optimizer.zero_grad()
         loss.backward()
         if step == 0:
-            for name, parameter in module.named_parameters():
-                assert parameter.grad is not None, name
-                assert parameter.grad.isfinite().all(), name
-                assert parameter.grad.abs().max() > 0, name
+            for parameter_name, parameter in module.named_parameters():
+                assert parameter.grad is not None, parameter_name
+                assert parameter.grad.isfinite().all(), parameter_name
+                assert parameter.grad.abs().max() > 0, parameter_name
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert not math.isnan(losses[-1])
+
+
+def output_and_gradients(module, inputs, autocast):
+    module.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        output = module(**inputs)
+    output.float().square().sum().backward()
+    return [output, *(parameter.grad for parameter in module.parameters())]
+
+
+@pytest.mark.parametrize(
+    ("name", "autocast"), helpers.some([(name, flag) for name in MODULES for flag in (0, 1)], 3)
+)
+@pytest.mark.parametrize("gpu", [pytest.param(TRITON, marks=WITH_TRITON)])
+def test_the_gpu_kernels_give_the_modules_the_same_gradients(gpu, name, autocast):
+    module, inputs = MODULES[name]()
+    randomize(module)
+    for key in ("query", "reference_points"):  # few queries: the interpreter is slow
+        if key in inputs:
+            inputs[key] = inputs[key][:, :3]
+    expected = output_and_gradients(module, inputs, bool(autocast))
+    with use(gpu):
+        actual = output_and_gradients(module, inputs, bool(autocast))
+    tolerance = 2e-2 if autocast else 1e-4
+    for result, truth in zip(actual, expected, strict=True):
+        error = (result - truth).abs().max()
+        assert error <= tolerance * truth.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -245,10 +276,10 @@ def test_a_single_line_or_volume(shape, value_projection):
     mask[..., 2:] = True
     changed = feature_map.clone()
     changed[..., 2:, :] = 1e3
-    found = module(query, feature_map, value_padding_mask=mask)
-    assert found.shape == (2, 5, 32)
-    assert torch.equal(found, module(query, changed, value_padding_mask=mask))
-    found.sum().backward()
+    output = module(query, feature_map, value_padding_mask=mask)
+    assert output.shape == (2, 5, 32)
+    assert torch.equal(output, module(query, changed, value_padding_mask=mask))
+    output.sum().backward()
     assert all(parameter.grad is not None for parameter in module.parameters())
 
 

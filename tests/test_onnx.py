@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 from pathlib import Path
 
+import helpers
 import numpy as np
 import pytest
 import torch
@@ -14,9 +15,8 @@ from onnx_helpers import (
     OTHER_SHAPES,
     POINTS,
     SHAPES,
-    Fused,
     MultiScale,
-    Plain,
+    Operator,
     Runner,
     SingleMap,
     assert_equal,
@@ -27,9 +27,9 @@ from onnx_helpers import (
 import saccade
 from saccade.integrations import onnx as saccade_onnx
 
-onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxscript")
-pytest.importorskip("onnxruntime")
+onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
 ROOT = Path(__file__).resolve().parent.parent
 # Batch, queries and whether the maps have other sizes than those of the export.
@@ -37,57 +37,95 @@ CALLS = [(2, 5, False), (1, 5, False), (3, 7, True), (8, 4, True)]
 RAGGED = {"queries_per_map": [3, 7]}
 
 
-def check_at_every_size(model, program, lowering, spatial_dims=2, not_finite=True):
+def check_at_every_size(model, program, lowering, spatial_dims=2, finite=False):
     runner = Runner(program, lowering)
-    for batch, queries, others in CALLS:
+    # The plugin's node in numpy is slow.
+    for batch, queries, others in CALLS[:3] if lowering == "plugin" else CALLS:
         shapes = (OTHER_SHAPES if others else SHAPES)[spatial_dims]
         maps, query, mask = draw(batch, queries, shapes, seed=batch)
-        if not_finite:
+        if not finite:
             spoil(query)
-        with torch.no_grad():
+        with torch.no_grad(), saccade.use_backend("reference"):
             expected = model(maps, query, mask)
         assert_equal(runner(maps, query, mask), expected)
 
 
 def spoil(query):
-    """The first locations of some queries are not finite, or so far away that no map is near."""
+    """Makes the first locations of some queries not finite, or so large that they are near no map."""
     for number, bad in enumerate((float("nan"), float("inf"), -float("inf"), 3e38)):
         query[0, number, number % 2] = bad
 
 
+def daily(*lowerings):
+    """All lowerings; the others under `make test-all`."""
+    return [
+        pytest.param(lowering, marks=() if lowering in lowerings else pytest.mark.nightly)
+        for lowering in LOWERINGS
+    ]
+
+
 # --- the matrix: every lowering, every batch, another resolution ---------------------------------
 
+LOCATIONS = [{}, {"value_heads": 1}, {"masked": True}]
+# Softmax and reference points are independent.
+OFFSETS = [
+    {"references": 1, "softmax": True},
+    {"references": 2, "softmax": True},
+    {"references": 1, "boxes": True, "softmax": True},
+    {
+        "references": 2,
+        "boxes": True,
+        "softmax": True,
+        "reference_index": [0, 1, 0, 1, 1, 0],
+    },
+    {"references": 1, "softmax": True, "coordinates": "pixel"},
+    {"references": 1, "softmax": True, "coordinates": "normalized_corners"},
+    {"softmax": True},
+    {"softmax": True, "padding": "border", "value_heads": 1},
+    {"references": 1},
+    {"references": 2, "boxes": True, "coordinates": "normalized_corners"},
+]
 
+
+@pytest.mark.slow
 @pytest.mark.parametrize("lowering", LOWERINGS)
-def test_operator_at_every_batch_and_resolution(lowering):
-    model = Plain({}, {"value_heads": 1}, {"masked": True})
+def test_locations_at_every_batch_and_resolution(lowering):
+    model = Operator(*LOCATIONS)
+    check_at_every_size(model, export(model, draw(2, 5, SHAPES[2]), lowering), lowering)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("lowering", "node"),
+    [
+        ("grid_sample", None),
+        ("gather", None),
+        ("plugin", ("trt.plugins", "MultiscaleDeformableAttnPlugin_TRT")),
+        ("native", ("saccade", "DeformableAttention")),
+    ],
+)
+def test_offsets_and_softmax_at_every_batch_and_resolution(lowering, node):
+    model = Operator(*OFFSETS)
     program = export(model, draw(2, 5, SHAPES[2]), lowering)
-    check_at_every_size(model, program, lowering)
+    own = [(node.domain, node.op_type) for node in program.model_proto.graph.node if node.domain]
+    assert own == ([node] * len(OFFSETS) if node else [])
+    # A softmax of logits that are not finite would be NaN; other tests have non-finite locations.
+    check_at_every_size(model, program, lowering, finite=True)
 
 
-@pytest.mark.parametrize("lowering", LOWERINGS)
-def test_fused_operator_at_every_batch_and_resolution(lowering):
-    model = Fused(
-        {},
-        {"references": 2},
-        {"boxes": True},
-        {"references": 2, "boxes": True, "reference_index": [0, 1, 0, 1, 1, 0]},
-        {"coordinates": "pixel"},
-        {"coordinates": "normalized_corners"},
-    )
-    program = export(model, draw(2, 5, SHAPES[2]), lowering)
-    # The softmax of logits that are spoilt would be no number; reference points are tried elsewhere.
-    check_at_every_size(model, program, lowering, not_finite=False)
-
-
-@pytest.mark.parametrize("lowering", LOWERINGS)
-@pytest.mark.parametrize("make", [MultiScale, SingleMap])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("lowering", "make"),
+    helpers.some(
+        [(lowering, make) for make in (MultiScale, SingleMap) for lowering in LOWERINGS], 2
+    ),
+)
 def test_modules_at_every_batch_and_resolution(lowering, make):
     torch.manual_seed(0)
     points = POINTS if lowering == "plugin" else [POINTS, 1]
     model = SingleMap() if make is SingleMap else MultiScale(points)
     program = export(model, draw(2, 5, SHAPES[2]), lowering)
-    check_at_every_size(model, program, lowering, not_finite=False)
+    check_at_every_size(model, program, lowering, finite=True)
 
 
 # --- options: included, or refused with the reason -----------------------------------------------
@@ -102,22 +140,29 @@ OPTIONS = [
     {"interpolation": "nearest", "padding": "border"},
     {"coordinates": "normalized_corners"},
 ]
+# Every lowering and every dimension once; the whole matrix under `make test-all`.
+OPTION_CASES = [("grid_sample", 2), ("gather", 3), ("plugin", 1), ("native", 2)]
+OPTION_CASES += [
+    pytest.param(lowering, spatial_dims, marks=pytest.mark.nightly)
+    for lowering in LOWERINGS
+    for spatial_dims in (1, 2, 3)
+    if (lowering, spatial_dims) not in [("plugin", 3), *OPTION_CASES]
+]
 
 
-@pytest.mark.parametrize("lowering", LOWERINGS)
-@pytest.mark.parametrize("spatial_dims", [1, 2, 3])
+@pytest.mark.slow
+@pytest.mark.parametrize(("lowering", "spatial_dims"), OPTION_CASES)
 def test_options_in_every_dimension(lowering, spatial_dims):
-    if (lowering, spatial_dims) == ("plugin", 3):
-        pytest.skip("refused, which is tested below")
     # All of them on images, and of each kind one on lines and volumes.
-    model = Plain(*(OPTIONS if spatial_dims == 2 else OPTIONS[:3]))
+    model = Operator(*(OPTIONS if spatial_dims == 2 else OPTIONS[:3]))
     program = export(model, draw(2, 5, SHAPES[spatial_dims]), lowering)
     check_at_every_size(model, program, lowering, spatial_dims)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lowering", ["gather", "native"])
 def test_ragged_queries_and_points_by_level(lowering):
-    model = Plain(RAGGED, RAGGED | {"num_points": [4, 2], "value_heads": 1})
+    model = Operator(RAGGED, RAGGED | {"num_points": [4, 2], "value_heads": 1})
     example = draw(2, 5, SHAPES[2])
     runner = Runner(export(model, example, lowering, dynamic=False), lowering)
     assert_equal(runner(*example), model(*example))
@@ -134,7 +179,7 @@ def test_ragged_queries_and_points_by_level(lowering):
 )
 def test_what_a_lowering_cannot_do_is_refused_at_export(lowering, call, spatial_dims, others):
     with pytest.raises(torch.onnx.errors.OnnxExporterError) as caught:
-        export(Plain(call), draw(2, 5, SHAPES[spatial_dims]), lowering, dynamic=False)
+        export(Operator(call), draw(2, 5, SHAPES[spatial_dims]), lowering, dynamic=False)
     option = next(iter(call), "spatial_shapes of 3 dimensions")
     message = str(caught.value)
     assert f"the lowering '{lowering}' cannot express it" in message
@@ -144,13 +189,14 @@ def test_what_a_lowering_cannot_do_is_refused_at_export(lowering, call, spatial_
 
 def test_volumes_in_an_older_opset_are_refused():
     with pytest.raises(torch.onnx.errors.OnnxExporterError, match="opset_version=20 on"):
-        export(Plain({}), draw(2, 5, SHAPES[3]), "grid_sample", opset_version=18)
+        export(Operator({}), draw(2, 5, SHAPES[3]), "grid_sample", opset_version=18)
 
 
 # --- what the definition says --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.slow
+@pytest.mark.parametrize("lowering", daily("grid_sample", "gather"))
 def test_nearest_rounds_half_to_even_and_corners_outside_are_zero(lowering):
     class Line(torch.nn.Module):
         def forward(self, line, at):
@@ -181,30 +227,30 @@ def test_nearest_rounds_half_to_even_and_corners_outside_are_zero(lowering):
 
 def test_gather_never_reads_what_no_corner_names():
     # An infinity in the first cell, which points outside must not read with the weight 0.
-    model = Plain({})
+    model = Operator({})
     maps, query, mask = draw(1, 4, SHAPES[2])
     for feature_map in maps:
         feature_map[:, :, 0, 0] = float("inf")
     query[:, :, : HEADS * 2 * POINTS * 2] = -5
-    found = Runner(export(model, (maps, query, mask), "gather", dynamic=False), "gather")
-    assert not found(maps, query, mask)[0].any()
+    runner = Runner(export(model, (maps, query, mask), "gather", dynamic=False), "gather")
+    assert not runner(maps, query, mask)[0].any()
 
 
-@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize("lowering", daily("gather", "native"))
 def test_a_float16_value_with_float32_positions(lowering):
-    model = Plain({})
+    model = Operator({})
     example = draw(2, 5, SHAPES[2], dtype=torch.float16)
     runner = Runner(export(model, example, lowering, dynamic=False), lowering)
-    (found,), (expected,) = runner(*example), model(*example)
-    assert found.dtype == np.float16
+    (output,), (expected,) = runner(*example), model(*example)
+    assert output.dtype == np.float16
     assert expected.dtype == torch.float16
     # Rounded once, at the end, from sums that differ in their last bits.
-    np.testing.assert_allclose(found, expected.numpy(), rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(output, expected.numpy(), rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("lowering", ["grid_sample", "gather"])
 def test_float64_is_float64_throughout(lowering):
-    model = Plain({}, {"padding": "border"})
+    model = Operator({}, {"padding": "border"})
     maps, query, mask = draw(2, 5, SHAPES[2], dtype=torch.float64)
     example = maps, query.double(), mask
     runner = Runner(export(model, example, lowering, dynamic=False), lowering)
@@ -215,39 +261,30 @@ def test_float64_is_float64_throughout(lowering):
 def test_float64_is_refused_by_nodes_in_float32(lowering):
     example = draw(2, 5, SHAPES[2], dtype=torch.float64)
     with pytest.raises(torch.onnx.errors.OnnxExporterError, match="a float64 value: the lowering"):
-        export(Plain({}), example, lowering, dynamic=False)
+        export(Operator({}), example, lowering, dynamic=False)
 
 
 # --- the graphs ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_gather_has_five_axes_at_most_and_no_grid_sample():
-    # Flat points: those by level have six axes before the operator sees them.
-    flat = {"num_points": POINTS}
-    for model in (Plain(flat, flat | {"value_heads": 1}), Fused({}, {"boxes": True})):
-        graph = onnx.shape_inference.infer_shapes(
-            export(model, draw(2, 5, SHAPES[2]), "gather").model_proto, data_prop=True
-        ).graph
-        assert not {node.op_type for node in graph.node} & {"GridSample", "ScatterND", "Scatter"}
-        ranks = {
-            value.name: len(value.type.tensor_type.shape.dim)
-            for value in (*graph.value_info, *graph.output)
-        }
-        ranks |= {tensor.name: len(tensor.dims) for tensor in graph.initializer}
-        assert {output for node in graph.node for output in node.output} <= ranks.keys()
-        assert max(ranks.values()) <= 5
+    # Without the call with an axis for the levels: the caller's own tensor has six axes there.
+    model = Operator({"num_points": POINTS}, *OFFSETS[2:3], {"softmax": True, "value_heads": 1})
+    graph = onnx.shape_inference.infer_shapes(
+        export(model, draw(2, 5, SHAPES[2]), "gather").model_proto, data_prop=True
+    ).graph
+    assert not {node.op_type for node in graph.node} & {"GridSample", "ScatterND", "Scatter"}
+    ranks = {
+        value.name: len(value.type.tensor_type.shape.dim)
+        for value in (*graph.value_info, *graph.output)
+    }
+    ranks |= {tensor.name: len(tensor.dims) for tensor in graph.initializer}
+    assert {output for node in graph.node for output in node.output} <= ranks.keys()
+    assert max(ranks.values()) <= 5
 
 
-@pytest.mark.parametrize(("lowering", "operator"), [("plugin", 1), ("native", 0)])
-def test_one_node_is_one_node(lowering, operator):
-    graph = export(Fused({}), draw(2, 5, SHAPES[2]), lowering).model_proto.graph
-    own = [node for node in graph.node if node.domain]
-    names = ("FusedDeformableAttention", "MultiscaleDeformableAttnPlugin_TRT")
-    assert [(node.domain, node.op_type) for node in own] == [
-        (("saccade", "trt.plugins")[operator], names[operator])
-    ]
-
-
+@pytest.mark.slow
 def test_the_page_runs():
     result = doctest.testfile(str(ROOT / "docs/onnx.md"), module_relative=False)
     assert result.attempted > 10
@@ -266,7 +303,7 @@ def test_wrong_names_and_missing_packages_are_said(monkeypatch):
 
 def test_a_broken_file_does_not_end_the_process(caplog):
     """An exception that leaves a Python operator would: `terminate`, not to be caught."""
-    pytest.importorskip("onnxruntime_extensions")
+    pytest.importorskip("onnxruntime_extensions", reason="onnxruntime-extensions is not installed")
     from onnx import TensorProto, helper
 
     from saccade.integrations.onnx import plugin
@@ -294,11 +331,11 @@ def test_a_broken_file_does_not_end_the_process(caplog):
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), saccade_onnx.session_options()
     )
-    given = {name: np.zeros(sizes, np.float32) for name, sizes in shapes.items()}
-    given["starts"] = np.zeros(1, np.int32)
-    good = session.run(None, given | {"shapes": np.array([[2, 3]], np.int32)})
+    inputs = {name: np.zeros(sizes, np.float32) for name, sizes in shapes.items()}
+    inputs["starts"] = np.zeros(1, np.int32)
+    good = session.run(None, inputs | {"shapes": np.array([[2, 3]], np.int32)})
     assert good[0].shape == (1, 2, 1, 4)
     for wrong in ([[2, 4]], [[-2, -3]]):
-        found = session.run(None, given | {"shapes": np.array(wrong, np.int32)})
-        assert found[0].size == 0
+        (output,) = session.run(None, inputs | {"shapes": np.array(wrong, np.int32)})
+        assert output.size == 0
         assert "gives nothing" in caplog.text

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import saccade
-from saccade.integrations.operators import replacement_of
+from saccade.integrations.operators import make_replacement
 from saccade.integrations.patching import PatchReport
 
 SHAPES = [(8, 12), (4, 6)]
@@ -21,13 +21,13 @@ def sampled(value, shapes, locations, weights, *, align_corners=False, factor=1.
     """The operator by grid_sample, in words of this file: value [B, S, M, D]."""
     batch, _, heads, width = value.shape
     found, first = [], 0
-    for level, (rows, columns) in enumerate(shapes):
+    for index, (rows, columns) in enumerate(shapes):
         rows, columns = int(rows), int(columns)
-        of_level = value[:, first : first + rows * columns].permute(0, 2, 3, 1)
-        grid = 2 * locations[:, :, :, level].transpose(1, 2).flatten(0, 1) - 1
+        level = value[:, first : first + rows * columns].permute(0, 2, 3, 1)
+        grid = 2 * locations[:, :, :, index].transpose(1, 2).flatten(0, 1) - 1
         found.append(
             nn.functional.grid_sample(
-                of_level.reshape(batch * heads, width, rows, columns),
+                level.reshape(batch * heads, width, rows, columns),
                 grid,
                 align_corners=align_corners,
             )
@@ -238,7 +238,7 @@ def test_an_autograd_function_is_replaced_by_its_arguments_alone(calls):
         (UsesCorners, "core_with_corners: on a trial it gives other numbers than saccade"),
         (
             UsesTemperature,
-            r"core_with_temperature: it takes \(value, .*, temperature\), which is no",
+            r"core_with_temperature: it takes \(value, .*, temperature\), which is not",
         ),
     ],
 )
@@ -264,7 +264,7 @@ def test_a_forward_that_something_else_has_replaced_is_left_alone():
 
 
 def test_wrong_arguments_of_a_replacement():
-    replacement = replacement_of(core)
+    replacement = make_replacement(core)
     with pytest.raises(TypeError, match=r"core: expected the arguments \(value, spatial_shapes"):
         replacement(1, 2, 3, 4, 5)
     with pytest.raises(TypeError, match="0 by position and .'values'. by name"):
@@ -282,6 +282,7 @@ def test_a_pickled_model_comes_back_unpatched():
     assert_same([module(value) for module in loaded], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [UsesFunction, UsesDecorated, UsesLevels, KeepsPartial])
 def test_a_patched_model_is_one_graph(kind):
     model, value = kind(), torch.randn(2, 120, 16)

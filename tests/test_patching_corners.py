@@ -12,7 +12,7 @@ from test_patching import SHAPES, Attention, UsesFunction, core, counted_calls, 
 from torch import nn
 
 import saccade
-from saccade.integrations.operators import replacement_of
+from saccade.integrations.operators import make_replacement
 
 COUNT = 0
 
@@ -86,13 +86,13 @@ class ReadsItsModule(nn.Module):
     ],
 )
 def test_nearly_the_operator(function, reason):
-    assert isinstance(replacement_of(function), str)
+    assert isinstance(make_replacement(function), str)
     with pytest.raises(AssertionError, match=reason):
-        raise AssertionError(replacement_of(function))
+        raise AssertionError(make_replacement(function))
 
 
 def test_the_default_of_a_method_is_the_functions_own():
-    replacement = replacement_of(by_discrete_default)
+    replacement = make_replacement(by_discrete_default)
     assert replacement.methods.keys() == {"default", "discrete"}
     given = [torch.randn(1, 120, 2, 8), SHAPES, torch.rand(1, 5, 2, 6, 2), torch.rand(1, 5, 2, 6)]
     expected = by_discrete_default(*given, [3, 3])
@@ -102,7 +102,7 @@ def test_the_default_of_a_method_is_the_functions_own():
 
 def test_a_missing_argument_is_named():
     with pytest.raises(TypeError, match="core: expected the argument sampling_locations, got none"):
-        replacement_of(core)(torch.randn(1, 120, 2, 8), SHAPES, attention_weights=torch.ones(1))
+        make_replacement(core)(torch.randn(1, 120, 2, 8), SHAPES, attention_weights=torch.ones(1))
 
 
 class KeepsOtherMethod(Attention):
@@ -192,6 +192,7 @@ def test_places_around_the_forward(kind, monkeypatch):
     assert len(calls) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["patched first", "patched last", "patched when compiled"])
 def test_compiled_models_do_not_share_what_was_compiled(order, monkeypatch):
     calls, value = counted_calls(monkeypatch), torch.randn(2, 120, 16)

@@ -6,6 +6,7 @@ import copy
 import sys
 from contextlib import contextmanager
 
+import helpers
 import pytest
 import torch
 import transformers
@@ -13,8 +14,8 @@ from transformers import DeformableDetrForObjectDetection
 from vision_helpers import random_detector, random_rt_detr
 
 import saccade
-from saccade.benchmark.detectors import DETECTORS
-from saccade.integrations.operators import original_of
+from benchmarks.small_models import SMALL_MODELS
+from saccade.integrations.operators import get_original
 
 
 def scatter_parameters(model):
@@ -94,11 +95,12 @@ def attended(model, inputs):
     return found + [tensor.nan_to_num() for tensor in tensors if tensor.is_floating_point()]
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", helpers.some(SMALL_MODELS, 7))
 def test_families_run_patched_and_go_back(name):
-    detector = DETECTORS[name]
-    model, inputs = detector.build(small=True), detector.inputs(small=True)
-    other = detector.build(small=True)
+    detector = SMALL_MODELS[name]
+    model, inputs = detector.build(), detector.inputs()
+    other = detector.build()
     before = {name: dict(module.__dict__) for name, module in model.named_modules()}
     expected = attended(model, inputs)
     assert min(tensor.std() for tensor in expected[:2]) > 1e-2  # far from the noise of float32
@@ -222,12 +224,12 @@ def test_discrete_rules_of_transformers_and_of_the_authors(shapes):
     first_row = first_point = 0
     for (height, width), count in zip(shapes, points, strict=True):
         level = value[:, first_row : first_row + height * width].unflatten(1, (height, width))
-        of_level = slice(first_point, first_point + count)
-        cells = locations[:, :, :, of_level] * torch.tensor([width, height]) + 0.5
+        level_points = slice(first_point, first_point + count)
+        cells = locations[:, :, :, level_points] * torch.tensor([width, height]) + 0.5
         cells = cells.to(torch.int64).clamp(0, height - 1)
         batch, head = torch.arange(4).view(4, 1, 1, 1), torch.arange(3).view(1, 1, 3, 1)
         read = level[batch, cells[..., 1], cells[..., 0], head]
-        by_height += (weights[:, :, :, of_level, None] * read).sum(3)
+        by_height += (weights[:, :, :, level_points, None] * read).sum(3)
         first_row += height * width
         first_point += count
     found = saccade.deformable_attention(
@@ -237,6 +239,7 @@ def test_discrete_rules_of_transformers_and_of_the_authors(shapes):
     assert by_height.flatten(2).allclose(expected, atol=1e-5) == (shapes[0] == (8, 8))
 
 
+@pytest.mark.slow
 def test_a_patched_function_survives_torch_compile():
     model = random_rt_detr_v2()
     module = model.model.decoder.layers[0].encoder_attn
@@ -265,6 +268,7 @@ def test_a_patched_function_survives_torch_compile():
     assert not any("grid_sample" in code for code in graphs)
 
 
+@pytest.mark.slow
 def test_every_operator_of_the_installed_version_is_found_and_gives_the_same(monkeypatch):
     """All models, whatever they are called: the operator of each file, with all gradients."""
     monkeypatch.setattr(transformers.utils.logging.get_logger(), "warning", lambda *_: None)
@@ -293,7 +297,7 @@ def check_operator(name):
     path, _, attribute = name.rpartition(".")
     owner = resolved(path)
     replaced = getattr(owner, attribute)
-    original = original_of(replaced)
+    original = get_original(replaced)
     inputs = [
         torch.randn(2, 9 * 13 + 5 * 7, 4, 8, generator=generator),
         torch.rand(2, 20, 4, 2, 3, 2, generator=generator) * 1.4 - 0.2,
@@ -318,7 +322,7 @@ def check_operator(name):
             if expected is None:  # discrete sampling has no gradient by location
                 assert found is None or not found.any(), name
                 continue
-            torch.testing.assert_close(found, expected, msg=lambda told: f"{name}: {told}")
+            torch.testing.assert_close(found, expected, msg=lambda message: f"{name}: {message}")
 
 
 def resolved(path):
@@ -328,7 +332,8 @@ def resolved(path):
     return getattr(resolved(outer), name)
 
 
-def test_twenty_steps_of_training_patched_and_not():
+@pytest.mark.slow
+def test_training_patched_and_not():
     """The same model, the same seed, the real losses."""
     losses = []
     for patched in (False, True):
@@ -336,14 +341,14 @@ def test_twenty_steps_of_training_patched_and_not():
         model = scatter_parameters(random_detector()).double().train()
         if patched:
             saccade.patch(model)
-        pictures = torch.randn(2, 3, 96, 128, dtype=torch.float64)
+        pictures = torch.randn(2, 3, 64, 64, dtype=torch.float64)
         labels = [
             {"class_labels": torch.tensor([1, 2]), "boxes": torch.rand(2, 4).double() / 2 + 0.2}
             for _ in range(2)
         ]
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
         steps = []
-        for _ in range(20):
+        for _ in range(20 if helpers.ALL else 6):
             loss = model(pixel_values=pictures, labels=labels).loss
             optimizer.zero_grad()
             loss.backward()

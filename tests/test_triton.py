@@ -7,102 +7,164 @@ import math
 
 import pytest
 import torch
-from conftest import NO_TRITON, ON_A_CARD, WITH_TRITON
-from helpers import (
-    Case,
-    assert_16_bit_is_as_good_as_naive,
-    assert_same,
-    grid_sample_path,
-    loops,
+from conftest import (
+    FEW_PAIRS,
+    NO_TRITON,
+    ON_A_CARD,
+    TOO_WIDE,
+    WITH_TRITON,
+    gpu_plans,
+    summing,
+    table,
+)
+from fused_helpers import FusedCase, fused_loops
+from helpers import Case, assert_16_bit_is_as_good_as_naive, grid_sample_path, loops, some
+from triton_helpers import (
+    assert_close,
+    draw_call,
+    draw_grad_output,
+    draw_options,
+    run_kernels,
+    run_reference,
 )
 
 import saccade
-from saccade.ops import contract
+from saccade import call as call_cache
+from saccade.ops import schema
+from saccade.reference import execute
 
 pytestmark = WITH_TRITON
 if NO_TRITON is None:
-    from saccade.backends.triton import launch
+    from saccade.backends.triton import forward, plan
 
 
-def reference(case, inputs, dtype=None):
-    with saccade.use_backend("reference"):
-        return case.call(*(tensor.to(dtype or tensor.dtype) for tensor in inputs))
+def check_call(monkeypatch, call, kernel, summed):
+    """Output and gradients are those of the reference; gives the names of the kernels that ran."""
+    grad_output = draw_grad_output(call)
+    entries = {"few_pairs": FEW_PAIRS[kernel], **summing(summed)}
+    with table(monkeypatch, **entries) as ran:
+        actual = run_kernels(call, grad_output)
+    assert_close(actual, run_reference(call, grad_output))
+    return ran
 
 
-def assert_equals_reference(case, inputs):
-    found, expected = case.call(*inputs), reference(case, inputs)
-    assert_same([found], [expected])
+@pytest.mark.parametrize("seed", some(range(600), 60))
+def test_drawn_calls(monkeypatch, seed):
+    options = draw_options(seed)
+    ran = check_call(monkeypatch, draw_call(seed), options["kernel"], options["summed"])
+    assert ran == [f"{way}_{options['kernel']}_kernel" for way in ("forward", "backward")]
 
 
-CASES = {
-    "one-level": Case(shapes=[(6, 7)], num_queries=37, head_dim=32, num_points=4),
-    "odd-head-dim": Case(head_dim=7, num_points=[1, 5]),
-    "one-channel": Case(head_dim=1, num_heads=5),
-    "wide-rows": Case(head_dim=300, num_heads=1, num_queries=3),
-    "slices-of-rows": Case(head_dim=2100, num_heads=2, num_queries=2, num_points=1, batch_size=1),
-    "single-cells": Case(shapes=[(1, 1), (1, 6), (5, 1)]),
-    "lists": Case(shapes=[(8, 8), (4, 4), (2, 2)], num_points=[3, 6, 3]),
-    "nine-levels": Case(shapes=[(n, 10 - n) for n in range(1, 10)], num_points=1),
-    "many-points": Case(num_points=[40, 9], num_queries=2, num_heads=1, batch_size=1),
-    "all-outside": Case(spread=40.0),
-    "shared-head": Case(shared_head=True, num_heads=4, head_dim=33),
-    "more-blocks-than-one": Case(num_queries=263, num_heads=1, head_dim=8, num_points=1),
-    "lines": Case(shapes=[(13,), (1,), (6,)], num_points=[3, 1, 5], head_dim=17),
-    "volumes": Case(shapes=[(4, 5, 6), (2, 1, 3)], num_points=[4, 3], head_dim=19),
-    "thin-volumes": Case(shapes=[(1, 1, 7), (6, 1, 1), (1, 5, 1), (1, 1, 1), (3, 1, 2)]),
-    "no-queries": Case(num_queries=0),
-    "no-batch": Case(batch_size=0),
+SIZES = {
+    "wide-rows": {"shapes": [(2, 3)], "head_dim": 300, "num_heads": 1, "num_points": 1},
+    "slices-of-rows": {"shapes": [(2, 2)], "head_dim": 2100, "num_heads": 1, "num_points": 1},
+    "many-points": {"shapes": [(3, 3), (1, 2)], "num_points": [40, 9], "num_heads": 1},
+    "nine-levels": {"shapes": [(n, 10 - n) for n in range(1, 10)], "num_points": 1},
+    "thin-volumes": {
+        "shapes": [(1, 1, 7), (6, 1, 1), (1, 5, 1), (1, 1, 1), (3, 1, 2)],
+        "num_points": 1,
+    },
+    "more-blocks-than-one": {
+        "num_queries": 131,
+        "shapes": [(3, 4)],
+        "num_points": 1,
+        "head_dim": 8,
+    },
+    "no-queries": {"num_queries": 0},
+    "no-maps": {"batch_size": 0},
 }
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_sizes(kernel, case):
-    assert_equals_reference(case, case.draw())
+@pytest.mark.parametrize("way", [("queries", "sorted"), ("points", "atomic")], ids="-".join)
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes(monkeypatch, name, way):
+    usual = {
+        "batch_size": 1, "num_queries": 2, "num_heads": 1, "interpolation": "linear",
+        "queries_per_map": None, "dtype": torch.float32, "point_dtype": torch.float32,
+    }  # fmt: skip
+    call = draw_call(0, **usual | SIZES[name])
+    ran = check_call(monkeypatch, call, *way)
+    assert f"forward_{way[0]}_kernel" in ran or name in TOO_WIDE
 
 
-@pytest.mark.parametrize("coordinates", ["normalized", "normalized_corners", "pixel"])
-@pytest.mark.parametrize(
-    ("name", "interpolation", "padding"),
-    [
-        *itertools.product(
-            ("one-level", "lists", "lines", "volumes"),
-            ("linear", "nearest", "discrete"),
-            ("zeros", "border"),
-        ),
-        ("one-level", "discrete", "border_height"),
-        ("lists", "discrete", "border_height"),
-    ],
-)
-def test_options_by_scalar_loops(kernel, name, interpolation, padding, coordinates):
-    case = CASES[name].with_(
-        interpolation=interpolation, padding=padding, coordinates=coordinates,
-        num_queries=3, num_heads=2, head_dim=2, dtype=torch.float64,
+@pytest.mark.parametrize("reference", ["none", "points"])
+def test_softmax_and_reference_points_are_independent(monkeypatch, reference):
+    # Softmax of logits at locations, and plain weights at reference points with offsets.
+    softmax = reference == "none"
+    for seed, kernel in enumerate(FEW_PAIRS):
+        fixed = {"dtype": torch.float64, "point_dtype": torch.float64, "num_queries": 4}
+        call = draw_call(seed, reference=reference, softmax=softmax, **fixed)
+        check_call(monkeypatch, call, kernel, "atomic")
+        # By parts: the softmax and the offsets applied before the call change nothing.
+        by_parts = call._replace(
+            options=call.options._replace(softmax=False),
+            weights=call.weights.softmax(-1) if softmax else call.weights,
+        )
+        torch.testing.assert_close(execute(by_parts), execute(call), rtol=0, atol=1e-14)
+
+
+# Every rule once on maps of one to three dimensions, against scalar loops that share no code.
+RULES = [
+    (shapes, interpolation, padding, coordinates)
+    for shapes in ([(3, 4), (1, 2)], [(5,), (1,)], [(2, 3, 2)])
+    for interpolation in ("linear", "nearest", "discrete")
+    for padding in ("zeros", "border", "border_height")
+    for coordinates in ("normalized", "normalized_corners", "pixel")
+    if padding != "border_height" or (interpolation == "discrete" and len(shapes[0]) == 2)
+]
+
+
+@pytest.mark.parametrize(("shapes", "interpolation", "padding", "coordinates"), some(RULES, 20))
+def test_options_by_scalar_loops(kernel, shapes, interpolation, padding, coordinates):
+    case = Case(
+        shapes=shapes, num_points=2, num_queries=4, num_heads=1, head_dim=2, batch_size=1,
+        interpolation=interpolation, padding=padding, coordinates=coordinates, dtype=torch.float64,
     )  # fmt: skip
     inputs = case.draw()
     torch.testing.assert_close(case.call(*inputs), loops(case, *inputs), rtol=0, atol=1e-12)
+
+
+FUSED_RULES = itertools.product(
+    ([(3, 4), (1, 2)], [(5,), (1,)], [(2, 3, 2)]),
+    (False, True),
+    ("normalized", "normalized_corners", "pixel"),
+    (None, [2, 0, 1]),
+)
+
+
+@pytest.mark.parametrize(("shapes", "boxes", "coordinates", "ragged"), some(FUSED_RULES, 10))
+def test_fused_by_scalar_loops(kernel, shapes, boxes, coordinates, ragged):
+    case = FusedCase(
+        shapes=shapes, num_points=2, num_queries=3, num_heads=1, head_dim=2,
+        batch_size=1 if ragged is None else 3, queries_per_map=ragged, references="levels",
+        boxes=boxes, coordinates=coordinates, dtype=torch.float64,
+    )  # fmt: skip
+    inputs = case.draw()
+    torch.testing.assert_close(case.call(*inputs), fused_loops(case, *inputs), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("padding", ["zeros", "border"])
 @pytest.mark.parametrize("interpolation", ["linear", "nearest", "discrete"])
 def test_exactly_on_edges_and_centres(kernel, interpolation, padding):
     case = Case(
-        shapes=[(3, 4), (1, 2)], num_points=1, num_queries=81, num_heads=1, batch_size=1,
+        shapes=[(3, 4)], num_points=1, num_queries=81, num_heads=1, batch_size=1, head_dim=1,
         interpolation=interpolation, padding=padding, coordinates="pixel",
     )  # fmt: skip
     value, _, weights = case.draw()
     steps = torch.tensor([-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 3.0, 4.0])
-    locations = torch.cartesian_prod(steps, steps).view(1, 81, 1, 1, 2).repeat(1, 1, 1, 2, 1)
-    assert_equals_reference(case, (value, locations, weights))
+    locations = torch.cartesian_prod(steps, steps).view(1, 81, 1, 1, 2)
+    expected = execute(case.parse(value, locations, weights))
+    torch.testing.assert_close(case.call(value, locations, weights), expected, rtol=0, atol=1e-6)
 
 
 def test_positions_are_rounded_twice(kernel):
-    # On a map that holds its own coordinate, at and beside the edges and centres of cells: in some
-    # places a product and a sum that are rounded at once come out otherwise.
+    # On a map that holds its own coordinate, at and beside the edges and centres of pixels: at some
+    # locations a product and a sum that are rounded at once come out otherwise.
     size = 77
-    places = ((torch.arange(2 * size, dtype=torch.float64) / 2 + 0.5) / size).float()
-    near = [places]
+    edges = ((torch.arange(2 * size, dtype=torch.float64) / 2 + 0.5) / size).float()
+    near = [edges]
     for end in (-1.0, 2.0):
-        moved = places
+        moved = edges
         for _ in range(3):
             moved = moved.nextafter(torch.tensor(end))
             near.append(moved)
@@ -116,19 +178,34 @@ def test_positions_are_rounded_twice(kernel):
     weights = torch.ones(locations.shape[:-1])
     for interpolation in ("nearest", "discrete", "linear"):
         arguments = (value, [(size,)], locations, weights)
-        found = saccade.deformable_attention(*arguments, interpolation=interpolation)
+        actual = saccade.deformable_attention(*arguments, interpolation=interpolation)
         expected = saccade.reference.deformable_attention(*arguments, interpolation=interpolation)
-        assert torch.equal(found, expected), interpolation
+        assert torch.equal(actual, expected), interpolation
 
 
-@pytest.mark.parametrize("location_dtype", [torch.float32, torch.float16, torch.float64])
+def test_fused_locations_are_those_of_the_operator_to_the_last_bit(kernel):
+    # A map that holds its own coordinate, read by one point with weight 1: the position comes out.
+    size, queries = 77, 1000
+    value = torch.arange(float(size)).view(1, size, 1, 1)
+    references, offsets = torch.rand(1, queries, 1, 1), torch.randn(1, queries, 1, 1, 1, 1)
+    options = {"interpolation": "nearest", "padding": "border"}
+    logits = torch.zeros(1, queries, 1, 1, 1)
+    actual = saccade.fused_deformable_attention(
+        value, [(size,)], references, offsets, logits, **options
+    )
+    locations = references[:, :, None, None] + offsets * (1 / torch.tensor(float(size)))
+    expected = saccade.deformable_attention(
+        value, [(size,)], locations, torch.ones_like(logits), **options
+    )
+    assert torch.equal(actual, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", ["one-level", "odd-head-dim", "shared-head", "lines", "volumes"])
-def test_16_bit_values(kernel, name, dtype, location_dtype):
-    case = CASES[name].with_(dtype=dtype, location_dtype=location_dtype, batch_size=1)
+def test_16_bit_values_are_as_exact_as_naive_ones(kernel, dtype):
+    case = Case(dtype=dtype, batch_size=1, num_heads=1)
     inputs = case.draw()
-    truth = reference(case, inputs, torch.float64)
-    naive = grid_sample_path(case, inputs[0], inputs[1].float(), inputs[2].float())
+    truth = execute(case.parse(*(tensor.double() for tensor in inputs)))
+    naive = grid_sample_path(case, *inputs)
     assert_16_bit_is_as_good_as_naive([case.call(*inputs)], [naive], [truth])
 
 
@@ -137,38 +214,38 @@ def test_every_16_bit_number_is_read_and_written_as_it_is(kernel, dtype):
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     values = bits.view(dtype)
     values = values[~values.isnan()]
-    values = values[: len(values) // 64 * 64].view(1, -1, 1, 64)
+    values = values[: len(values) // 256 * 256].view(1, -1, 1, 256)
     positions = values.shape[1]
-    found = saccade.deformable_attention(
+    actual = saccade.deformable_attention(
         values, [(positions,)], torch.arange(float(positions)).view(1, -1, 1, 1, 1, 1),
         torch.ones(1, positions, 1, 1, 1), coordinates="pixel", interpolation="nearest",
     )  # fmt: skip
-    assert torch.equal(found.flatten(), values.flatten())
+    assert torch.equal(actual.flatten(), values.flatten())
 
 
-def test_words_of_two_numbers_begin_where_words_begin(kernel, monkeypatch):
-    case = Case(dtype=torch.bfloat16, head_dim=4)
+def test_words_of_two_elements_begin_where_words_begin(kernel, monkeypatch):
+    case = Case(dtype=torch.bfloat16, head_dim=4, num_queries=3, num_heads=1)
     device = "cuda" if ON_A_CARD else "cpu"
     value, locations, weights = (tensor.to(device) for tensor in case.draw())
     moved = value.new_empty(value.numel() + 1)[1:].view(value.shape).copy_(value)
     assert moved.data_ptr() % 4
-    given, start = [], launch.Prepared.start
+    read, start = [], plan.Kernel.start
     monkeypatch.setattr(
-        launch.Prepared,
+        plan.Kernel,
         "start",
         lambda self, programs, tensors, *rest: (
-            given.append(tensors[1]) or start(self, programs, tensors, *rest)
+            read.append(tensors[1]) or start(self, programs, tensors, *rest)
         ),
     )
-    found, expected = (
-        launch.attend(*contract.arguments_of(case.understood(each, locations, weights)))
+    actual, expected = (
+        forward(*schema.to_arguments(case.parse(each, locations, weights)))
         for each in (moved, value)
     )
-    assert [tensor.data_ptr() % 4 for tensor in given] == [0, 0]
-    assert torch.equal(found, expected)
+    assert [tensor.data_ptr() % 4 for tensor in read] == [0, 0]
+    assert torch.equal(actual, expected)
 
 
-def test_the_last_pixel_of_a_map_that_is_wider_than_numbers_are_exact(kernel):
+def test_the_last_pixel_of_a_map_that_is_wider_than_floats_are_exact(kernel):
     size = 2**24 + 4
     value = torch.zeros(1, size, 1, 1)
     value[:, -5:] = 1
@@ -180,41 +257,91 @@ def test_the_last_pixel_of_a_map_that_is_wider_than_numbers_are_exact(kernel):
 
 @pytest.mark.parametrize("padding", ["zeros", "border"])
 @pytest.mark.parametrize("shapes", [[(7,), (2,)], [(6, 7), (3, 4)], [(2, 3, 4)]])
-def test_what_is_not_finite_as_in_the_reference(kernel, shapes, padding):
-    case = Case(shapes=shapes, num_queries=40, num_heads=1, padding=padding, dtype=torch.float64)
-    value, locations, weights = case.draw()
+def test_what_is_not_finite_as_in_the_reference(monkeypatch, shapes, padding):
     odd = torch.tensor([math.inf, -math.inf, math.nan, 1e38, -1e300, 0.5])
-    for tensor, share in ((value, 0.02), (locations, 0.1), (weights, 0.05)):
+    reference = {1: "none", 2: "points", 3: "boxes"}[len(shapes[0])]
+    call = draw_call(
+        len(shapes[0]), shapes=shapes, padding=padding, num_queries=16, num_heads=1, num_points=2,
+        reference=reference, batch_size=1, queries_per_map=None, interpolation="linear",
+        head_dim=4, dtype=torch.float64, point_dtype=torch.float64,
+    )  # fmt: skip
+    grad_output = draw_grad_output(call)
+    shares = ((call.value, 0.02), (call.points, 0.1), (call.weights, 0.03), (grad_output, 0.02))
+    for tensor, share in shares:
         chosen = torch.rand(tensor.shape) < share
-        tensor[chosen] = odd[torch.randint(6, (int(chosen.sum()),))].double()
-    inputs = (value, locations, weights)
-    torch.testing.assert_close(
-        case.call(*inputs), reference(case, inputs), rtol=1e-12, atol=1e-12, equal_nan=True
-    )
+        tensor[chosen] = odd[torch.randint(len(odd), (int(chosen.sum()),))].double()
+    expected = run_reference(call, grad_output)
+    for kernel, summed in zip(FEW_PAIRS, ("sorted", "atomic"), strict=True):
+        with table(monkeypatch, few_pairs=FEW_PAIRS[kernel], **summing(summed)):
+            actual = run_kernels(call, grad_output)
+        for got, want in zip(actual, expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10, equal_nan=True)
 
 
 @pytest.mark.parametrize("location", [-1.0, 4.0])
 def test_a_corner_inside_takes_part_with_a_weight_of_0(kernel, location):
     # At -1 exactly: 0 of the first pixel. At 4, of four pixels, nothing is inside.
     value = torch.full((1, 4, 1, 2), math.inf)
-    points = (value, [(4,)], torch.full((1, 1, 1, 1, 1, 1), location), torch.ones(1, 1, 1, 1, 1))
-    found = saccade.deformable_attention(*points, coordinates="pixel")
-    expected = saccade.reference.deformable_attention(*points, coordinates="pixel")
+    arguments = (value, [(4,)], torch.full((1, 1, 1, 1, 1, 1), location), torch.ones(1, 1, 1, 1, 1))
+    actual = saccade.deformable_attention(*arguments, coordinates="pixel")
+    expected = saccade.reference.deformable_attention(*arguments, coordinates="pixel")
     assert expected.isnan().all() == (location == -1)
-    torch.testing.assert_close(found, expected, equal_nan=True)
+    torch.testing.assert_close(actual, expected, equal_nan=True)
 
 
-def test_infinite_cells_that_nobody_reads_stay_where_they_are(kernel):
-    # Five points: the kernels know powers of two, and what they fill up with must not read.
-    case = Case(shapes=[(6, 7)], num_points=5, coordinates="pixel")
+def test_infinite_pixels_that_no_point_reads_stay_where_they_are(kernel):
+    # Five points: the kernels work on powers of two, and the points that fill up must not read.
+    case = Case(shapes=[(6, 7)], num_points=5, coordinates="pixel", num_queries=5, num_heads=1)
     value, locations, weights = case.draw()
     value[:, 0] = value[:, -1] = math.inf
-    locations = locations.clamp(1.1, 4.0)
-    assert case.call(value, locations, weights).isfinite().all()
+    assert case.call(value, locations.clamp(1.1, 4.0), weights).isfinite().all()
+
+
+@pytest.mark.parametrize("points", [1, 5, 40])
+def test_softmax_of_odd_logits_is_that_of_torch(kernel, points):
+    logits = torch.randn(9, points) * 30
+    inf, nan = math.inf, math.nan
+    logits[0], logits[1, 0], logits[2, -1], logits[3, 0] = -inf, inf, nan, -inf
+    logits[4], logits[5] = 1e30, -1e30
+    value = torch.randn(1, 30, 1, 3)
+    references, offsets = torch.rand(1, 9, 1, 2), torch.randn(1, 9, 1, 1, points, 2)
+    arguments = (value, [(5, 6)], references, offsets, logits.view(1, 9, 1, 1, points))
+    torch.testing.assert_close(
+        saccade.fused_deformable_attention(*arguments),
+        saccade.reference.fused_deformable_attention(*arguments),
+        equal_nan=True,
+    )
+
+
+def test_powers_do_not_overflow(kernel):
+    value = torch.full((1, 30, 1, 4), 2e38)
+    logits = torch.zeros(1, 3, 1, 1, 4)
+    references, offsets = torch.full((1, 3, 1, 2), 0.5), torch.zeros(1, 3, 1, 1, 4, 2)
+    actual = saccade.fused_deformable_attention(value, [(5, 6)], references, offsets, logits)
+    torch.testing.assert_close(actual, torch.full_like(actual, 2e38))
+
+
+@pytest.mark.parametrize("seed", some(range(40), 4))
+def test_offsets_counted_in_64_bits(monkeypatch, seed):
+    from saccade.backends.triton import ordered_sum
+
+    shapes = [[(5,), (1,)], [(3, 4), (1, 2)], [(2, 3, 2)]][seed % 3]
+    call = draw_call(seed, shapes=shapes, num_queries=3, dtype=torch.float32)
+    grad_output = draw_grad_output(call)
+    entries = {"few_pairs": FEW_PAIRS["queries" if seed % 2 else "points"], **summing("sorted")}
+    with table(monkeypatch, **entries):
+        narrow = run_kernels(call, grad_output)
+        assert not any(each.kernel.constants.USE_INT64_OFFSETS for each in gpu_plans())
+        call_cache._cache.clear()
+        monkeypatch.setattr(plan, "MAX_INT32_ELEMENTS", 0)
+        monkeypatch.setattr(ordered_sum, "MAX_INT32_KEYS", 0)
+        wide = run_kernels(call, grad_output)
+        assert all(each.kernel.constants.USE_INT64_OFFSETS for each in gpu_plans())
+    assert all(map(torch.equal, wide, narrow))
 
 
 def test_strides_do_not_matter(kernel):
-    case = Case()
+    case = Case(num_queries=3)
     value, locations, weights = case.draw()
     strided = (
         value.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1),
@@ -228,86 +355,76 @@ def test_strides_do_not_matter(kernel):
     assert torch.equal(case.call(*strided), expected)
 
 
-OPERATOR = torch.ops.saccade.deformable_attention
-
-
 @pytest.mark.parametrize(
-    ("position", "change", "message"),
+    ("argument", "change", "message"),
     [
-        (1, [6, 7, 3, 400000], "spatial_shapes: expected"),
-        (1, [6, 7, 3], "spatial_shapes: expected"),
-        (1, [-6, -7, 3, 4], "spatial_shapes: expected"),
-        (2, torch.rand(2, 11, 3, 5, 2), "sampling_locations: expected"),
-        (3, torch.rand(1, 11, 3, 6), "attention_weights: expected"),
-        (4, [3, 300], "sampling_locations: expected"),
-        (5, "cubic", "interpolation: expected"),
-        (8, [11, 11], r"sampling_locations: expected \[1, "),
+        ("spatial_shapes", [6, 7, 3, 400000], "spatial_shapes: expected"),
+        ("spatial_shapes", [6, 7, 3], "spatial_shapes: expected"),
+        ("spatial_shapes", [-6, -7, 3, 4], "spatial_shapes: expected"),
+        ("points", torch.rand(2, 11, 3, 5, 2), "sampling_locations: expected"),
+        ("weights", torch.rand(1, 11, 3, 6), "attention_weights: expected"),
+        ("num_points", [3, 300], "sampling_locations: expected"),
+        ("interpolation", "cubic", "interpolation: expected"),
+        ("queries_per_map", [11, 11], r"sampling_locations: expected \[1, "),
+        ("reference_points", torch.rand(2, 11, 5, 2), "reference_index: expected|reference_points"),
     ],
 )
-def test_the_operator_itself_checks_what_could_read_out_of_bounds(
-    kernel, position, change, message
-):
+def test_the_operator_itself_checks_what_could_read_out_of_bounds(argument, change, message):
     case = Case()
-    value, locations, weights = case.draw()
-    arguments = [
-        value,
-        [6, 7, 3, 4],
-        locations,
-        weights,
-        [3, 3],
-        "linear",
-        "zeros",
-        "normalized",
-        None,
-    ]
-    assert OPERATOR(*arguments).shape == (2, 11, 24)
-    arguments[position] = change
+    arguments = schema.to_arguments(case.parse(*case.draw()))
     with pytest.raises((ValueError, RuntimeError), match=message):
-        OPERATOR(*arguments)
+        forward(*arguments._replace(**{argument: change}))
 
 
 def test_freed_storage_is_an_error_not_a_crash(kernel):
-    inputs = Case().draw()
+    case = Case(num_queries=1)
+    inputs = case.draw()
+    case.call(*inputs)
     inputs[0].untyped_storage().resize_(0)
     with pytest.raises((ValueError, RuntimeError), match="storage"):
-        Case().call(*inputs)
+        case.call(*inputs)
 
 
-def test_a_kernel_that_was_found_is_kept_for_what_it_was_compiled_for():
-    case, found, launched = Case(), [], []
+def test_a_plan_is_made_once_for_calls_alike(kernel):
+    case = Case(num_queries=2, num_heads=1, batch_size=1)
+    for _ in range(3):
+        case.call(*case.draw())
+    assert len(gpu_plans()) == 1
+    case.with_(padding="border").call(*case.draw())
+    assert len(gpu_plans()) == 2
+
+
+def test_a_compiled_kernel_is_kept_for_what_it_was_compiled_for():
+    case, compiled, launched = Case(), [], []
 
     class Compiled:
         def __getitem__(self, grid):
             return lambda *arguments: launched.append((grid, arguments))
 
-    class Kernel:
-        arg_names = ("output", "value", "sizes", "num_queries", "HEADS", "WIDE")
-
+    class Function:
         def __getitem__(self, grid):
-            return lambda *arguments, **constants: (
-                found.append((arguments, constants)) or Compiled()
-            )
+            return lambda *arguments, **options: compiled.append((arguments, options)) or Compiled()
 
     value, output = case.draw()[0], torch.empty(4)
     moved = torch.empty(value.numel() + 1)[1:].view(value.shape)
-    constants = {"WIDE": False, "num_warps": 4, "HEADS": 3}
-    prepared = launch.Prepared(Kernel(), constants, {})
-    for given_value in (value, value, moved, moved, value):
-        prepared.start(7, (output, given_value), ((9, 11),), (37,))
-    # One for aligned memory, one for what is not; after that as they are, constants in their order.
-    assert [arguments[1].data_ptr() for arguments, _ in found] == [
+    kernel = plan.Kernel(Function(), ("constants",), 8)
+    for each in (value, value, moved, moved, value):
+        kernel.start(7, (output, each), (9, 11), (37,))
+    # One for aligned memory, one for unaligned memory; after that as they are.
+    assert [arguments[1].data_ptr() for arguments, _ in compiled] == [
         value.data_ptr(),
         moved.data_ptr(),
     ]
-    assert all(given == constants for _, given in found)
+    options = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False}
+    assert all(each == options | {"C": ("constants",)} for _, each in compiled)
     assert len(launched) == 3
     grid, arguments = launched[0]
     assert grid == (7, 1, 1)
     assert arguments[0] is output
     assert arguments[1] is value
-    assert arguments[2:] == ((9, 11), 37, 3, False)
-    # Numbers beyond 32 bits are of another type: for those it is found anew.
-    prepared.start(7, (output, value), ((9, 11),), (2**31,))
-    assert len(found) == 3
-    prepared.start(0, (output, value), ((9, 11),), (37,))
-    assert len(found) + len(launched) == 6
+    assert arguments[2:] == ((9, 11), 37, ("constants",))
+    # Numbers beyond 32 bits are of another type: for those Triton finds the kernel anew.
+    kernel.start(7, (output, value), (9, 11), (2**31,))
+    assert len(compiled) == 3
+    kernel.start(0, (output, value), (9, 11), (37,))
+    assert len(compiled) + len(launched) == 6

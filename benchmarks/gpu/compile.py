@@ -1,13 +1,14 @@
 """The GPU kernels compiled for a card that need not be there, and what came out.
 
 `python -m benchmarks.gpu.compile` compiles the kernels of the registry's workloads for sm_90 and prints
-registers, spills, shared memory and warp instructions a sample (one point of one query and head, all
+registers, spills, shared memory and warp instructions per sample (one point of one query and head, all
 its corners). Nothing is run: this says how much work a kernel issues, not how long it waits.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -28,11 +29,12 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from saccade.arguments import Call, FusedCall, Options, understand, understand_fused
-from saccade.backends.triton import backward, launch
-from saccade.backends.triton.backward import GradientPlan, Wanted
-from saccade.backends.triton.launch import Plan, Prepared
-from saccade.benchmark.workloads import WORKLOADS, Workload
+from saccade.backends.triton import backward_plan, forward_plan
+from saccade.backends.triton.backward import BackwardPlan
+from saccade.backends.triton.forward import ForwardPlan
+from saccade.backends.triton.plan import Kernel
+from saccade.bench.workloads import WORKLOADS, Workload
+from saccade.call import Call, parse_call
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "gpu_compile.json"
 
@@ -55,98 +57,100 @@ class Reading(NamedTuple):
     """Instructions that move registers to local memory and back for each sample."""
     shared_bytes: int
     instructions: int
-    """Of the whole program."""
+    """Instructions of the whole program."""
     per_sample: float
-    """Warp instructions for each sample: of the innermost loop, or of the whole where there is none."""
+    """Warp instructions for each sample: of the innermost loop, or of the whole program without one."""
     widest_value_load: int
     """Bits of the widest load."""
     widest_addition: int
-    """Numbers that the widest atomic addition adds; 0 without any."""
+    """Elements that the widest atomic addition adds; 0 without any."""
 
 
-def options_of(workload: Workload) -> Options:
-    """What detectors use."""
-    return Options(workload.shapes, workload.points, "linear", "zeros", "normalized", None)
-
-
-def call_of(workload: Workload, dtype: torch.dtype, kind: str = "given") -> Call | FusedCall:
-    """A call with tensors that have sizes and nothing else."""
+def make_call(
+    workload: Workload, dtype: torch.dtype, reference: str = "none", *, softmax: bool | None = None
+) -> Call:
+    """A call with meta tensors, with the options of detectors. `reference` is "none", "points" or "boxes";
+    with reference points the weights are logits, unless `softmax` says otherwise.
+    """
     batch, queries, heads = workload.batch_size, workload.queries, workload.num_heads
-    points, axes = sum(workload.points), workload.spatial_dims
+    num_points, spatial_dims = sum(workload.points), workload.spatial_dims
     value = torch.empty(
         batch, workload.num_positions, 1 if workload.shared_head else heads, workload.head_dim,
         dtype=dtype, device="meta",
     )  # fmt: skip
-    locations = torch.empty(batch, queries, heads, points, axes, device="meta")
-    weights = torch.empty(batch, queries, heads, points, device="meta")
-    options = options_of(workload)
-    if kind == "given":
-        return understand(value, locations, weights, options)
-    numbers = 2 * axes if kind == "boxes" else axes
-    references = torch.empty(batch, queries, 1, numbers, device="meta")
-    return understand_fused(value, references, locations, weights, options)
+    points = torch.empty(batch, queries, heads, num_points, spatial_dims, device="meta")
+    weights = torch.empty(batch, queries, heads, num_points, device="meta")
+    reference_points = None
+    if reference != "none":
+        coordinates = 2 * spatial_dims if reference == "boxes" else spatial_dims
+        reference_points = torch.empty(batch, queries, 1, coordinates, device="meta")
+    return parse_call(
+        value,
+        workload.shapes,
+        points,
+        weights,
+        reference_points=reference_points,
+        softmax=reference != "none" if softmax is None else softmax,
+        num_points=workload.points,
+    )
 
 
-# How the gradient of the value is summed up; "no" is the forward.
-GRADIENTS = ("no", "add", "sort")
-# What a program of each kernel takes at once.
-BLOCKS = ("QUERIES", "PIECES", "ROWS")
+# How the gradient of the value is summed up; "none" is the forward.
+GRAD_VALUES = ("none", "atomic", "sorted")
 
 
-class Kernel(NamedTuple):
+class Source(NamedTuple):
     """A kernel of a plan, and what its arguments point to."""
 
-    prepared: Prepared
+    kernel: Kernel
     pointers: dict[str, torch.dtype]
-    sizes: tuple[int, ...] = ()
-    samples: int = 0
-    """That a program works on each time around its innermost loop, or in all where it has none."""
-
-    @property
-    def name(self) -> str:
-        """As in the sources."""
-        return str(self.prepared.kernel.__name__)
+    sizes: tuple[int, ...]
+    samples: int
+    """Samples of a program: each time around its innermost loop, or in all where it has none."""
 
 
-def forward_kernel(plan: Plan, value: torch.dtype, points: torch.dtype) -> Kernel:
+def forward_source(plan: ForwardPlan, value: torch.dtype, points: torch.dtype) -> Source:
     """The kernel of a call."""
     pointers = dict.fromkeys(("output", "value"), value)
-    pointers |= dict.fromkeys(("points", "weights", "references"), points)
-    return Kernel(plan.prepared, pointers, plan.sizes, _samples(plan.prepared.constants))
+    pointers |= dict.fromkeys(("points", "weights", "reference_points"), points)
+    return Source(plan.kernel, pointers, plan.sizes, _samples(plan.kernel))
 
 
-def backward_kernels(plan: GradientPlan, value: torch.dtype, points: torch.dtype) -> list[Kernel]:
-    """The kernels of a backward: that of the points, then those that sum up in order."""
-    constants, compute = plan.prepared.constants, plan.compute_dtype
-    added = constants["VALUE_GRADIENT"] == "add"
+def backward_sources(plan: BackwardPlan, value: torch.dtype, points: torch.dtype) -> list[Source]:
+    """The kernels of a backward: that of the points, then those of the ordered sum."""
+    compute = plan.compute_dtype
+    atomic = plan.kernel.constants.GRAD_VALUE == "atomic"
     pointers = {
-        "grad_value": compute if added else value,
-        "grad_weights": compute if plan.fused else points,
-        **dict.fromkeys(("grad_points", "grad_logits", "points", "weights", "references"), points),
+        "grad_value": compute if atomic else value,
+        "grad_attention_weights": compute if plan.has_attention_weight_buffer else points,
+        **dict.fromkeys(("grad_points", "grad_weights", "points", "weights"), points),
+        "reference_points": points,
         **dict.fromkeys(("grad_output", "value"), value),
         **dict.fromkeys(("grad_locations", "records"), compute),
         "keys": torch.int32,
     }
-    found = [Kernel(plan.prepared, pointers, plan.sizes, _samples(constants))]
-    if plan.in_order is not None:
-        pieces, rows = plan.in_order.pieces, plan.in_order.rows
-        counts = dict.fromkeys(
-            ("order", "first_points", "first_pieces", "cell_of_piece"), torch.int64
-        )
-        given = {"sums": compute, "grad_output": value, "records": compute, **counts}
-        found.append(Kernel(pieces, given, (), pieces.constants["PIECES"]))
-        given = {"grad_value": value, "sums": compute, "first_pieces": torch.int64}
-        found.append(Kernel(rows, given, plan.sizes, rows.constants["ROWS"]))
-    return found
+    sources = [Source(plan.kernel, pointers, plan.sizes, _samples(plan.kernel))]
+    if plan.ordered_sum is not None:
+        pieces, rows = plan.ordered_sum.pieces, plan.ordered_sum.rows
+        indices = ("order", "first_points", "first_pieces", "cell_of_piece")
+        pointers = {"sums": compute, "grad_output": value, "records": compute}
+        pointers |= dict.fromkeys(indices, torch.int64)
+        sources.append(Source(pieces, pointers, (), pieces.constants.BLOCK_PIECES))
+        pointers = {"grad_value": value, "sums": compute, "first_pieces": torch.int64}
+        sources.append(Source(rows, pointers, plan.sizes, rows.constants.BLOCK_ROWS))
+    return sources
 
 
-def _samples(constants: dict[str, Any]) -> int:
-    return int(constants["QUERIES"] * constants.get("TOGETHER", constants["POINTS"]))
+def _samples(kernel: Kernel) -> int:
+    constants = kernel.constants
+    one_by_one = "queries" in kernel.name
+    num_points = constants.POINTS_PER_STEP if one_by_one else constants.NUM_POINTS
+    return int(constants.BLOCK_QUERIES * num_points)
 
 
-def read(kernel: Kernel) -> Reading:
+def read(source: Source) -> Reading:
     """Compiles a kernel as its launch would, and reads the machine code."""
-    compiled = _compiled(kernel)
+    compiled = compile_ahead(source)
     lines = _machine_code(compiled.asm["cubin"])
     code = _without_labels(lines)
     loop = _innermost_loop(lines)
@@ -160,35 +164,34 @@ def read(kernel: Kernel) -> Reading:
         shared_bytes=compiled.metadata.shared,
         instructions=len(code),
         per_sample=round(
-            len(loop or code) * kernel.prepared.constants["num_warps"] / kernel.samples, 2
+            len(loop or code) * source.kernel.options["num_warps"] / source.samples, 2
         ),
         widest_value_load=max(loads, default=32),
         widest_addition=max((int(width[1:] or 1) for width in additions), default=0),
     )
 
 
-def machine_code(kernel: Kernel) -> list[str]:
+def machine_code(source: Source) -> list[str]:
     """The instructions of a kernel."""
-    return _without_labels(_machine_code(_compiled(kernel).asm["cubin"]))
+    return _without_labels(_machine_code(compile_ahead(source).asm["cubin"]))
 
 
-def _compiled(kernel: Kernel) -> Any:
-    options = {
-        name: kernel.prepared.constants[name]
-        for name in ("num_warps", "num_stages", "enable_fp_fusion")
-    }
-    constants = {
-        name: number for name, number in kernel.prepared.constants.items() if name not in options
-    }
-    names = kernel.prepared.kernel.arg_names
+@functools.cache
+def _compile(kernel: Kernel, pointers: tuple[tuple[str, torch.dtype], ...], num_sizes: int) -> Any:
+    names = kernel.function.arg_names
     signature: dict[str, Any] = dict.fromkeys(names, "i32")
-    signature |= {name: f"*{TYPES[dtype]}" for name, dtype in kernel.pointers.items()}
-    if kernel.sizes:
-        signature["sizes"] = ("i32",) * len(kernel.sizes)
-    signature |= dict.fromkeys(constants, "constexpr")
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in kernel.pointers}
-    source = ASTSource(kernel.prepared.kernel, signature, constants, aligned)
-    return triton.compile(source, target=TARGET, options=options)
+    signature |= {name: f"*{TYPES[dtype]}" for name, dtype in pointers}
+    if num_sizes:
+        signature["sizes"] = ("i32",) * num_sizes
+    signature["C"] = "constexpr"
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name, _ in pointers}
+    source = ASTSource(kernel.function, signature, {"C": kernel.constants}, aligned)
+    return triton.compile(source, target=TARGET, options=kernel.options)
+
+
+def compile_ahead(source: Source) -> Any:
+    """The kernel as a launch on such a card would compile it, with aligned tensors."""
+    return _compile(source.kernel, tuple(source.pointers.items()), len(source.sizes))
 
 
 def _without_labels(lines: list[str]) -> list[str]:
@@ -240,37 +243,35 @@ def _innermost_loop(lines: list[str]) -> list[str]:
     return largest
 
 
-def kernels_of(workload: Workload, dtype: torch.dtype, kind: str, gradient: str) -> list[Kernel]:
-    """The kernels of a workload: of its forward ("no"), or of its backward with value gradients that are
-    added up by atomic operations ("add") or in order ("sort").
+def make_sources(call: Call, grad_value: str) -> list[Source]:
+    """The kernels of a call's forward ("none"), or of its backward, where the gradient of the value is summed
+    up by atomic operations ("atomic") or in order ("sorted").
     """
-    call = call_of(workload, dtype, kind)
-    if gradient == "no":
-        return [forward_kernel(launch.plan(call), dtype, torch.float32)]
-    batch, queries, heads, _, _ = launch.points_of(call).shape
-    grad_output = call.value.new_empty(batch, queries, heads * workload.head_dim)
-    wanted = Wanted(True, False, True, True)
-    plan = backward.gradient_plan(call, wanted, grad_output, in_order=gradient == "sort")
-    return backward_kernels(plan, dtype, torch.float32)
+    value, points = call.value.dtype, call.points.dtype
+    if grad_value == "none":
+        return [forward_source(forward_plan(call), value, points)]
+    mask = (True, True, True, False)
+    plan = backward_plan(call, mask, ordered=grad_value == "sorted")
+    return backward_sources(plan, value, points)
 
 
 def readings(
-    names: Iterable[str], kinds: Iterable[str], gradients: Iterable[str] = ("no",)
+    names: Iterable[str], references: Iterable[str], grad_values: Iterable[str] = ("none",)
 ) -> Iterable[dict[str, Any]]:
     """Each workload in float32 and bfloat16."""
     dtypes = (torch.float32, torch.bfloat16)
-    for name, gradient, kind, dtype in itertools.product(names, gradients, kinds, dtypes):
-        for kernel in kernels_of(WORKLOADS[name], dtype, kind, gradient):
-            constants = kernel.prepared.constants
+    for name, grad_value, reference, dtype in itertools.product(
+        names, grad_values, references, dtypes
+    ):
+        for source in make_sources(make_call(WORKLOADS[name], dtype, reference), grad_value):
             yield {
                 "case": name,
-                "points": kind,
+                "reference": reference,
                 "dtype": TYPES[dtype],
-                "value_gradient": gradient,
-                "kernel": kernel.name,
-                "block": next(constants[one] for one in BLOCKS if one in constants),
-                "warps": constants["num_warps"],
-                **read(kernel)._asdict(),
+                "grad_value": grad_value,
+                "kernel": source.kernel.name,
+                "warps": source.kernel.options["num_warps"],
+                **read(source)._asdict(),
             }
 
 
@@ -278,14 +279,13 @@ def main() -> None:
     """Compiles, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--case", action="append", choices=list(WORKLOADS))
-    parser.add_argument("--backward", action="store_true", help="only the backward's kernels")
-    parser.add_argument("--forward", action="store_true", help="only the forward's kernels")
+    parser.add_argument(
+        "--grad-value", action="append", choices=GRAD_VALUES, help='"none": forward'
+    )
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    gradients = (
-        ("no",) if arguments.forward else ("add", "sort") if arguments.backward else GRADIENTS
-    )
-    rows = list(readings(arguments.case or WORKLOADS, ("given", "points"), gradients))
+    grad_values = arguments.grad_value or GRAD_VALUES
+    rows = list(readings(arguments.case or WORKLOADS, ("none", "points"), grad_values))
     table = Table(*rows[0])
     for row in rows:
         table.add_row(*map(str, row.values()))

@@ -1,4 +1,4 @@
-"""Makes the README's picture: `python docs/images/make.py`, from what `saccade detect` writes."""
+"""Makes the README's image: `python docs/images/make.py`, from what `saccade detect` writes."""
 
 from __future__ import annotations
 
@@ -23,11 +23,9 @@ def main() -> None:
         )
         parts = []
         for kind in ("detections", "looked"):
-            with Image.open(Path(folder) / f"{SCENE.stem}_{kind}.png") as picture:
-                width = round(picture.width * HEIGHT / picture.height)
-                parts.append(
-                    picture.convert("RGB").resize((width, HEIGHT), Image.Resampling.LANCZOS)
-                )
+            with Image.open(Path(folder) / f"{SCENE.stem}_{kind}.png") as image:
+                width = round(image.width * HEIGHT / image.height)
+                parts.append(image.convert("RGB").resize((width, HEIGHT), Image.Resampling.LANCZOS))
     total = sum(part.width for part in parts) + GAP
     whole = Image.new("RGB", (total, HEIGHT), "white")
     whole.paste(parts[0], (0, 0))

@@ -36,25 +36,31 @@ Volumes = list[tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
 class Layer(nn.Module):
-    """Queries talk to one another, look at the volume, and think."""
+    """Self attention among the queries, deformable cross attention, and a feed-forward network."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.talk = nn.MultiheadAttention(CHANNELS, HEADS, batch_first=True)
-        self.look = DeformableAttention(
+        self.self_attention = nn.MultiheadAttention(CHANNELS, HEADS, batch_first=True)
+        self.cross_attention = DeformableAttention(
             CHANNELS, HEADS, 6, spatial_dims=3, predict_reference_points=False
         )
-        self.think = nn.Sequential(
+        self.feed_forward = nn.Sequential(
             nn.Linear(CHANNELS, 4 * CHANNELS), nn.ReLU(), nn.Linear(4 * CHANNELS, CHANNELS)
         )
         self.norms = nn.ModuleList(nn.LayerNorm(CHANNELS) for _ in range(3))
 
-    def forward(self, query: Tensor, place: Tensor, reference: Tensor, feature_map: Tensor) -> Any:
-        placed = query + place
-        query = self.norms[0](query + self.talk(placed, placed, query, need_weights=False)[0])
-        seen, sampling = self.look(query + place, feature_map, reference, return_sampling=True)
+    def forward(
+        self, query: Tensor, position: Tensor, reference: Tensor, feature_map: Tensor
+    ) -> Any:
+        positioned = query + position
+        query = self.norms[0](
+            query + self.self_attention(positioned, positioned, query, need_weights=False)[0]
+        )
+        seen, sampling = self.cross_attention(
+            query + position, feature_map, reference, return_sampling=True
+        )
         query = self.norms[1](query + seen)
-        return self.norms[2](query + self.think(query)), sampling
+        return self.norms[2](query + self.feed_forward(query)), sampling
 
 
 class BlobFinder(nn.Module):
@@ -62,7 +68,7 @@ class BlobFinder(nn.Module):
 
     def __init__(self, freeze_offsets: bool = False) -> None:
         super().__init__()
-        # A position of the map knows 7 voxels across: what is beyond is for the attention.
+        # A position of the map sees 7 voxels across; the attention reads what lies beyond.
         self.stem = nn.Sequential(
             nn.Conv3d(1, 16, 3, 2, 1), nn.GroupNorm(4, 16), nn.ReLU(),
             nn.Conv3d(16, CHANNELS, 3, 1, 1), nn.GroupNorm(4, CHANNELS),
@@ -70,15 +76,17 @@ class BlobFinder(nn.Module):
         axes = [(torch.arange(n) + 0.5) / n for n in GRID]
         start = torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1], -1).flatten(0, 2)
         self.register_buffer("start", start)
-        self.place = nn.Sequential(nn.Linear(3, CHANNELS), nn.ReLU(), nn.Linear(CHANNELS, CHANNELS))
+        self.position = nn.Sequential(
+            nn.Linear(3, CHANNELS), nn.ReLU(), nn.Linear(CHANNELS, CHANNELS)
+        )
         self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
         self.score = nn.ModuleList(nn.Linear(CHANNELS, 1) for _ in range(LAYERS))
         self.move = nn.ModuleList(nn.Linear(CHANNELS, 3) for _ in range(LAYERS))
-        still = [layer.look.sampling_offsets for layer in self.layers if freeze_offsets]
-        for linear in (*self.move, *still):  # no query moves at first
+        frozen = [layer.cross_attention.sampling_offsets for layer in self.layers if freeze_offsets]
+        for linear in (*self.move, *frozen):  # The queries do not move at first.
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
-        for linear in still:
+        for linear in frozen:
             linear.requires_grad_(False)
 
     def forward(self, volume: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Any]:
@@ -88,14 +96,14 @@ class BlobFinder(nn.Module):
         reference = self.start.expand(len(volume), -1, -1)
         outputs = []
         for layer, score, move in zip(self.layers, self.score, self.move, strict=True):
-            query, sampling = layer(query, self.place(reference * 4 - 2), reference, feature_map)
+            query, sampling = layer(query, self.position(reference * 4 - 2), reference, feature_map)
             moved = reference + move(query) * STEP
             outputs.append((score(query)[..., 0], moved))
             reference = moved.detach()
         return outputs, sampling
 
 
-def batch_of(volumes: Volumes) -> tuple[Tensor, list[Tensor]]:
+def make_batch(volumes: Volumes) -> tuple[Tensor, list[Tensor]]:
     """Returns volumes and, for each, the centres as parts of the volume."""
     # The volume's edge lies half a voxel before its first voxel.
     truth = [(torch.from_numpy(centres + 0.5) / SIZE).float() for _, centres, _ in volumes]
@@ -103,43 +111,43 @@ def batch_of(volumes: Volumes) -> tuple[Tensor, list[Tensor]]:
 
 
 def set_loss(logits: Tensor, centres: Tensor, truth: list[Tensor]) -> Tensor:
-    """Pairs queries and blobs one to one; a query without a blob has to stay silent."""
-    wanted = torch.zeros_like(logits)
+    """Matches queries and blobs one to one; the target of a query without a blob is 0."""
+    target = torch.zeros_like(logits)
     distance, chances = centres.new_zeros(()), logits.detach().sigmoid()
     for i, true in enumerate(truth):
-        far = ((centres[i][:, None] - true) / STEP).abs().sum(-1)
-        chosen, blob = linear_sum_assignment(far.detach() - chances[i][:, None])
-        wanted[i, chosen] = 1
-        distance = distance + far[chosen, blob].sum()
-    doubt = F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum")
+        distances = ((centres[i][:, None] - true) / STEP).abs().sum(-1)
+        chosen, blob = linear_sum_assignment(distances.detach() - chances[i][:, None])
+        target[i, chosen] = 1
+        distance = distance + distances[chosen, blob].sum()
+    doubt = F.binary_cross_entropy_with_logits(logits, target, reduction="sum")
     return (doubt + distance) / sum(len(true) for true in truth)
 
 
 @torch.no_grad()
 def find(model: nn.Module, volumes: Volumes) -> tuple[list[tuple[np.ndarray, ...]], Any]:
-    """Returns centres in voxels and query numbers of the blobs found, and the last look."""
-    outputs, sampling = model(batch_of(volumes)[0])
-    found = []
+    """Returns centres in voxels and query indices of the predicted blobs, and the last layer's sampling."""
+    outputs, sampling = model(make_batch(volumes)[0])
+    predictions = []
     for logits, centres in zip(*outputs[-1], strict=True):
         queries = (logits > 0).nonzero()[:, 0]
-        found.append(((centres[queries] * SIZE - 0.5).numpy(), queries.numpy()))
-    return found, sampling
+        predictions.append(((centres[queries] * SIZE - 0.5).numpy(), queries.numpy()))
+    return predictions, sampling
 
 
-def f1(found: list[Any], volumes: Volumes) -> float:
+def f1(predictions: list[Any], volumes: Volumes) -> float:
     """Returns the F1 score: right means within the tolerance of a blob's centre, one for one."""
     right = total = 0
-    for (centres, *_), (_, true, _) in zip(found, volumes, strict=True):
+    for (centres, *_), (_, true, _) in zip(predictions, volumes, strict=True):
         near = np.linalg.norm(centres[:, None] - true, axis=-1) <= TOLERANCE
         right += near[linear_sum_assignment(near, maximize=True)].sum()
         total += len(centres) + len(true)
     return float(2 * right / max(1, total))
 
 
-def draw(path: Path, volumes: Volumes, found: list[Any], sampling: Any) -> None:
-    """Draws the first volume of at least three blobs from two sides, with all that was found."""
+def draw(path: Path, volumes: Volumes, predictions: list[Any], sampling: Any) -> None:
+    """Draws the first volume of at least three blobs from two sides, with the predictions."""
     shown = next((i for i, (_, true, _) in enumerate(volumes) if len(true) >= 3), 0)
-    (volume, true, radii), (centres, queries) = volumes[shown], found[shown]
+    (volume, true, radii), (centres, queries) = volumes[shown], predictions[shown]
     looked = sampling.sampling_locations[shown, queries].flatten(1, 2) * SIZE - 0.5
     weights = sampling.attention_weights[shown, queries].flatten(1)
     figure = Figure(figsize=(9, 5.2), layout="constrained")
@@ -176,7 +184,9 @@ def main(
     threads: Annotated[int, typer.Option(help="CPU threads; another number rounds otherwise.")] = 1,
     held_out: Annotated[int, typer.Option(help="Held-out volumes to score.")] = 400,
     freeze_offsets: Annotated[bool, typer.Option(help="Look at the references only.")] = False,
-    picture: Annotated[Path | None, typer.Option(help="PNG to draw a held-out volume to.")] = None,
+    image_path: Annotated[
+        Path | None, typer.Option("--picture", help="PNG to draw a held-out volume to.")
+    ] = None,
 ) -> None:
     """Trains on drawn volumes and scores held-out ones before and after."""
     torch.set_num_threads(threads)
@@ -190,8 +200,8 @@ def main(
     start = time.perf_counter()
     for step in range(steps):
         numbers = range(step * BATCH, (step + 1) * BATCH)
-        batch, truth = batch_of([blobs(seed, TRAIN, number) for number in numbers])
-        # Every layer is asked for the answer, so that the first ones learn as fast as the last.
+        batch, truth = make_batch([blobs(seed, TRAIN, number) for number in numbers])
+        # Every layer predicts, so that the first layers learn as fast as the last.
         loss = torch.stack([set_loss(*output, truth) for output in model(batch)[0]]).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -201,11 +211,11 @@ def main(
         if (step + 1) % 200 == 0:
             print(f"step {step + 1}/{steps}  loss {loss.item():.3f}", flush=True)
     seconds = time.perf_counter() - start
-    found, sampling = find(model, volumes)
-    report("after training", f1(found, volumes))
+    predictions, sampling = find(model, volumes)
+    report("after training", f1(predictions, volumes))
     print(f"{seconds:.0f} s of training")
-    if picture:
-        draw(picture, volumes, found, sampling)
+    if image_path:
+        draw(image_path, volumes, predictions, sampling)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-// Runs an exported detector without Python: what it finds is printed, one object a line.
+// Runs an exported detector without Python, and prints what it detects, one object per line.
 //
-//   detect PACKAGE.pt2 NATIVE_LIBRARY INPUT.raw BATCH HEIGHT WIDTH [LEAST_SCORE]
+//   detect PACKAGE.pt2 NATIVE_LIBRARY INPUT.raw BATCH HEIGHT WIDTH [MIN_SCORE]
 //
 // INPUT.raw holds the normalized pixels as float32, [batch, 3, height, width].
 
@@ -21,8 +21,8 @@
 
 namespace {
 
-// The whole text as a number of at least 1.
-int64_t positive(const char* name, const char* text) {
+// Parses the whole text as an integer of at least 1.
+int64_t parse_positive(const char* name, const char* text) {
   int64_t number = 0;
   const char* end = text + std::strlen(text);
   const auto [stopped, error] = std::from_chars(text, end, number);
@@ -32,8 +32,8 @@ int64_t positive(const char* name, const char* text) {
   return number;
 }
 
-// The whole text as a number from 0 to 1.
-double score(const char* name, const char* text) {
+// Parses the whole text as a number from 0 to 1.
+double parse_score(const char* name, const char* text) {
   char* stopped = nullptr;
   const double number = std::strtod(text, &stopped);
   if (stopped == text || *stopped != '\0' || !(number >= 0 && number <= 1)) {
@@ -47,14 +47,14 @@ torch::Tensor read_pixels(const char* path, int64_t batch, int64_t height, int64
   if (!file) {
     throw std::runtime_error(std::string("INPUT.raw: cannot be read: ") + path);
   }
-  // In double, for the product of three large numbers may be beyond int64_t.
+  // In double, because the product of three large sizes may overflow int64_t.
   const double expected = 4.0 * 3 * static_cast<double>(batch) * height * width;
   const auto size = static_cast<int64_t>(file.tellg());
   if (static_cast<double>(size) != expected) {
-    std::ostringstream told;
-    told << "INPUT.raw: expected " << std::fixed << std::setprecision(0) << expected << " bytes, got " << size
-         << " in " << path;
-    throw std::runtime_error(told.str());
+    std::ostringstream message;
+    message << "INPUT.raw: expected " << std::fixed << std::setprecision(0) << expected << " bytes, got " << size
+            << " in " << path;
+    throw std::runtime_error(message.str());
   }
   torch::Tensor pixels = torch::empty({batch, 3, height, width});
   file.seekg(0);
@@ -63,16 +63,16 @@ torch::Tensor read_pixels(const char* path, int64_t batch, int64_t height, int64
 }
 
 void detect(int argc, char** argv) {
-  // Without it a package takes inputs of sizes that it was not compiled for, and computes wrong numbers.
+  // Otherwise a package accepts inputs of sizes it was not compiled for, and computes wrong numbers.
   setenv("AOTI_RUNTIME_CHECK_INPUTS", "1", 1);
-  // The library registers saccade's operators with torch when it is loaded.
+  // Loading the library registers saccade's operators with torch.
   if (dlopen(argv[2], RTLD_NOW | RTLD_GLOBAL) == nullptr) {
     throw std::runtime_error(std::string("NATIVE_LIBRARY: ") + dlerror());
   }
-  const int64_t batch = positive("BATCH", argv[4]);
+  const int64_t batch = parse_positive("BATCH", argv[4]);
   const torch::Tensor pixels =
-      read_pixels(argv[3], batch, positive("HEIGHT", argv[5]), positive("WIDTH", argv[6]));
-  const double least_score = argc > 7 ? score("LEAST_SCORE", argv[7]) : 0.5;
+      read_pixels(argv[3], batch, parse_positive("HEIGHT", argv[5]), parse_positive("WIDTH", argv[6]));
+  const double min_score = argc > 7 ? parse_score("MIN_SCORE", argv[7]) : 0.5;
 
   if (!std::ifstream(argv[1])) {
     throw std::runtime_error(std::string("PACKAGE.pt2: cannot be read: ") + argv[1]);
@@ -84,7 +84,7 @@ void detect(int argc, char** argv) {
   for (int64_t image = 0; image < batch; ++image) {
     for (int64_t query = 0; query < scores.size(1); ++query) {
       const auto [score, label] = scores[image][query].max(0);
-      if (score.item<double>() <= least_score) {
+      if (score.item<double>() <= min_score) {
         continue;
       }
       std::cout << image << " " << label.item<int64_t>() << " " << score.item<double>();
@@ -100,7 +100,7 @@ void detect(int argc, char** argv) {
 
 int main(int argc, char** argv) {
   if (argc < 7) {
-    std::cerr << "expected: PACKAGE.pt2 NATIVE_LIBRARY INPUT.raw BATCH HEIGHT WIDTH [LEAST_SCORE]\n";
+    std::cerr << "expected: PACKAGE.pt2 NATIVE_LIBRARY INPUT.raw BATCH HEIGHT WIDTH [MIN_SCORE]\n";
     return 2;
   }
   try {

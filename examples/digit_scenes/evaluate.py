@@ -34,7 +34,7 @@ SHIPPED_MODEL = Path(saccade.__file__).parent / "vision" / "model"
 SHIPPED_SCENES = Path(__file__).parent / "scenes"
 SHIPPED_INDICES = (32, 100)  # held-out scenes that show digits of many sizes over both photographs
 SHIPPED_THRESHOLD = 0.5  # detections with a lower score are not part of expected.json
-FIGURES = ("AP", "AP50", "AP75")  # pycocotools' order
+METRICS = ("AP", "AP50", "AP75")  # pycocotools' order
 PACKAGES = ("torch", "transformers", "pycocotools", "numpy", "pillow", "scikit-learn")
 
 Detection = dict[str, Any]
@@ -44,25 +44,25 @@ Detection = dict[str, Any]
 def detect(
     model: torch.nn.Module,
     processor: Any,
-    pictures: Sequence[Image.Image],
+    images: Sequence[Image.Image],
     batch_size: int = 16,
 ) -> list[list[Detection]]:
-    """Detects objects in pictures of one size.
+    """Detects objects in images of one size.
 
     Returns:
-        For each picture its detections, best score first: `category_id`, `score` and `bbox` (left,
+        For each image its detections, best score first: `category_id`, `score` and `bbox` (left,
         top, width, height, in pixels).
     """
     device = next(model.parameters()).device
-    found: list[list[Detection]] = []
-    for start in range(0, len(pictures), batch_size):
-        chunk = list(pictures[start : start + batch_size])
+    detections: list[list[Detection]] = []
+    for start in range(0, len(images), batch_size):
+        chunk = list(images[start : start + batch_size])
         inputs = processor(images=chunk, return_tensors="pt").to(device)
-        sizes = [(picture.height, picture.width) for picture in chunk]
+        sizes = [(image.height, image.width) for image in chunk]
         for result in processor.post_process_object_detection(model(**inputs), 0.0, sizes):
             boxes = result["boxes"].cpu()
             boxes[:, 2:] -= boxes[:, :2]
-            found.append(
+            detections.append(
                 [
                     {"category_id": label, "score": score, "bbox": bbox}
                     for label, score, bbox in zip(
@@ -73,20 +73,22 @@ def detect(
                     )
                 ]
             )
-    return found
+    return detections
 
 
-def average_precision(dataset: dict[str, Any], found: list[list[Detection]]) -> dict[str, float]:
-    """Returns COCO's figures.
+def average_precision(
+    dataset: dict[str, Any], detections: list[list[Detection]]
+) -> dict[str, float]:
+    """Returns COCO's metrics.
 
     Args:
         dataset: a COCO dictionary with the truth.
-        found: the detections of each of its images, in their order.
+        detections: the detections of each of its images, in their order.
     """
     results = [
         {"image_id": image["id"], **detection}
-        for image, detections in zip(dataset["images"], found, strict=True)
-        for detection in detections
+        for image, image_detections in zip(dataset["images"], detections, strict=True)
+        for detection in image_detections
     ]
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports every stage
         truth = COCO()
@@ -96,7 +98,7 @@ def average_precision(dataset: dict[str, Any], found: list[list[Detection]]) -> 
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    return {name: round(float(evaluation.stats[i]), 4) for i, name in enumerate(FIGURES)}
+    return {name: round(float(evaluation.stats[i]), 4) for i, name in enumerate(METRICS)}
 
 
 def load(folder: Path) -> tuple[torch.nn.Module, Any]:
@@ -110,22 +112,22 @@ def write_shipped_scenes(model: torch.nn.Module, processor: Any, folder: Path) -
     """Writes the scenes that ship with the examples, and what the model finds in them.
 
     Returns:
-        The path of `expected.json`: for each picture label, score and box (left, top, right,
+        The path of `expected.json`: for each image label, score and box (left, top, right,
         bottom, in pixels) of its detections, best score first.
     """
     folder.mkdir(exist_ok=True)
     expected = {}
     for number, index in enumerate(SHIPPED_INDICES):
-        picture, _ = make_scene("test", index)
+        image, _ = make_scene("test", index)
         name = f"scene_{number}.png"
-        picture.save(folder / name)
+        image.save(folder / name)
         expected[name] = [
             {
                 "label": model.config.id2label[detection["category_id"]],
                 "score": round(detection["score"], 4),
                 "box": [round(v, 2) for v in (x, y, x + width, y + height)],
             }
-            for detection in detect(model, processor, [picture])[0]
+            for detection in detect(model, processor, [image])[0]
             for x, y, width, height in [detection["bbox"]]
             if detection["score"] > SHIPPED_THRESHOLD
         ]
@@ -142,7 +144,7 @@ def main(
     width: Annotated[int, typer.Option(help="Width of the scenes.")] = SCENE_SIZE[0],
     height: Annotated[int, typer.Option(help="Height of the scenes.")] = SCENE_SIZE[1],
     threads: Annotated[int, typer.Option(help="CPU threads for PyTorch; 0: its choice.")] = 0,
-    output: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the metrics.")] = None,
     write_expected: Annotated[
         bool, typer.Option("--write-expected", help="Only write the scenes that are shipped.")
     ] = False,
@@ -155,14 +157,14 @@ def main(
     if write_expected:
         print(write_shipped_scenes(detector, processor, SHIPPED_SCENES))
         return
-    dataset, pictures = coco_dataset("test", count, size=(width, height))
+    dataset, images = coco_dataset("test", count, size=(width, height))
     started = time.perf_counter()
-    found = detect(detector, processor, pictures)
+    detections = detect(detector, processor, images)
     seconds = time.perf_counter() - started
     # Equal digests: the figures were measured on the very same pixels.
-    digest = hashlib.sha256(b"".join(picture.tobytes() for picture in pictures)).hexdigest()
+    digest = hashlib.sha256(b"".join(image.tobytes() for image in images)).hexdigest()
     report = {
-        **average_precision(dataset, found),
+        **average_precision(dataset, detections),
         "scenes": count,
         "digits": len(dataset["annotations"]),
         "size": [width, height],

@@ -95,13 +95,13 @@ def _initialise_as_in_the_paper(model: DeformableDetrForObjectDetection) -> None
             layer.reset_parameters()
         nn.init.zeros_(head.layers[-1].weight)
         nn.init.zeros_(head.layers[-1].bias)
-    model.bbox_embed[0].layers[-1].bias[2:] = -2.0  # boxes start at 12 % of the picture
+    model.bbox_embed[0].layers[-1].bias[2:] = -2.0  # boxes start at 12 % of the image
 
 
 def new_image_processor() -> DeformableDetrImageProcessorPil:
     """Returns the image processor that ships with the model.
 
-    A scene keeps its 160 x 160 pixels. Any other picture keeps its shape and is scaled to a shorter
+    A scene keeps its 160 x 160 pixels. Any other image keeps its shape and is scaled to a shorter
     side of 160 or, when it is longer than 3:2, to a longer side of 240: the shapes trained on.
     """
     return DeformableDetrImageProcessorPil(size={"shortest_edge": 160, "longest_edge": 240})

@@ -77,7 +77,7 @@ def make_scene(
         size: width and height of the scene, in pixels.
 
     Returns:
-        The RGB picture, and for each digit a COCO annotation: `bbox` (left, top, width, height, in
+        The RGB image, and for each digit a COCO annotation: `bbox` (left, top, width, height, in
         pixels), `category_id` (the digit itself, 0 … 9), `area`, `iscrowd`.
     """
     rng = np.random.default_rng([seed, _SPLIT_NUMBER[split], index])
@@ -93,8 +93,8 @@ def make_scene(
     canvas += rng.standard_normal(canvas.shape, dtype=np.float32) * np.float32(
         rng.uniform(0.0, 8.0)
     )
-    picture = Image.fromarray(np.clip(canvas + 0.5, 0.0, 255.0).astype(np.uint8))
-    return picture, annotations
+    image = Image.fromarray(np.clip(canvas + 0.5, 0.0, 255.0).astype(np.uint8))
+    return image, annotations
 
 
 def _background(rng: np.random.Generator, split: Split, size: tuple[int, int]) -> np.ndarray:
@@ -225,34 +225,34 @@ def _readable_colour(rng: np.random.Generator, behind: np.ndarray) -> np.ndarray
 def coco_dataset(
     split: Split, count: int = TEST_SCENES, seed: int = 0, size: tuple[int, int] = SCENE_SIZE
 ) -> tuple[dict[str, Any], list[Image.Image]]:
-    """Returns the first `count` scenes of a split: a COCO dictionary, and the pictures in its order.
+    """Returns the first `count` scenes of a split: a COCO dictionary, and the images in its order.
 
     The id of an image is the index of its scene. Annotation ids start at 1: pycocotools takes a
     match with annotation 0 for none.
     """
-    pictures: list[Image.Image] = []
-    images: list[dict[str, Any]] = []
+    images: list[Image.Image] = []
+    entries: list[dict[str, Any]] = []
     annotations: list[Annotation] = []
     for index in range(count):
-        picture, digits = make_scene(split, index, seed, size)
-        pictures.append(picture)
-        images.append(
+        image, digits = make_scene(split, index, seed, size)
+        images.append(image)
+        entries.append(
             {
                 "id": index,
                 "file_name": f"{index:06d}.png",
-                "width": picture.width,
-                "height": picture.height,
+                "width": image.width,
+                "height": image.height,
             }
         )
         for digit in digits:
             annotations.append({"id": len(annotations) + 1, "image_id": index, **digit})
     dataset = {
         "info": {"description": f"digit scenes, {split} split, seed {seed}"},
-        "images": images,
+        "images": entries,
         "annotations": annotations,
         "categories": [{"id": digit, "name": str(digit)} for digit in range(10)],
     }
-    return dataset, pictures
+    return dataset, images
 
 
 def write_coco(folder: Path, split: Split, count: int = TEST_SCENES, seed: int = 0) -> Path:
@@ -261,10 +261,10 @@ def write_coco(folder: Path, split: Split, count: int = TEST_SCENES, seed: int =
     Returns:
         The path of `instances.json`.
     """
-    dataset, pictures = coco_dataset(split, count, seed)
+    dataset, images = coco_dataset(split, count, seed)
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    for image, picture in zip(dataset["images"], pictures, strict=True):
-        picture.save(folder / "images" / image["file_name"])
+    for entry, image in zip(dataset["images"], images, strict=True):
+        image.save(folder / "images" / entry["file_name"])
     path = folder / "instances.json"
     path.write_text(json.dumps(dataset, indent=1))
     return path

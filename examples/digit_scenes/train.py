@@ -39,7 +39,7 @@ WARM_UP_STEPS = 200
 WEIGHT_DECAY = 1e-4
 GRADIENT_CLIP = 1.0
 AVERAGE_DECAY = 0.998  # of the running average of the weights, which is validated and shipped
-OTHER_SHAPES = 0.3  # share of the batches that are not square: few pictures of users are
+OTHER_SHAPES = 0.3  # share of the batches that are not square: few images of users are
 LONGEST_SIDE = 240
 LOG_EVERY = 50
 VALIDATION_SCENES = 64
@@ -71,12 +71,12 @@ class SceneBatches(IterableDataset):
     def batch(self, number: int) -> Batch:
         """Returns pixel values and labels of a batch. Its scenes have one shape: no padding."""
         size = self._size(number)
-        pictures, annotations = [], []
+        images, annotations = [], []
         for index in range(number * self.batch_size, (number + 1) * self.batch_size):
-            picture, digits = make_scene("train", index, self.seed, size)
-            pictures.append(picture)
+            image, digits = make_scene("train", index, self.seed, size)
+            images.append(image)
             annotations.append({"image_id": index, "annotations": digits})
-        inputs = self.processor(pictures, annotations, do_resize=False, return_tensors="pt")
+        inputs = self.processor(images, annotations, do_resize=False, return_tensors="pt")
         labels = [{k: v[k] for k in ("class_labels", "boxes")} for v in inputs["labels"]]
         return inputs["pixel_values"], labels
 
@@ -179,9 +179,9 @@ def resume(accelerator: Accelerator, output: Path) -> int:
 
 def validate(model: nn.Module, processor: Any) -> str:
     """Returns the average precision on training scenes that training never sees, as text."""
-    dataset, pictures = coco_dataset("train", VALIDATION_SCENES, VALIDATION_SEED)
-    figures = average_precision(dataset, detect(model, processor, pictures))
-    return "  ".join(f"{name} {value:.3f}" for name, value in figures.items())
+    dataset, images = coco_dataset("train", VALIDATION_SCENES, VALIDATION_SEED)
+    metrics = average_precision(dataset, detect(model, processor, images))
+    return "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
 
 
 def main(
@@ -192,7 +192,7 @@ def main(
     workers: Annotated[int, typer.Option(help="Processes that draw scenes.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the scenes.")] = 0,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 250,
-    validate_every: Annotated[int, typer.Option(help="Steps between figures of AP.")] = 500,
+    validate_every: Annotated[int, typer.Option(help="Steps between validations.")] = 500,
 ) -> None:
     """Trains the embedded detector; goes on from the newest checkpoint where there is one."""
     logging.disable_progress_bar()

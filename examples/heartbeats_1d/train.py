@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from saccade.nn import MultiScaleDeformableAttention
 
-NONE = 2  # what a query says that has found no beat
+NONE = 2  # class of a query that predicts no beat
 TOLERANCE = 0.05  # seconds between a beat and its prediction
 QUERIES, LAYERS, CHANNELS, BATCH = 32, 3, 32, 32
 
@@ -32,23 +32,29 @@ Truth = list[tuple[Tensor, Tensor]]
 
 
 class Layer(nn.Module):
-    """Queries talk to one another, look at the signal, and think."""
+    """Self attention among the queries, deformable cross attention, and a feed-forward network."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.talk = nn.MultiheadAttention(CHANNELS, 4, batch_first=True)
-        self.look = MultiScaleDeformableAttention(CHANNELS, 4, num_levels=2, spatial_dims=1)
-        self.think = nn.Sequential(
+        self.self_attention = nn.MultiheadAttention(CHANNELS, 4, batch_first=True)
+        self.cross_attention = MultiScaleDeformableAttention(
+            CHANNELS, 4, num_levels=2, spatial_dims=1
+        )
+        self.feed_forward = nn.Sequential(
             nn.Linear(CHANNELS, 4 * CHANNELS), nn.ReLU(), nn.Linear(4 * CHANNELS, CHANNELS)
         )
         self.norms = nn.ModuleList(nn.LayerNorm(CHANNELS) for _ in range(3))
 
-    def forward(self, query: Tensor, place: Tensor, reference: Tensor, *value: Any) -> Any:
-        placed = query + place
-        query = self.norms[0](query + self.talk(placed, placed, query, need_weights=False)[0])
-        seen, sampling = self.look(query + place, reference, *value, return_sampling=True)
+    def forward(self, query: Tensor, position: Tensor, reference: Tensor, *value: Any) -> Any:
+        positioned = query + position
+        query = self.norms[0](
+            query + self.self_attention(positioned, positioned, query, need_weights=False)[0]
+        )
+        seen, sampling = self.cross_attention(
+            query + position, reference, *value, return_sampling=True
+        )
         query = self.norms[1](query + seen)
-        return self.norms[2](query + self.think(query)), sampling
+        return self.norms[2](query + self.feed_forward(query)), sampling
 
 
 class BeatFinder(nn.Module):
@@ -56,7 +62,7 @@ class BeatFinder(nn.Module):
 
     def __init__(self, freeze_offsets: bool = False) -> None:
         super().__init__()
-        # A position of the coarse level knows 0.2 s of signal: what is beyond is for the attention.
+        # A position of the coarse level sees 0.2 s of signal; the attention reads what lies beyond.
         self.fine = nn.Sequential(
             nn.Conv1d(1, CHANNELS, 7, 2, 3), nn.GroupNorm(4, CHANNELS), nn.ReLU(),
             nn.Conv1d(CHANNELS, CHANNELS, 5, 2, 2), nn.GroupNorm(4, CHANNELS),
@@ -64,15 +70,15 @@ class BeatFinder(nn.Module):
         self.coarse = nn.Sequential(
             nn.ReLU(), nn.Conv1d(CHANNELS, CHANNELS, 3, 2, 1), nn.GroupNorm(4, CHANNELS)
         )
-        self.place = nn.Parameter(torch.randn(QUERIES, CHANNELS))
+        self.position = nn.Parameter(torch.randn(QUERIES, CHANNELS))
         self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
         self.kind = nn.ModuleList(nn.Linear(CHANNELS, 3) for _ in range(LAYERS))
         self.move = nn.ModuleList(nn.Linear(CHANNELS, 1) for _ in range(LAYERS))
-        still = [layer.look.sampling_offsets for layer in self.layers if freeze_offsets]
-        for linear in (*self.move, *still):  # no query moves at first
+        frozen = [layer.cross_attention.sampling_offsets for layer in self.layers if freeze_offsets]
+        for linear in (*self.move, *frozen):  # The queries do not move at first.
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
-        for linear in still:
+        for linear in frozen:
             linear.requires_grad_(False)
 
     def forward(self, signal: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Any]:
@@ -85,14 +91,14 @@ class BeatFinder(nn.Module):
         reference = (torch.arange(QUERIES) + 0.5).div(QUERIES).expand(len(signal), -1)
         outputs = []
         for layer, kind, move in zip(self.layers, self.kind, self.move, strict=True):
-            query, sampling = layer(query, self.place, reference[..., None, None], value, shapes)
+            query, sampling = layer(query, self.position, reference[..., None, None], value, shapes)
             moved = reference + move(query)[..., 0] / QUERIES  # in steps of the grid
             outputs.append((kind(query), moved))
             reference = moved.detach()
         return outputs, sampling
 
 
-def batch_of(windows: Windows) -> tuple[Tensor, Truth]:
+def make_batch(windows: Windows) -> tuple[Tensor, Truth]:
     """Returns signals and, for each, the beats' times as parts of the window and their kinds."""
     # The edge of the map lies half a sample before the first sample.
     truth = [
@@ -103,37 +109,39 @@ def batch_of(windows: Windows) -> tuple[Tensor, Truth]:
 
 
 def set_loss(logits: Tensor, times: Tensor, truth: Truth) -> Tensor:
-    """Pairs queries and beats one to one; a query without a beat has to say "none"."""
-    wanted = torch.full(logits.shape[:2], NONE)
+    """Matches queries and beats one to one; the target of a query without a beat is `NONE`."""
+    target = torch.full(logits.shape[:2], NONE)
     distance, chances = times.new_zeros(()), logits.detach().softmax(-1)
     for i, (true, kinds) in enumerate(truth):
-        far = (times[i][:, None] - true).abs() * QUERIES
-        chosen, beat = linear_sum_assignment(far.detach() - chances[i][:, kinds])
-        wanted[i, chosen] = kinds[beat]
-        distance = distance + far[chosen, beat].sum()
+        distances = (times[i][:, None] - true).abs() * QUERIES
+        chosen, beat = linear_sum_assignment(distances.detach() - chances[i][:, kinds])
+        target[i, chosen] = kinds[beat]
+        distance = distance + distances[chosen, beat].sum()
     beats = sum(len(true) for true, _ in truth)
-    return F.cross_entropy(logits.flatten(0, 1), wanted.flatten()) + distance / beats
+    return F.cross_entropy(logits.flatten(0, 1), target.flatten()) + distance / beats
 
 
 @torch.no_grad()
 def find(model: nn.Module, windows: Windows) -> tuple[list[tuple[np.ndarray, ...]], Any]:
-    """Returns times in seconds, kinds and query numbers of the beats found, and the last look."""
-    outputs, sampling = model(batch_of(windows)[0])
-    found = []
+    """Returns times in seconds, kinds and query indices of the predicted beats, and the last layer's sampling."""
+    outputs, sampling = model(make_batch(windows)[0])
+    predictions = []
     for logits, times in zip(*outputs[-1], strict=True):
         kinds = logits.argmax(-1)
         queries = (kinds != NONE).nonzero()[:, 0]
         seconds = times[queries].double() * SECONDS - 0.5 / RATE
-        found.append((seconds.numpy(), kinds[queries].numpy(), queries.numpy()))
-    return found, sampling
+        predictions.append((seconds.numpy(), kinds[queries].numpy(), queries.numpy()))
+    return predictions, sampling
 
 
-def f1(found: list[Any], windows: Windows) -> tuple[float, float]:
+def f1(predictions: list[Any], windows: Windows) -> tuple[float, float]:
     """Returns the F1 score of each kind: right means near a beat of that kind, one for one."""
     scores = []
     for kind in (NORMAL, VENTRICULAR):
         right = total = 0
-        for (times, kinds, *_), (_, true_times, true_kinds) in zip(found, windows, strict=True):
+        for (times, kinds, *_), (_, true_times, true_kinds) in zip(
+            predictions, windows, strict=True
+        ):
             times, true = times[kinds == kind], true_times[true_kinds == kind]
             near = np.abs(times[:, None] - true) <= TOLERANCE
             right += near[linear_sum_assignment(near, maximize=True)].sum()
@@ -142,10 +150,10 @@ def f1(found: list[Any], windows: Windows) -> tuple[float, float]:
     return scores[0], scores[1]
 
 
-def draw(path: Path, windows: Windows, found: list[Any], sampling: Any) -> None:
-    """Draws the first window with both kinds: the truth, what was found, where its queries looked."""
+def draw(path: Path, windows: Windows, predictions: list[Any], sampling: Any) -> None:
+    """Draws the first window with both kinds: truth, predictions, and sampling points."""
     shown = next((i for i, window in enumerate(windows) if len(set(window[2])) == 2), 0)
-    (signal, true, true_kinds), (times, kinds, queries) = windows[shown], found[shown]
+    (signal, true, true_kinds), (times, kinds, queries) = windows[shown], predictions[shown]
     looked = sampling.sampling_locations[shown].flatten(1) * SECONDS - 0.5 / RATE
     weights = sampling.attention_weights[shown].flatten(1)
     row = {query: rank for rank, query in enumerate(queries[np.argsort(times)])}
@@ -194,7 +202,9 @@ def main(
     threads: Annotated[int, typer.Option(help="CPU threads; another number rounds otherwise.")] = 1,
     held_out: Annotated[int, typer.Option(help="Held-out windows to score.")] = 400,
     freeze_offsets: Annotated[bool, typer.Option(help="Look at the references only.")] = False,
-    picture: Annotated[Path | None, typer.Option(help="PNG to draw a held-out window to.")] = None,
+    image_path: Annotated[
+        Path | None, typer.Option("--picture", help="PNG to draw a held-out window to.")
+    ] = None,
 ) -> None:
     """Trains on simulated windows and scores held-out ones before and after."""
     torch.set_num_threads(threads)
@@ -208,8 +218,8 @@ def main(
     start = time.perf_counter()
     for step in range(steps):
         numbers = range(step * BATCH, (step + 1) * BATCH)
-        signals, truth = batch_of([heartbeats(seed, TRAIN, number) for number in numbers])
-        # Every layer is asked for the answer, so that the first ones learn as fast as the last.
+        signals, truth = make_batch([heartbeats(seed, TRAIN, number) for number in numbers])
+        # Every layer predicts, so that the first layers learn as fast as the last.
         loss = torch.stack([set_loss(*output, truth) for output in model(signals)[0]]).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -219,11 +229,11 @@ def main(
         if (step + 1) % 200 == 0:
             print(f"step {step + 1}/{steps}  loss {loss.item():.3f}", flush=True)
     seconds = time.perf_counter() - start
-    found, sampling = find(model, windows)
-    report("after training", f1(found, windows))
+    predictions, sampling = find(model, windows)
+    report("after training", f1(predictions, windows))
     print(f"{seconds:.0f} s of training")
-    if picture:
-        draw(picture, windows, found, sampling)
+    if image_path:
+        draw(image_path, windows, predictions, sampling)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The console entry point. Works with torch alone: `saccade doctor` needs nothing else."""
+"""The console entry point. It needs torch only, as does `saccade doctor`."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from collections.abc import Sequence
 
 _PLAIN_HELP = """usage: saccade [--help] [--version] doctor
 
-The other commands need more packages; pip install 'saccade[detect]' brings all of them.
-  doctor   what is installed, which kernel runs, and whether its numbers are right
-  detect   find objects in pictures and show where their queries looked
-  explain  deformable attention, one query, step by step
-  export   a detector as ONNX, as an AOTInductor package or a torch program, verified
-  bench    the operator's speed on this machine"""
+The other commands need more packages: pip install 'saccade[detect]'
+  doctor   show what is installed and which kernel runs, and check its results
+  detect   find objects in images and show where their queries looked
+  explain  explain deformable attention step by step, for one query
+  export   write a detector as ONNX, AOTInductor package or torch program, verified
+  bench    measure the operator's speed on this machine"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code (or raises SystemExit with it)."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         import rich  # noqa: F401
         import typer  # noqa: F401
     except ImportError as error:
-        return _without_extras(given, error.name or "typer")
+        return _without_extras(arguments, error.name or "typer")
     from saccade.cli import app
 
-    app(given, prog_name="saccade")
+    app(arguments, prog_name="saccade")
     return 0
 
 

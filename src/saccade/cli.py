@@ -1,4 +1,4 @@
-"""The command line: reads arguments, prints results. The work is done elsewhere."""
+"""The command line: reads arguments and prints results; other modules do the work."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from rich.progress import (
 
 import saccade
 from saccade import doctor as doctor_report
-from saccade.benchmark.command import app as bench
+from saccade.bench.command import app as bench
 from saccade.call import Interpolation, Padding
 from saccade.export.command import export
 from saccade.terminal import err, fail, need, out
 
 if TYPE_CHECKING:
-    from saccade.vision.batch import PictureDone
+    from saccade.vision.batch import ProcessedImage
 
-# Nothing heavy (transformers, matplotlib) is imported before the command that needs it.
+# Heavy packages (transformers, matplotlib) are imported only by the commands that need them.
 
 app = typer.Typer(
     name="saccade",
@@ -40,8 +40,8 @@ app.add_typer(bench, name="bench")
 app.command()(export)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(f"saccade {saccade.__version__}")
         raise typer.Exit
 
@@ -60,10 +60,10 @@ def common(
 
 @app.command()
 def doctor() -> None:
-    """What is installed, which kernel runs and why, and whether its numbers are right.
+    """Shows what is installed and which kernel runs and why, and checks its results.
 
-    Exit code: 0 healthy (also on the reference alone, for a stated reason); 1 a check failed: wrong
-    numbers, or the native library is there and does not load.
+    Exit code: 0 healthy (also if only the reference runs, for a stated reason); 1 a check failed:
+    wrong numbers, or the native library exists and does not load.
     """
     raise typer.Exit(doctor_report.run())
 
@@ -74,7 +74,7 @@ def explain(
         Path | None,
         typer.Argument(
             help="A saccade.nn.DeformableAttention or MultiScaleDeformableAttention saved by "
-            "torch.save(module, path). Without it: the worked example.",
+            "torch.save(module, path). By default the worked example is explained.",
             show_default=False,
         ),
     ] = None,
@@ -85,13 +85,15 @@ def explain(
             show_default=False,
         ),
     ] = None,
-    query: Annotated[int, typer.Option(help="Which query of the module.")] = 0,
-    batch: Annotated[int, typer.Option(help="Of which element of the batch.")] = 0,
-    head: Annotated[int, typer.Option(help="Which head.")] = 0,
-    channel: Annotated[int, typer.Option(help="Which channel of the head's values.")] = 0,
+    query: Annotated[int, typer.Option(help="Index of the query.")] = 0,
+    batch: Annotated[int, typer.Option(help="Index of the batch element.")] = 0,
+    head: Annotated[int, typer.Option(help="Index of the head.")] = 0,
+    channel: Annotated[int, typer.Option(help="Index of the channel of the head's values.")] = 0,
     points: Annotated[
         int,
-        typer.Option(min=1, help="Of how many points to show the corners, largest weights first."),
+        typer.Option(
+            min=1, help="Show the corners of this many points, those with the largest weights."
+        ),
     ] = 4,
     reference: Annotated[
         tuple[float, float],
@@ -106,26 +108,28 @@ def explain(
     padding: Annotated[
         Padding, typer.Option(help="Worked example: what a point reads outside the map.")
     ] = "zeros",
-    picture: Annotated[
+    image_path: Annotated[
         Path | None,
-        typer.Option("--out", help="Also draw it, for example explain.png.", show_default=False),
+        typer.Option(
+            "--out", help="Also draw an image, for example explain.png.", show_default=False
+        ),
     ] = None,
 ) -> None:
-    """Deformable attention, one query, step by step.
+    """Explains deformable attention step by step, for one query.
 
-    Without arguments it walks through the worked example of the documentation. With MODULE and
-    INPUTS, through one query and head of a module of yours. The last lines check that the parts
-    sum to what the library gives.
+    Without arguments, it explains the worked example of the documentation. With MODULE and INPUTS,
+    it explains one query and head of your module. The last lines check that the parts sum to the
+    output of the library.
 
     Exit code: 0 done; 1 a check failed; 2 wrong usage or a file that cannot be read.
     """
     from saccade.vision.explain import explain_worked_example
     from saccade.vision.explain_table import print_explanation
 
-    if picture is not None:
+    if image_path is not None:
         need("explain --out", "explain")
     if (module is None) != (inputs is None):
-        fail("explain takes MODULE and INPUTS together, or neither for the worked example")
+        fail("explain takes both MODULE and INPUTS, or neither for the worked example")
     try:
         if module is None or inputs is None:
             explanation = explain_worked_example(
@@ -146,29 +150,29 @@ def explain(
     except (ValueError, TypeError, RuntimeError) as error:
         fail(error)
     print_explanation(out, explanation, points)
-    if picture is not None:
-        from saccade.vision.explain_picture import save_picture
+    if image_path is not None:
+        from saccade.vision.explain_image import save_image
 
         try:
-            save_picture(explanation, picture)
+            save_image(explanation, image_path)
         except (OSError, ValueError) as error:
-            fail(f"cannot write {picture}: {error}")
-        out.print(f"\nWritten: {picture}", markup=False, soft_wrap=True)
+            fail(f"cannot write {image_path}: {error}")
+        out.print(f"\nWritten: {image_path}", markup=False, soft_wrap=True)
     if not all(check.passed for check in explanation.checks):
         raise typer.Exit(1)
 
 
 @app.command()
 def detect(
-    pictures: Annotated[
-        list[Path], typer.Argument(metavar="PICTURE...", help="The pictures.", show_default=False)
+    image_paths: Annotated[
+        list[Path], typer.Argument(metavar="IMAGE...", help="Image files.", show_default=False)
     ],
     model: Annotated[
         str | None,
         typer.Option(
             metavar="FOLDER|HUB-ID",
-            help="A detector of the Deformable-DETR family in the format of transformers. Without "
-            "it: the model that comes with Saccade, which finds handwritten digits.",
+            help="A detector of the Deformable-DETR family in the format of transformers. By default "
+            "the model that comes with Saccade, which finds handwritten digits.",
             show_default=False,
         ),
     ] = None,
@@ -181,7 +185,7 @@ def detect(
     layer: Annotated[
         int | None,
         typer.Option(
-            help="The decoder layer whose looks are drawn, 1 the first; without it, the last.",
+            help="The decoder layer whose looks are drawn, 1 the first; by default the last.",
             show_default=False,
         ),
     ] = None,
@@ -189,16 +193,16 @@ def detect(
         int | None, typer.Option(min=1, help="CPU threads.", show_default=False)
     ] = None,
 ) -> None:
-    """Finds objects in pictures and shows where their queries looked.
+    """Finds objects in images and shows where their queries looked.
 
-    Writes for each picture NAME_detections.png (boxes and labels), NAME_looked.png (the points that
+    Writes for each image NAME_detections.png (boxes and labels), NAME_looked.png (the points that
     the queries of the objects read) and NAME.json (label, score and box in pixels).
 
-    Exit code: 0 all done; 1 some pictures were skipped, each named with the reason; 2 wrong usage,
-    no model, or no picture could be done.
+    Exit code: 0 all done; 1 some images were skipped, each named with the reason; 2 wrong usage,
+    no model, or no image could be processed.
     """
     need("detect", "detect")
-    from saccade.vision.batch import detect_pictures
+    from saccade.vision.batch import detect_images
     from saccade.vision.detector import Detector, ModelError
 
     if threads is not None:
@@ -215,7 +219,7 @@ def detect(
     if layer is not None and not 1 <= layer <= detector.num_layers:
         fail(f"--layer: expected 1 to {detector.num_layers}, the decoder's layers, got {layer}")
     skipped = 0
-    # One console for all that shares the terminal with the bar: only it can print above the bar.
+    # Only the console that draws the progress bar can print above it.
     screen = out if out.is_terminal else err
     errors = screen if err.is_terminal else err
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -226,29 +230,30 @@ def detect(
         transient=True,
         redirect_stdout=False,
         redirect_stderr=False,
-        disable=len(pictures) == 1 or not screen.is_terminal,
+        disable=len(image_paths) == 1 or not screen.is_terminal,
     ) as progress:
-        task = progress.add_task("Pictures", total=len(pictures))
-        for done in detect_pictures(detector, pictures, folder, threshold, layer):
-            if done.problem is not None:
+        task = progress.add_task("Images", total=len(image_paths))
+        for result in detect_images(detector, image_paths, folder, threshold, layer):
+            if result.problem is not None:
                 skipped += 1
                 errors.print(
-                    f"skipped: {done.picture} {done.problem}", markup=False, soft_wrap=True
+                    f"skipped: {result.path} {result.problem}", markup=False, soft_wrap=True
                 )
             else:
-                _print_detections(done)
+                _print_detections(result)
             progress.advance(task)
     if skipped:
-        err.print(f"{skipped} of {len(pictures)} pictures skipped", soft_wrap=True)
-        raise typer.Exit(2 if skipped == len(pictures) else 1)
+        err.print(f"{skipped} of {len(image_paths)} images skipped", soft_wrap=True)
+        raise typer.Exit(2 if skipped == len(image_paths) else 1)
 
 
-def _print_detections(done: PictureDone) -> None:
-    found = ", ".join(f"{name} {score:.2f}" for name, score in done.found[:8])
-    more = f", and {len(done.found) - 8} more" if len(done.found) > 8 else ""
-    count = f"{len(done.found)} object" + ("" if len(done.found) == 1 else "s")
-    text = f"{done.picture}: {count}{' (' if found else ''}{found}{more}{')' if found else ''}"
+def _print_detections(result: ProcessedImage) -> None:
+    objects = result.objects
+    names = ", ".join(f"{label} {score:.2f}" for label, score in objects[:8])
+    more = f", and {len(objects) - 8} more" if len(objects) > 8 else ""
+    count = f"{len(objects)} object" + ("" if len(objects) == 1 else "s")
+    text = f"{result.path}: {count}" + (f" ({names}{more})" if names else "")
     out.print(text, markup=False, soft_wrap=True)
-    assert done.files is not None
-    for file in done.files:
+    assert result.files is not None
+    for file in result.files:
         out.print(f"  {file}", markup=False, soft_wrap=True, style="dim")

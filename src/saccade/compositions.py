@@ -253,7 +253,7 @@ def multi_camera_deformable_aggregation(
 
     locations = sampling_locations.to(compute_dtype(value))
     inside = ((locations > 0) & (locations < 1)).all(-1, keepdim=True)
-    # A location that is no number contributes nothing and gets no gradient.
+    # A location that is NaN contributes nothing and gets no gradient.
     locations = torch.where(inside, locations, math.nan).transpose(2, 3)[:, :, None, :, None]
     # Each level of each camera is a level of the value map, each group a head.
     locations = locations.expand(-1, -1, num_groups, -1, num_levels, -1, -1).flatten(3, 4)
@@ -262,6 +262,7 @@ def multi_camera_deformable_aggregation(
 
 
 def _images(spatial_shapes: SpatialShapes) -> list[tuple[int, ...]]:
+    """The (height, width) of each level."""
     shapes = parse_spatial_shapes(spatial_shapes)
     if len(shapes[0]) != 2:
         raise ValueError(f"spatial_shapes: expected (height, width) of each level, got {shapes}")

@@ -31,9 +31,9 @@ def deformable_convolution(
 ) -> Tensor:
     """Deformable convolution in groups (DCNv3, DCNv4): a window whose points move.
 
-    For each place of the output and each group, the map is read bilinearly at the points of a window
+    For each pixel of the output and each group, the map is read bilinearly at the points of a window
     plus their offsets, and what is read is summed with the modulation. There are no weights of a
-    kernel: the modulation of each place takes their part.
+    kernel: the modulation of each point takes their part.
 
     Args:
         value (Tensor[B, H, W, C]): the feature map, channels last. float32, float64, float16 or
@@ -44,14 +44,15 @@ def deformable_convolution(
         modulation (Tensor[B, H', W', G, K]): the weight of each point; with `softmax` the logits
             before it. Each of the G groups reads C / G channels. Its dtype may differ from the
             value's.
-        kernel_size: of the window, one int or (height, width), as the next three; K is height * width.
+        kernel_size: size of the window, one int or (height, width), as are the next three arguments; K is
+            height * width.
         stride: pixels from one window to the next.
         padding: zeros around the map: H' = (H + 2 * padding - dilation * (kernel_size - 1) - 1) //
             stride + 1, and W' alike.
         dilation: pixels from one point of a window to the next.
-        offset_scale: a factor of the whole pattern around a window's centre, the offsets included.
+        offset_scale: factor of the whole pattern around a window's centre, the offsets included.
         remove_center: leaves out the point (kernel_height // 2, kernel_width // 2); K is one less.
-        softmax: over the K points of each group.
+        softmax: whether the modulation is a softmax over the K points of each group.
 
     Returns:
         Tensor[B, H', W', C]: in the value's dtype, contiguous.
@@ -79,7 +80,7 @@ def deformable_convolution(
         ...     value, offsets, logits, kernel_size=3, stride=2, padding=1, softmax=True).shape
         torch.Size([1, 7, 10, 64])
     """
-    window = understand_window(kernel_size, stride, padding, dilation, remove_center)
+    window = parse_window(kernel_size, stride, padding, dilation, remove_center)
     if isinstance(offset_scale, bool) or not isinstance(offset_scale, float | int):
         raise TypeError(f"offset_scale: expected a number, got {offset_scale!r}")
     check_axes("value", value, None, batch=None, height=None, width=None, channels=None)
@@ -144,38 +145,42 @@ class Window(NamedTuple):
 
     @property
     def num_points(self) -> int:
-        """Points K of the window."""
+        """Number of points K of the window."""
         return math.prod(self.kernel_size) - self.remove_center
 
     @property
     def reach(self) -> tuple[int, int]:
-        """From the first point of the window to its last, in pixels."""
+        """Distance from the first point of the window to its last, (height, width) in pixels."""
         (height, width), (down, right) = self.kernel_size, self.dilation
         return down * (height - 1), right * (width - 1)
 
     @property
     def centre(self) -> tuple[int, int]:
-        """From the first point of the window to its centre, rounded down."""
+        """Distance from the first point of the window to its centre, rounded down."""
         return self.reach[0] // 2, self.reach[1] // 2
 
     def output_size(self, name: str, feature_map: Tensor) -> tuple[int, int]:
-        """Windows that fit into the map [B, H, W, C] and its padding; a ValueError if none does."""
+        """(H', W'): how many windows fit into the map [B, H, W, C] and its padding.
+
+        Raises:
+            ValueError: no window fits; the message calls the map `name`.
+        """
         sizes = []
         for axis, size in enumerate(feature_map.shape[1:3]):
-            least = self.reach[axis] + 1 - 2 * self.padding[axis]
-            if size < max(1, least):
+            min_size = self.reach[axis] + 1 - 2 * self.padding[axis]
+            if size < max(1, min_size):
                 raise ValueError(
-                    f"{name}: expected a {('height', 'width')[axis]} of at least {max(1, least)} "
+                    f"{name}: expected a {('height', 'width')[axis]} of at least {max(1, min_size)} "
                     f"for kernel_size {self.kernel_size}, padding {self.padding} and dilation "
                     f"{self.dilation}, got {format_shape(feature_map)}"
                 )
-            sizes.append((size - least) // self.stride[axis] + 1)
+            sizes.append((size - min_size) // self.stride[axis] + 1)
         return sizes[0], sizes[1]
 
     def points(
         self, rows: int, columns: int, scale: float, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
-        """Where the points of all windows lie in pixels without offsets, [1, H' * W', K, 2]."""
+        """The locations in pixels of all windows' points without offsets, [1, H' * W', K, 2]."""
         axes = []
         for axis, count in enumerate((rows, columns)):
             first = self.centre[axis] - self.padding[axis] - self.centre[axis] * scale
@@ -191,22 +196,26 @@ class Window(NamedTuple):
         return torch.cat((points[:, :, :removed], points[:, :, removed + 1 :]), 2)
 
 
-def understand_window(
+def parse_window(
     kernel_size: int | Sequence[int],
     stride: int | Sequence[int],
     padding: int | Sequence[int] | None,
     dilation: int | Sequence[int],
     remove_center: bool,
 ) -> Window:
-    """The arguments of a convolution as pairs; a TypeError or ValueError names the one that is bad.
+    """The arguments of a convolution as pairs.
 
-    Without `padding`, as much as lets the first window's centre be the first pixel.
+    With `padding` None, the map is padded so that the centre of the first window is the first pixel.
+
+    Raises:
+        TypeError: an argument is not an int or a pair of them; the message names it.
+        ValueError: a number is too small; the message names the argument.
     """
     window = Window(
-        understand_pair("kernel_size", kernel_size, 1),
-        understand_pair("stride", stride, 1),
+        parse_pair("kernel_size", kernel_size, 1),
+        parse_pair("stride", stride, 1),
         (0, 0),
-        understand_pair("dilation", dilation, 1),
+        parse_pair("dilation", dilation, 1),
         bool(remove_center),
     )
     if not window.num_points:
@@ -216,13 +225,20 @@ def understand_window(
         )
     if padding is None:
         return window._replace(padding=window.centre)
-    return window._replace(padding=understand_pair("padding", padding, 0))
+    return window._replace(padding=parse_pair("padding", padding, 0))
 
 
-def understand_pair(name: str, given: int | Sequence[int], least: int) -> tuple[int, int]:
-    """(height, width); a TypeError or ValueError names what is no int or pair of them."""
-    numbers = given if isinstance(given, Sequence) else [given, given]
-    pair = to_ints(name, numbers, "an int or (height, width)")
-    if len(pair) != 2 or any(number < least for number in pair):
-        raise ValueError(f"{name}: expected (height, width) of at least {least}, got {given!r}")
+def parse_pair(name: str, argument: int | Sequence[int], minimum: int) -> tuple[int, int]:
+    """(height, width) of an argument that is an int or a pair of them.
+
+    Raises:
+        TypeError: it is neither; the message calls it `name`.
+        ValueError: there are not two numbers, or one is below `minimum`.
+    """
+    sides = argument if isinstance(argument, Sequence) else [argument, argument]
+    pair = to_ints(name, sides, "an int or (height, width)")
+    if len(pair) != 2 or any(side < minimum for side in pair):
+        raise ValueError(
+            f"{name}: expected (height, width) of at least {minimum}, got {argument!r}"
+        )
     return pair[0], pair[1]

@@ -1,6 +1,6 @@
-"""`saccade doctor`: what is installed, what runs, and whether it computes the right numbers.
+"""`saccade doctor`: shows what is installed and what runs, and checks its results.
 
-Needs torch alone, and prints plain text.
+It needs torch only, and prints plain text.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 import saccade
 from saccade import backend, functional, reference
+from saccade.call import Call, Padding, parse_call
 from saccade.ops import native
 
 _CLI = ("typer", "rich")
@@ -32,18 +33,18 @@ EXTRAS = {
     "bench": (*_EXPLAIN, "transformers", *_ONNX),
     "export": (*_DETECT, *_ONNX, "onnxruntime_extensions"),
 }
-"""The modules that each extra of the package brings, for those the command line uses."""
+"""The modules that each extra of the package installs, as far as the command line uses them."""
 
 DEFAULT_MODEL = Path(__file__).resolve().parent / "vision" / "model"
-EXAMPLE_PICTURE = DEFAULT_MODEL / "scene.png"
-"""A held-out scene of the model's kind, which it was not trained on."""
+EXAMPLE_IMAGE = DEFAULT_MODEL / "scene.png"
+"""A held-out scene, which the default model was not trained on."""
 DEFAULT_MODEL_FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
 
-# Largest difference from the reference, in parts of the largest number of the reference's result.
+# Largest accepted difference from the reference, relative to the reference's largest element.
 TOLERANCE = 1e-4
 
 
-class Finding(NamedTuple):
+class CheckResult(NamedTuple):
     """One line of the report."""
 
     section: str
@@ -53,12 +54,12 @@ class Finding(NamedTuple):
 
 
 def missing_modules(extra: str) -> list[str]:
-    """The modules of an extra (a key of `EXTRAS`) that are not installed here."""
+    """Returns the modules of an extra (a key of `EXTRAS`) that are not installed."""
     return [name for name in EXTRAS[extra] if not installed(name)]
 
 
 def missing_model_files() -> list[str]:
-    """The files of the default model that this installation lacks."""
+    """Returns the files of the default model that this installation lacks."""
     return [name for name in DEFAULT_MODEL_FILES if not (DEFAULT_MODEL / name).is_file()]
 
 
@@ -66,21 +67,21 @@ def run(write: Callable[[str], None] = print) -> int:
     """Examines this installation and writes a report, in a few seconds.
 
     Args:
-        write: takes the report, line by line.
+        write: receives the report, line by line.
 
     Returns:
-        The exit code: 0 when everything that is here works, also on the reference alone; 1 when a
-        check fails: wrong numbers, or a native library that is there and does not load.
+        The exit code: 0 if everything installed works, even if only the reference runs; 1 if a
+        check fails: wrong numbers, or a native library that exists and does not load.
     """
     section, healthy = "", True
-    for finding in examine():
-        if finding.section != section:
-            write(("\n" if section else "") + finding.section)
-            section = finding.section
-        healthy = healthy and finding.ok
-        mark = "  " if finding.ok else "! "
-        lines = finding.text.splitlines() or [""]
-        write(f"{mark}{finding.name:<20} {lines[0]}")
+    for result in examine():
+        if result.section != section:
+            write(("\n" if section else "") + result.section)
+            section = result.section
+        healthy = healthy and result.ok
+        mark = "  " if result.ok else "! "
+        lines = result.text.splitlines() or [""]
+        write(f"{mark}{result.name:<20} {lines[0]}")
         for line in lines[1:]:
             write(" " * 23 + line)
     write("")
@@ -88,8 +89,8 @@ def run(write: Callable[[str], None] = print) -> int:
     return 0 if healthy else 1
 
 
-def examine() -> Iterator[Finding]:
-    """The findings, one after the other, as they are made."""
+def examine() -> Iterator[CheckResult]:
+    """Yields the results of the checks one by one."""
     yield from _versions()
     yield from _processor()
     yield from _library()
@@ -98,20 +99,20 @@ def examine() -> Iterator[Finding]:
     yield from _installation()
 
 
-def _versions() -> Iterator[Finding]:
-    yield Finding("Versions", "saccade", saccade.__version__)
-    yield Finding("Versions", "torch", torch.__version__)
-    yield Finding("Versions", "Python", platform.python_version())
-    yield Finding("Versions", "platform", f"{platform.system()} {platform.machine()}")
+def _versions() -> Iterator[CheckResult]:
+    yield CheckResult("Versions", "saccade", saccade.__version__)
+    yield CheckResult("Versions", "torch", torch.__version__)
+    yield CheckResult("Versions", "Python", platform.python_version())
+    yield CheckResult("Versions", "platform", f"{platform.system()} {platform.machine()}")
 
 
-def _processor() -> Iterator[Finding]:
-    yield Finding("Processor", "name", _processor_name())
-    yield Finding("Processor", "torch sees", torch.backends.cpu.get_cpu_capability())
+def _processor() -> Iterator[CheckResult]:
+    yield CheckResult("Processor", "name", _processor_name())
+    yield CheckResult("Processor", "torch sees", torch.backends.cpu.get_cpu_capability())
     text = (
         f"{torch.get_num_threads()} (torch.set_num_threads changes it), {os.cpu_count()} processors"
     )
-    yield Finding("Processor", "threads", text)
+    yield CheckResult("Processor", "threads", text)
 
 
 def _processor_name() -> str:
@@ -125,73 +126,73 @@ def _processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _library() -> Iterator[Finding]:
+def _library() -> Iterator[CheckResult]:
     section = "Native library"
-    yield Finding(section, "file", str(native.LIBRARY))
+    yield CheckResult(section, "file", str(native.LIBRARY))
     if native.failure is None:
-        yield Finding(section, "state", "loaded")
-        yield Finding(section, "can run", ", ".join(native.available_isas()))
+        yield CheckResult(section, "state", "loaded")
+        yield CheckResult(section, "can run", ", ".join(native.available_isas()))
     else:
-        # One that is not there, or not wanted, is a choice; one that does not load is a fault.
+        # A missing or disabled library is a choice; one that does not load is a fault.
         disabled = os.environ.get("SACCADE_DISABLE_NATIVE", "0") not in ("", "0")
         broken = native.LIBRARY.exists() and not disabled
-        yield Finding(section, "state", f"not loaded: {native.failure}", not broken)
+        yield CheckResult(section, "state", f"not loaded: {native.failure}", not broken)
     try:
         chosen = backend.which_backend()
-    except RuntimeError as error:  # SACCADE_CPU_ISA names what is not there
-        yield Finding(section, "backend", f"none: {_first_line(error)}", False)
+    except RuntimeError as error:  # SACCADE_CPU_ISA names an instruction set that cannot run
+        yield CheckResult(section, "backend", f"none: {_first_line(error)}", False)
         return
-    yield Finding(section, "backend", f"{chosen.name}\n{chosen.reason}")
+    yield CheckResult(section, "backend", f"{chosen.name}\n{chosen.reason}")
 
 
-def _gpus() -> Iterator[Finding]:
+def _gpus() -> Iterator[CheckResult]:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count:
-        yield Finding("GPU", "state", "torch sees none")
+        yield CheckResult("GPU", "state", "torch detects none")
     for device in (torch.device("cuda", index) for index in range(count)):
-        yield Finding("GPU", str(device), torch.cuda.get_device_name(device))
+        yield CheckResult("GPU", str(device), torch.cuda.get_device_name(device))
         chosen = backend.which_backend(torch.empty(0, device=device))
-        yield Finding("GPU", "backend", f"{chosen.name}\n{chosen.reason}")
+        yield CheckResult("GPU", "backend", f"{chosen.name}\n{chosen.reason}")
 
 
-def _self_check() -> Iterator[Finding]:
+def _self_check() -> Iterator[CheckResult]:
     section = "Self check"
     try:
         output = _worked_example()
-        text = "output 7.5, as it must be" if output == 7.5 else f"output {output}, expected 7.5"
-        yield Finding(section, "worked example", text, output == 7.5)
+        text = "output 16.5, as expected" if output == 16.5 else f"output {output}, expected 16.5"
+        yield CheckResult(section, "worked example", text, output == 16.5)
     except RuntimeError as error:
-        yield Finding(section, "worked example", f"failed: {_first_line(error)}", False)
+        yield CheckResult(section, "worked example", f"failed: {_first_line(error)}", False)
     kernels = [f"cpu-{isa}" for isa in native.available_isas()]
     if not kernels:
-        yield Finding(section, "native", "nothing to compare: the reference does the work")
+        yield CheckResult(section, "native", "nothing to compare: only the reference runs")
     for kernel in kernels:
         try:
             with backend.use_backend(kernel):
                 errors = compare_with_reference()
         except (RuntimeError, ValueError) as error:
-            yield Finding(section, kernel, f"failed: {_first_line(error)}", False)
+            yield CheckResult(section, kernel, f"failed: {_first_line(error)}", False)
             continue
-        yield judge(kernel, errors)
+        yield summarize_errors(kernel, errors)
     if torch.cuda.is_available():
         device = torch.device("cuda")
         kernel = f"{backend.which_backend(torch.empty(0, device=device)).name} on {device}"
         try:
-            # Few queries and many: the kernels differ.
+            # Different kernels run for few and for many queries.
             for num_queries in (50, 1500):
                 errors = compare_with_reference(device, num_queries)
-                yield judge(f"{kernel}, {num_queries} queries", errors)
-        except Exception as error:  # a compiler's may be of any kind
-            yield Finding(section, kernel, f"failed: {_first_line(error)}", False)
+                yield summarize_errors(f"{kernel}, {num_queries} queries", errors)
+        except Exception as error:  # compilers raise errors of any type
+            yield CheckResult(section, kernel, f"failed: {_first_line(error)}", False)
 
 
-def judge(kernel: str, errors: dict[str, float]) -> Finding:
-    """The finding for one kernel from its relative errors by the name of the result."""
-    # A NaN is the worst of all: it compares as larger than any number here.
-    name, worst = max(errors.items(), key=lambda item: (item[1] != item[1], item[1]))
+def summarize_errors(kernel: str, errors: dict[str, float]) -> CheckResult:
+    """Summarizes the relative errors of one kernel, which `errors` holds by the name of the result."""
+    # A NaN, which differs from itself, counts as larger than any number.
+    name, worst = max(errors.items(), key=lambda entry: (entry[1] != entry[1], entry[1]))
     passed = worst <= TOLERANCE
     verdict = "agrees with" if passed else "DISAGREES with"
-    return Finding(
+    return CheckResult(
         "Self check",
         kernel,
         f"{verdict} the reference, forward and gradients\n"
@@ -201,8 +202,8 @@ def judge(kernel: str, errors: dict[str, float]) -> Finding:
 
 
 def _worked_example() -> float:
-    """One query, a 4 x 4 map z(x, y) = 4 y + x, four points around (1.5, 1.5)."""
-    value = torch.arange(16.0).view(1, 16, 1, 1)
+    """Runs the worked example: one query, z(x, y) = 10 x + y on 4 x 4, points around (1.5, 1.5)."""
+    value = (10.0 * torch.arange(4)[None, :] + torch.arange(4)[:, None]).view(1, 16, 1, 1)
     locations = torch.tensor([[2.0, 2], [1, 2], [2, 1], [1, 1]]).view(1, 1, 1, 1, 4, 2)
     weights = torch.full((1, 1, 1, 1, 4), 0.25)
     output = functional.deformable_attention(
@@ -214,100 +215,113 @@ def _worked_example() -> float:
 def compare_with_reference(
     device: torch.device | None = None, num_queries: int = 50
 ) -> dict[str, float]:
-    """The errors of the kernel in force against the reference, on small random cases.
+    """Compares the backend in use with the reference on small random calls.
+
+    The calls cover images, lines and volumes, head sizes that fill vectors and others, sampling
+    locations and offsets from reference points, attention weights and logits.
 
     Args:
-        device: where the kernel runs, by default on the CPU, where the reference does.
-        num_queries: of each case.
+        device: the device of the backend, by default the CPU; the reference runs on the CPU.
+        num_queries: number of queries per call.
 
     Returns:
-        For "output" and the gradient of each input the largest difference, over head sizes that
-        fill vectors and such that do not, images, lines and volumes, divided by the largest number
-        of the reference's result.
+        For "output" and the gradient of each input the largest difference, relative to the largest
+        element of the reference's result.
     """
     generator = torch.Generator().manual_seed(0)
     worst: dict[str, float] = {}
-    images, lines, volumes = (
-        [(9, 7), (4, 5), (1, 3)],
-        [(31,), (16,), (1,)],
-        [(4, 5, 6), (3, 1, 4), (1, 2, 1)],
-    )
-    for shapes, head_dim, padding in (
+    images: list[tuple[int, ...]] = [(9, 7), (4, 5), (1, 3)]
+    lines: list[tuple[int, ...]] = [(31,), (16,), (1,)]
+    volumes: list[tuple[int, ...]] = [(4, 5, 6), (3, 1, 4), (1, 2, 1)]
+    cases: list[tuple[list[tuple[int, ...]], int, Padding]] = [
         (images, 32, "zeros"),
         (images, 5, "zeros"),
         (images, 16, "border"),
         (lines, 32, "zeros"),
         (volumes, 32, "zeros"),
-    ):
+    ]
+    for shapes, head_dim, padding in cases:
         total, dims = sum(math.prod(shape) for shape in shapes), len(shapes[0])
+        points_shape = (2, num_queries, 3, 3, 4)
         value = torch.randn(2, total, 3, head_dim, generator=generator)
-        points = (2, num_queries, 3, 3, 4)
-        # some points outside the map
-        locations = torch.rand(*points, dims, generator=generator) * 1.4 - 0.2
-        inputs = {
-            "value": value,
-            "sampling_locations": locations,
-            "attention_weights": torch.rand(points, generator=generator),
-        }
-        fused_inputs = {
-            "value": value,
-            "reference_points": torch.rand(2, num_queries, 3, 2 * dims, generator=generator),
-            "sampling_offsets": torch.randn(*points, dims, generator=generator),
-            "attention_logits": torch.randn(points, generator=generator),
-        }
+        # Some points are outside the map.
+        locations = torch.rand(*points_shape, dims, generator=generator) * 1.4 - 0.2
+        weights = torch.rand(points_shape, generator=generator)
+        reference_points = torch.rand(2, num_queries, 3, 2 * dims, generator=generator)
+        offsets = torch.randn(*points_shape, dims, generator=generator)
+        logits = torch.randn(points_shape, generator=generator)
         grad_output = torch.randn(2, num_queries, 3 * head_dim, generator=generator)
-        for function, given in (
-            ("deformable_attention", inputs),
-            ("fused_deformable_attention", fused_inputs),
-        ):
-            for name, error in _errors(
-                function, given, shapes, padding, grad_output, device
-            ).items():
-                if error != error or error > worst.get(name, -1.0):
-                    worst[name] = error
+        with_offsets = {"sampling_offsets": offsets, "reference_points": reference_points}
+        for points in ({"sampling_locations": locations}, with_offsets):
+            for last in ({"attention_weights": weights}, {"attention_logits": logits}):
+                inputs = {"value": value, **points, **last}
+                errors = _compute_errors(inputs, shapes, padding, grad_output, device)
+                for name, error in errors.items():
+                    if error != error or error > worst.get(name, -1.0):
+                        worst[name] = error
     return worst
 
 
-def _errors(
-    function: str,
+def _compute_errors(
     inputs: dict[str, Tensor],
     shapes: Sequence[tuple[int, ...]],
-    padding: str,
+    padding: Padding,
     grad_output: Tensor,
     device: torch.device | None,
 ) -> dict[str, float]:
-    results, cpu = [], torch.device("cpu")
-    for module, place in ((functional, device or cpu), (reference, cpu)):
-        leaves = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
-        value, *points = (leaf.to(place) for leaf in leaves.values())
-        output = getattr(module, function)(value, shapes, *points, padding=padding)
-        output.cpu().backward(grad_output)
-        found: dict[str, Tensor] = {"output": output.detach()}
-        for name, leaf in leaves.items():
-            assert leaf.grad is not None
-            found[f"the gradient of {name}"] = leaf.grad
-        results.append(found)
+    """Returns the relative errors of one call's output and gradients, by name."""
+    actual = _compute_results(functional.run, inputs, shapes, padding, grad_output, device)
+    expected = _compute_results(reference.execute, inputs, shapes, padding, grad_output, None)
     return {
-        name: float((results[0][name] - expected).abs().max() / expected.abs().max())
-        for name, expected in results[1].items()
+        name: float((actual[name] - result).abs().max() / result.abs().max())
+        for name, result in expected.items()
     }
 
 
-def _installation() -> Iterator[Finding]:
+def _compute_results(
+    execute: Callable[[Call], Tensor],
+    inputs: dict[str, Tensor],
+    shapes: Sequence[tuple[int, ...]],
+    padding: Padding,
+    grad_output: Tensor,
+    device: torch.device | None,
+) -> dict[str, Tensor]:
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
+    tensors = {name: leaf.to(device or "cpu") for name, leaf in leaves.items()}
+    uses_offsets, uses_logits = "sampling_offsets" in inputs, "attention_logits" in inputs
+    call = parse_call(
+        tensors["value"],
+        shapes,
+        tensors["sampling_offsets" if uses_offsets else "sampling_locations"],
+        tensors["attention_logits" if uses_logits else "attention_weights"],
+        reference_points=tensors.get("reference_points"),
+        softmax=uses_logits,
+        padding=padding,
+    )
+    output = execute(call).cpu()
+    output.backward(grad_output)
+    results = {"output": output.detach()}
+    for name, leaf in leaves.items():
+        assert leaf.grad is not None
+        results[f"the gradient of {name}"] = leaf.grad
+    return results
+
+
+def _installation() -> Iterator[CheckResult]:
     for extra in EXTRAS:
         missing = missing_modules(extra)
         text = f"missing: {', '.join(missing)}; pip install 'saccade[{extra}]'"
-        yield Finding("Extras", extra, text if missing else "installed")
+        yield CheckResult("Extras", extra, text if missing else "installed")
     for name in ("transformers", "matplotlib", "typer", "rich"):
         if installed(name):
-            yield Finding("Extras", f"  {name}", _version(name))
-    lacking = missing_model_files()
-    state = f"not in this installation ({', '.join(lacking)} missing); saccade detect needs --model"
-    yield Finding("Default model", "vision/model", state if lacking else "present")
+            yield CheckResult("Extras", f"  {name}", _version(name))
+    missing = missing_model_files()
+    text = f"not in this installation ({', '.join(missing)} missing); saccade detect needs --model"
+    yield CheckResult("Default model", "vision/model", text if missing else "present")
 
 
 def installed(name: str) -> bool:
-    """Whether a module could be imported here, without importing it."""
+    """Whether a module can be imported; it is not imported."""
     if name in sys.modules:
         return sys.modules[name] is not None
     try:

@@ -19,6 +19,8 @@ from saccade.checks import parse_reference_index
 
 # Pixels of an axis: a number, or a tensor of numbers.
 Size = Any
+# At this distance from the border pixels, in pixels, all corners of a point are outside the map.
+MARGIN = 2
 
 
 class Sampling(NamedTuple):
@@ -139,6 +141,25 @@ def _scale(size: Size, coordinates: Coordinates) -> Size:
     return {"normalized": size, "normalized_corners": size - 1, "pixel": 1}[coordinates]
 
 
+def pixel_position(
+    location: Tensor, size: Size, coordinates: Coordinates, shift: float = 0.0
+) -> Tensor:
+    """The position along an axis in pixels, plus `shift`: 0 is the centre of the first pixel."""
+    if coordinates == "normalized":
+        shift -= 0.5
+    # Rounded twice, never fused: every backend agrees on the position to the last bit.
+    position: Tensor = location * _scale(size, coordinates) + shift
+    return position
+
+
+def clamp_sizes(shape: Sequence[int], padding: Padding) -> list[int | None]:
+    """For each axis of a location, the number of pixels that positions are clamped to; None: never."""
+    return [
+        {"zeros": None, "border": size, "border_height": min(size, shape[0])}[padding]
+        for size in reversed(shape)
+    ]
+
+
 class Cell(NamedTuple):
     """One of the cells that points read along one axis."""
 
@@ -153,6 +174,7 @@ def axis_cells(
     interpolation: Interpolation,
     coordinates: Coordinates,
     clamp_size: int | None = None,
+    margin: int = MARGIN,
 ) -> list[Cell]:
     """The cells that points read along one axis: two for linear interpolation, else one.
 
@@ -162,24 +184,21 @@ def axis_cells(
         interpolation: as in `saccade.deformable_attention`.
         coordinates: as in `saccade.deformable_attention`.
         clamp_size: positions are clamped to the first and the last pixel of so many; None: never.
+        margin: a position so many pixels outside the map stands for all positions beyond it.
     """
-    scale = _scale(size, coordinates)
-    shift = -0.5 if coordinates == "normalized" else 0.0
-    if interpolation == "discrete":
-        # The rule rounds what counts from the edge as if it counted from a centre, and rounds down.
-        shift += 1.0
-    # Rounded twice, never fused: every backend agrees on the position to the last bit.
-    position = location * scale + shift  # [...], pixels; a whole number is the centre of a pixel
-    slope = torch.ones_like(position) * scale
+    # The discrete rule rounds what counts from the edge as if it counted from a centre, and rounds down.
+    shift = 1.0 if interpolation == "discrete" else 0.0
+    position = pixel_position(location, size, coordinates, shift)  # [...]
+    slope = torch.ones_like(position) * _scale(size, coordinates)
     if clamp_size is not None:
         last = _representable(clamp_size - 1, position.dtype)
         # As in grid_sample: no gradient at or beyond the centres of the border pixels.
         inside = (position > 0) & (position < last)
         position = torch.where(inside, position, position.detach().clamp(0, last))
         slope = torch.where(inside, slope, 0)
-    # Two cells outside stands for any distance: infinity minus infinity would not be a number.
-    near = (position > -2) & (position < size + 1)
-    beyond = position.detach().clamp(min=-2).clamp(max=size + 1)
+    # One distance stands for all beyond: infinity minus infinity would not be a number.
+    near = (position > -margin) & (position < size - 1 + margin)
+    beyond = position.detach().clamp(min=-margin).clamp(max=size - 1 + margin)
     position = torch.where(near, position, beyond)
     if interpolation != "linear":
         detached = position.detach()
@@ -219,8 +238,8 @@ def corners(
     """
     finite = torch.isfinite(locations).all(-1)  # [...]
     axes = []
-    for axis, size in enumerate(reversed(shape)):  # a location is (x, y), a shape is (H, W)
-        clamp_size = {"zeros": None, "border": size, "border_height": min(size, shape[0])}[padding]
+    sizes = zip(reversed(shape), clamp_sizes(shape, padding), strict=True)
+    for axis, (size, clamp_size) in enumerate(sizes):  # a location is (x, y), a shape is (H, W)
         location = torch.where(finite, locations[..., axis], 0)
         axes.append(axis_cells(location, size, interpolation, coordinates, clamp_size))
     for cells in itertools.product(*axes):

@@ -1,4 +1,4 @@
-"""What the commands share: where they print, and how they end when something is wrong or missing."""
+"""Shared by the commands: their consoles, and how they end when something is wrong or missing."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ err = Console(stderr=True, highlight=False)
 
 
 def fail(message: object) -> NoReturn:
-    """Ends the command with exit code 2: a usage error, or nothing could be done."""
+    """Ends the command with exit code 2, for wrong usage or if nothing could be done."""
     err.print(f"error: {message}", markup=False, soft_wrap=True)
     raise typer.Exit(2)
 
 
 def need(command: str, extra: str, *modules: str) -> None:
-    """Ends the command if modules of an extra are missing: those named, or all that it brings."""
+    """Ends the command if modules of an extra are missing: those named, or by default any of them."""
     missing = [name for name in doctor.missing_modules(extra) if not modules or name in modules]
     if missing:
         fail(

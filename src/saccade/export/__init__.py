@@ -1,5 +1,5 @@
-"""Detectors as files for other runtimes, each verified against the model it was made from.
+"""Exports detectors as files for other runtimes, and verifies each file against its model.
 
-`saccade.export.detectors.export_detector` is what `saccade export` runs. docs/export.md says what works
-in which runtime.
+`saccade export` runs `saccade.export.detectors.export_detector`. docs/export.md lists what works in
+which runtime.
 """

@@ -1,4 +1,4 @@
-"""`saccade export`: reads arguments, shows progress, prints what was verified."""
+"""`saccade export`: reads arguments, shows progress, prints the results."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from saccade.integrations.onnx import Lowering
 from saccade.terminal import err, fail, need, out
 
 if TYPE_CHECKING:
-    from saccade.export.detectors import Checked, Export
+    from saccade.export.detectors import Export, RuntimeResult
 
-# transformers, onnx and the rest are imported after the arguments.
+# Heavy packages such as transformers and onnx are imported only after the arguments were read.
 
 
 def export(
@@ -26,67 +26,73 @@ def export(
         str | None,
         typer.Argument(
             metavar="FOLDER|HUB-ID",
-            help="A detector of the Deformable-DETR family in the format of transformers. Without "
-            "it: the model that comes with Saccade, which finds handwritten digits.",
+            help="A detector of the Deformable-DETR family in the format of transformers. By default "
+            "the model that comes with Saccade, which finds handwritten digits.",
             show_default=False,
         ),
     ] = None,
     to: Annotated[
         Format,
         typer.Option(
-            help="onnx; aoti, compiled ahead of time for this processor, for Python and C++; torch, "
+            help="onnx; aoti: compiled ahead of time for this processor, for Python and C++; torch: "
             "a program of torch.export."
         ),
     ] = "onnx",
     lowering: Annotated[
         Lowering | None,
         typer.Option(
-            help="How ONNX expresses the operator. grid_sample (the default) and gather: in standard "
+            help="How ONNX expresses the operator. grid_sample (the default) and gather: standard "
             "ONNX; plugin: TensorRT's node; native: Saccade's kernel in ONNX Runtime.",
             show_default=False,
         ),
     ] = None,
     path: Annotated[
         Path | None,
-        typer.Option("--out", help="The file; otherwise MODEL.onnx or MODEL.pt2, here."),
+        typer.Option(
+            "--out", help="The file to write; by default MODEL.onnx or MODEL.pt2 in this folder."
+        ),
     ] = None,
-    picture: Annotated[
+    image_path: Annotated[
         Path | None,
         typer.Option(
-            help="What to verify the file with; otherwise a scene that comes with Saccade.",
+            "--picture",
+            metavar="IMAGE",
+            help="The image to verify the file with; by default a scene that comes with Saccade.",
             show_default=False,
         ),
     ] = None,
     fixed: Annotated[
-        bool, typer.Option("--fixed", help="Batch 1 and the picture's resolution alone.")
+        bool, typer.Option("--fixed", help="Export for batch 1 and the image's resolution only.")
     ] = False,
     threshold: Annotated[
         float,
         typer.Option(
-            min=0.0, max=1.0, help="Detections above this score are compared (at least 10)."
+            min=0.0,
+            max=1.0,
+            help="Detections above this score are compared, but never fewer than 10.",
         ),
     ] = 0.5,
-    seconds: Annotated[float, typer.Option(min=0, help="How long to measure the speeds.")] = 3.0,
+    seconds: Annotated[float, typer.Option(min=0, help="How long to measure speed.")] = 3.0,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads.", show_default=False)
     ] = None,
 ) -> None:
     """Writes a detector as a file for another runtime, and verifies the file.
 
-    The file takes pixel_values as the model's image processor makes them, and gives logits and
-    pred_boxes. Batch and resolution are dynamic as far as the model's own code allows. The file is
-    run here, on the picture, on a batch and on another resolution, and compared with the model; one
-    that does not give the same detections is not left behind.
+    The file takes pixel_values from the model's image processor, and returns logits and pred_boxes.
+    Batch and resolution are dynamic as far as the model's own code allows. The file is run here on
+    the image, on a batch and on another resolution, and compared with the model. A file that does
+    not give the same detections is deleted.
 
-    Exit code: 0 written and verified; 1 the model cannot be exported so, or the file gave other
-    numbers, and there is no file; 2 wrong usage, no model or no picture.
+    Exit code: 0 written and verified; 1 the model cannot be exported this way, or the file gave
+    other numbers, and no file is left; 2 wrong usage, no model or no image.
     """
     if lowering is not None and to != "onnx":
-        fail(f"--lowering: expected with --to onnx alone, got it with --to {to}")
+        fail(f"--lowering: expected with --to onnx only, got it with --to {to}")
     need("export", "export" if to == "onnx" else "detect")
     from saccade.export.detectors import ExportError, export_detector
     from saccade.vision.detector import Detector, ModelError
-    from saccade.vision.pictures import PictureError, open_picture
+    from saccade.vision.images import ImageError, open_image
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -94,101 +100,103 @@ def export(
     if path is not None and path.is_dir():
         fail(f"--out: expected a file, got the folder {path}")
     try:
-        looked_at = open_picture(doctor.EXAMPLE_PICTURE if picture is None else picture)
+        image = open_image(image_path or doctor.EXAMPLE_IMAGE)
         with err.status("Loading the model") if err.is_terminal else nullcontext():
             detector = Detector.load(model)
     except ModelError as error:
         fail(error)
-    except PictureError as error:
-        fail(f"{picture or doctor.EXAMPLE_PICTURE} {error}")
+    except ImageError as error:
+        fail(f"{image_path or doctor.EXAMPLE_IMAGE} {error}")
     with err.status("Exporting") if err.is_terminal else nullcontext() as status:
 
-        def tell(doing: str) -> None:
+        def show_progress(step: str) -> None:
             if status is not None:
-                status.update(doing.capitalize())
+                status.update(step.capitalize())
 
         try:
-            done = export_detector(
+            result = export_detector(
                 detector,
                 to,
                 path,
-                picture=looked_at,
+                image=image,
                 lowering=lowering,
                 fixed=fixed,
                 threshold=threshold,
                 seconds=seconds,
-                tell=tell,
+                show_progress=show_progress,
             )
         except (ExportError, OSError, ValueError) as error:
             err.print(f"error: {error}", markup=False, soft_wrap=True)
             raise typer.Exit(1) from error
-    _print(done, to, lowering)
+    _print(result, to, lowering)
 
 
-def _print(done: Export, to: Format, lowering: Lowering) -> None:
-    megabytes = done.path.stat().st_size / 1e6
-    out.print(f"Written: {done.path} ({megabytes:.1f} MB)", markup=False, soft_wrap=True)
+def _print(result: Export, to: Format, lowering: Lowering) -> None:
+    megabytes = result.path.stat().st_size / 1e6
+    out.print(f"Written: {result.path} ({megabytes:.1f} MB)", markup=False, soft_wrap=True)
     batch, height, width = (
-        axis if axis in done.dynamic else str(size)
-        for axis, size in zip(("batch", "height", "width"), (1, *done.size), strict=True)
+        axis if axis in result.dynamic else str(size)
+        for axis, size in zip(("batch", "height", "width"), (1, *result.size), strict=True)
     )
     out.print(
-        f"  takes  pixel_values [{batch}, 3, {height}, {width}], as the image processor makes them\n"
+        f"  takes  pixel_values [{batch}, 3, {height}, {width}] from the image processor\n"
         f"  gives  logits [{batch}, queries, classes], pred_boxes [{batch}, queries, 4] "
-        f"(centre x, y, width, height; 0 to 1){_least(done, to)}\n",
+        f"(centre x, y, width, height; 0 to 1){_describe_min_size(result, to)}\n",
         markup=False, soft_wrap=True,
     )  # fmt: skip
     table = Table(
-        "", "largest difference", "detections compared", "ms a picture", box=None, pad_edge=False
+        "", "largest difference", "detections compared", "ms per image", box=None, pad_edge=False
     )
     for column in table.columns[1:]:
         column.justify = "right"
-    table.add_row(f"PyTorch {torch.__version__}", "", "", f"{done.eager_milliseconds:.1f}")
-    for name, checked in done.runtimes.items():
-        compared = sum(each.detections for each in checked.comparisons.values())
+    table.add_row(f"PyTorch {torch.__version__}", "", "", f"{result.eager_milliseconds:.1f}")
+    for name, runtime in result.runtimes.items():
+        compared = sum(comparison.detections for comparison in runtime.comparisons.values())
         table.add_row(
             name,
-            f"{checked.largest_difference:.1e}",
-            f"{compared}, all the same{_apart(checked)}",
-            f"{checked.milliseconds:.1f}",
+            f"{runtime.largest_difference:.1e}",
+            f"{compared}, all the same{_describe_unmatched_rows(runtime)}",
+            f"{runtime.milliseconds:.1f}",
         )
     out.print(table)
-    calls = dict.fromkeys(call for each in done.runtimes.values() for call in each.comparisons)
-    out.print(f"\nVerified: {'; '.join(calls)}", markup=False, soft_wrap=True)
-    for note in done.fixed_because:
+    inputs = dict.fromkeys(
+        name for runtime in result.runtimes.values() for name in runtime.comparisons
+    )
+    out.print(f"\nVerified: {'; '.join(inputs)}", markup=False, soft_wrap=True)
+    for note in result.reasons_not_dynamic:
         out.print(f"Not dynamic: {note}", markup=False, soft_wrap=True)
-    for note in _notes(to, lowering, done.path):
+    for note in _notes(to, lowering, result.path):
         out.print(note, markup=False, soft_wrap=True)
 
 
-def _least(done: Export, to: Format) -> str:
-    """The smallest picture, where its size may change and what runs the file asks for it."""
-    if to != "torch" or "height" not in done.dynamic:
+def _describe_min_size(result: Export, to: Format) -> str:
+    """States the smallest image that the file accepts, if the file checks that."""
+    if to != "torch" or "height" not in result.dynamic:
         return ""
-    height, width = done.least_size
-    return f"\n  for    pictures of at least {height} x {width}; it refuses smaller ones"
+    height, width = result.min_size
+    return f"\n  for    images of at least {height} x {width}; it rejects smaller ones"
 
 
-def _apart(checked: Checked) -> str:
-    """Rows of queries that one of both did not choose, which the largest difference leaves out."""
-    apart = sum(each.rows_apart for each in checked.comparisons.values())
-    return f" ({apart} other rows of other queries)" if apart else ""
+def _describe_unmatched_rows(runtime: RuntimeResult) -> str:
+    """Counts rows whose queries only one run selected; the largest difference excludes them."""
+    count = sum(comparison.unmatched_rows for comparison in runtime.comparisons.values())
+    return f" ({count} other rows belong to other queries)" if count else ""
 
 
 def _notes(to: Format, lowering: Lowering, path: Path) -> list[str]:
-    """What the file needs where it runs."""
+    """States how to run the file, and what to beware of."""
     if to == "torch":
         return [f"To run it: import saccade; torch.export.load({str(path)!r}).module()"]
     if to == "aoti":
         return [
             f"To run it: import saccade; torch._inductor.aoti_load_package({str(path)!r}); in C++ as "
-            f"examples/cpp does. Set {CHECK_INPUTS}=1 in the environment: without it the package takes "
+            f"examples/cpp does. Set {CHECK_INPUTS}=1 in the environment: without it the package accepts "
             "inputs of other sizes and computes wrong numbers. It was compiled for this processor and "
             "this torch."
         ]
     if lowering == "plugin":
         return [
-            "The plugin's node was run on Saccade's kernel. TensorRT itself did not run it: "
+            "Saccade's kernel ran the plugin's node. TensorRT itself did not run it: "
             "compare there before you ship."
         ]
     if lowering == "native":

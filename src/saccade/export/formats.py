@@ -1,4 +1,4 @@
-"""What an exported program can be written as, and what runs the file."""
+"""Writes an exported program in each format, and runs the file."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from saccade import doctor
+from saccade.integrations.exporter_logging import silence_exporters
 from saccade.integrations.onnx import Lowering, session_options, translations
-from saccade.integrations.quiet import quiet_exporters
 
 Run = Callable[..., tuple[Tensor, ...]]
-"""Tensors in, in the order of the program's inputs, tensors out."""
+"""Takes tensors in the order of the program's inputs, and returns the outputs."""
 Format = Literal["onnx", "aoti", "torch"]
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "aoti": ".pt2", "torch": ".pt2"}
 
 AOTI_OPTIONS: dict[str, Any] = {
-    # What calls the kernels need not be optimised, which takes minutes.
+    # The code around the kernels need not be optimised, which would take minutes.
     "aot_inductor.compile_wrapper_opt_level": "O0",
-    # Exported with a batch of two, it runs with one: the check of inputs need not forbid that.
+    # A model that was exported with a batch of two also runs with one; the input check must allow it.
     "aot_inductor.check_lowerbound": False,
 }
 CHECK_INPUTS = "AOTI_RUNTIME_CHECK_INPUTS"
-"""Set to 1 in the environment before the first run, a package refuses inputs of other dtypes and sizes than
-it was compiled for; otherwise it computes wrong numbers from them, or reads beyond them."""
+"""If this environment variable is 1 before the first run, a package rejects inputs of other dtypes and sizes
+than it was compiled for. Otherwise it computes wrong numbers from them, or reads beyond their end."""
 
 
 def write(
@@ -41,17 +41,17 @@ def write(
     output_names: Sequence[str] | None = None,
     axes: Sequence[dict[int, str]] | None = None,
 ) -> None:
-    """Writes the program, as `to` says; `lowering`, `output_names` and `axes` are of onnx alone.
+    """Writes the program in the format `to`; only onnx uses `lowering`, `output_names` and `axes`.
 
-    For torch the program loses its example inputs and the notes on where its lines stand, here too: they
-    would be in the file.
+    For torch, the example inputs and the stack traces are removed from `program` itself, because
+    `torch.export.save` would write them to the file.
     """
     if to == "onnx":
         write_onnx(program, path, lowering, output_names, axes)
         return
-    with quiet_exporters():
+    with silence_exporters():
         if to == "torch":
-            _forget_where_it_was_made(program)
+            _remove_private_data(program)
             torch.export.save(program, path)
         else:
             torch._inductor.aoti_compile_and_package(
@@ -69,18 +69,18 @@ def write_onnx(
     """Writes the program as ONNX.
 
     Args:
-        program: of `torch.export.export`.
-        path: the file.
+        program: a result of `torch.export.export`.
+        path: the file to write.
         lowering: how the operator is expressed; see `saccade.integrations.onnx.translations`.
-        output_names: otherwise as in the program, as the inputs' are.
-        axes: the names of the dynamic axes of each input; otherwise those of the program's symbols.
+        output_names: names of the outputs; by default those of the program.
+        axes: the names of the dynamic axes of each input; by default those of the program's symbols.
     """
-    with quiet_exporters():
+    with silence_exporters():
         written: Any = torch.onnx.export(
             program,
             dynamo=True,
             verbose=False,
-            # Its rules give two constants of Deformable DETR's decoder one name (onnxscript 0.7).
+            # The optimizer gives two constants of Deformable DETR's decoder one name (onnxscript 0.7).
             optimize=False,
             custom_translation_table=translations(lowering),
             output_names=output_names,
@@ -89,44 +89,44 @@ def write_onnx(
         optimizer: Any = importlib.import_module("onnxscript").optimizer
         optimizer.fold_constants(written.model)
         optimizer.remove_unused_nodes(written.model)
-        # Each node carries where its line is on this machine: two thirds of the file, and private.
+        # Each node carries its stack trace with paths of this machine: private, and two thirds of the file.
         for node in written.model.graph.all_nodes():
             node.metadata_props.clear()
         written.save(str(path))
 
 
 def runtimes(path: Path, to: Format, lowering: Lowering) -> dict[str, Run]:
-    """Everything here that can run the file, by name and version."""
+    """Returns every installed runtime that can run the file, by name and version."""
     if to == "torch":
         return {"torch.export": in_program(path)}
     if to == "aoti":
         return {"AOTInductor": in_package(path)}
-    found = {f"ONNX Runtime {metadata.version('onnxruntime')}": in_onnxruntime(path, lowering)}
+    runs = {f"ONNX Runtime {metadata.version('onnxruntime')}": in_onnxruntime(path, lowering)}
     if lowering in ("grid_sample", "gather") and doctor.installed("openvino"):
-        found[f"OpenVINO {metadata.version('openvino').rsplit('.', 1)[0]}"] = in_openvino(path)
-    return found
+        runs[f"OpenVINO {metadata.version('openvino').rsplit('.', 1)[0]}"] = in_openvino(path)
+    return runs
 
 
 def in_program(path: Path) -> Run:
-    """The program of torch.export, in torch."""
+    """Runs a program of torch.export in torch."""
     program: Any = torch.export.load(path).module()
-    return _tuples(program)
+    return _return_tuples(program)
 
 
 def in_package(path: Path) -> Run:
-    """The package of AOTInductor, which checks its inputs."""
+    """Runs a package of AOTInductor, which then checks its inputs."""
     os.environ.setdefault(CHECK_INPUTS, "1")
-    return _tuples(torch._inductor.aoti_load_package(str(path)))
+    return _return_tuples(torch._inductor.aoti_load_package(str(path)))
 
 
 def in_onnxruntime(path: Path, lowering: Lowering) -> Run:
-    """The file in ONNX Runtime on the CPU, with as many threads as torch has."""
+    """Runs the file in ONNX Runtime on the CPU, with as many threads as torch uses."""
     runtime: Any = importlib.import_module("onnxruntime")
     options = runtime.SessionOptions()
     if lowering in ("native", "plugin"):
         options = session_options(options)
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 4  # what goes wrong is raised as well
+    options.log_severity_level = 4  # Errors are raised as well.
     session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [node.name for node in session.get_inputs()]
 
@@ -139,9 +139,9 @@ def in_onnxruntime(path: Path, lowering: Lowering) -> Run:
 
 
 def in_openvino(path: Path) -> Run:
-    """The file in OpenVINO on the CPU, in float32, with as many threads as torch has."""
+    """Runs the file in OpenVINO on the CPU, in float32, with as many threads as torch uses."""
     openvino: Any = importlib.import_module("openvino")
-    # On processors with bfloat16 it would compute in that.
+    # On processors with bfloat16, OpenVINO would compute in bfloat16.
     options = {
         "INFERENCE_PRECISION_HINT": "f32",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
@@ -149,23 +149,23 @@ def in_openvino(path: Path) -> Run:
     model = openvino.compile_model(str(path), "CPU", options)
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:
-        found = model([tensor.contiguous().numpy() for tensor in tensors])
-        return tuple(torch.from_numpy(found[output].copy()) for output in model.outputs)
+        results = model([tensor.contiguous().numpy() for tensor in tensors])
+        return tuple(torch.from_numpy(results[output].copy()) for output in model.outputs)
 
     return run
 
 
-def _forget_where_it_was_made(program: ExportedProgram) -> None:
-    """Without the inputs it was exported with, somebody's picture, and the folders of this machine."""
+def _remove_private_data(program: ExportedProgram) -> None:
+    """Removes the example inputs, which hold the user's image, and the paths of this machine."""
     program.example_inputs = None
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             node.meta.pop("stack_trace", None)
 
 
-def _tuples(run: Callable[..., Any]) -> Run:
-    def in_tuples(*tensors: Tensor) -> tuple[Tensor, ...]:
-        found = run(*tensors)
-        return (found,) if isinstance(found, Tensor) else tuple(found)
+def _return_tuples(run: Callable[..., Any]) -> Run:
+    def run_to_tuple(*tensors: Tensor) -> tuple[Tensor, ...]:
+        outputs = run(*tensors)
+        return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
-    return in_tuples
+    return run_to_tuple

@@ -1,4 +1,4 @@
-"""Drop-in replacement of other packages' deformable attention."""
+"""Saccade in other packages: their operators, compiled modules, checkpoints and exports."""
 
 from saccade.integrations.patching import PatchReport as PatchReport
 from saccade.integrations.patching import patch as patch

@@ -1,8 +1,8 @@
-"""The functions of the compiled modules of DCNv3 and DCNv4, with their arguments in their order.
+"""The functions of the compiled modules of DCNv3 and DCNv4, with the modules' own arguments.
 
-Beneath `DCNv3Function`, `DCNv4Function` and `FlashDeformAttnFunction` these compute the same, on every
-device. Arguments that divide work among the threads of a card (`im2col_step`, `d_stride`,
-`block_thread`) are taken and not used. The backwards return gradients in the dtypes of the inputs.
+`DCNv3Function`, `DCNv4Function` and `FlashDeformAttnFunction` can call them, on every device. Arguments
+that divide work among the threads of a card (`im2col_step`, `d_stride`, `block_thread`) are not used. The
+backwards return gradients in the dtypes of the inputs.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from saccade.checks import (
     format_shape,
     to_positive_int,
 )
-from saccade.convolution import Window, deformable_convolution, understand_window
+from saccade.convolution import Window, deformable_convolution, parse_window
 from saccade.functional import deformable_attention
-from saccade.integrations.levels import shapes_of_levels
+from saccade.integrations.levels import parse_levels
 
 
 def dcnv3_forward(
@@ -47,7 +47,7 @@ def dcnv3_forward(
 ) -> Tensor:
     """DCNv3: a convolution of input [N, H, W, C] with offset [N, H', W', G * K * 2] and mask.
 
-    mask [N, H', W', G * K] counts as it is. Before version 1.1 there is no `remove_center`.
+    mask [N, H', W', G * K] has weights and not logits. Versions before 1.1 do not pass `remove_center`.
 
     Returns:
         Tensor[N, H', W', C].
@@ -111,7 +111,7 @@ def dcnv4_forward(
 ) -> Tensor:
     """DCNv4: a convolution of value [N, H, W, C] with offset_mask [N, H', W', at least G * 3 K].
 
-    Each group has 2 K offsets, then K modulations; columns behind those of the last group are not
+    Each group has 2 K offsets, then K modulations; columns after those of the last group are not
     read. With `softmax` the modulations are logits.
 
     Returns:
@@ -169,17 +169,17 @@ def flash_deform_attn_forward(
 ) -> Tensor:
     """Deformable attention of value [N, S, M, D] with locations and logits in one tensor.
 
-    sampling_loc_attn [N, Q, M, L * K * 3]: of each head 2 L K normalized locations, then L K logits,
-    over which a softmax goes; K is num_points.
+    sampling_loc_attn [N, Q, M, L * K * 3] holds for each head 2 L K coordinates of normalized
+    locations, then L K logits, to which a softmax is applied; K is num_points.
 
     Returns:
         Tensor[N, Q, M * D].
 
     Raises:
-        ValueError: a shape does not fit, or level_start_index does not count up the levels of
-            spatial_shapes; the message names the argument.
+        ValueError: a shape does not fit, or level_start_index does not agree with spatial_shapes; the
+            message names the argument.
     """
-    shapes = shapes_of_levels(spatial_shapes=spatial_shapes, level_start_index=level_start_index)
+    shapes = parse_levels(spatial_shapes=spatial_shapes, level_start_index=level_start_index)
     return _flash(value, sampling_loc_attn, shapes=shapes, num_points=num_points)
 
 
@@ -195,13 +195,13 @@ def flash_deform_attn_backward(
     block_thread: int,
 ) -> tuple[Tensor, ...]:
     """The gradients of `flash_deform_attn_forward`: grad_value, grad_sampling_loc_attn."""
-    shapes = shapes_of_levels(spatial_shapes=spatial_shapes, level_start_index=level_start_index)
+    shapes = parse_levels(spatial_shapes=spatial_shapes, level_start_index=level_start_index)
     function = partial(_flash, shapes=shapes, num_points=num_points)
     return _gradients(function, (value, sampling_loc_attn), grad_output)
 
 
 class _Convolution(NamedTuple):
-    """The numbers that both convolutions take, in their order."""
+    """The sizes and options that both convolutions take, in the order of their arguments."""
 
     kernel_h: int
     kernel_w: int
@@ -217,30 +217,30 @@ class _Convolution(NamedTuple):
     remove_center: int
 
     def v3(self, input: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
-        sizes = self._output("input", input)
-        numbers = self.group * self.window.num_points
-        check_axes("offset", offset, input, **sizes, columns=numbers * 2)
-        check_axes("mask", mask, input, **sizes, columns=numbers)
-        return self._convolved(input, offset, mask, softmax=False)
+        sizes = self._output_sizes("input", input)
+        columns = self.group * self.window.num_points
+        check_axes("offset", offset, input, **sizes, columns=columns * 2)
+        check_axes("mask", mask, input, **sizes, columns=columns)
+        return self._convolve(input, offset, mask, softmax=False)
 
     def v4(self, value: Tensor, offset_mask: Tensor, softmax: bool) -> Tensor:
-        sizes = self._output("value", value)
+        sizes = self._output_sizes("value", value)
         check_axes("offset_mask", offset_mask, value, **sizes, columns=None)
         num_points = self.window.num_points
-        numbers = self.group * num_points * 3
-        if offset_mask.shape[3] < numbers:
+        columns = self.group * num_points * 3
+        if offset_mask.shape[3] < columns:
             raise ValueError(
-                f"offset_mask: expected at least {numbers} columns, group {self.group} * 3 * "
+                f"offset_mask: expected at least {columns} columns, group {self.group} * 3 * "
                 f"{num_points} points, got {format_shape(offset_mask)}"
             )
-        # What is behind the last group fills up to a multiple of 8.
-        groups = offset_mask[..., :numbers].unflatten(3, (self.group, -1))
+        # Columns after the last group pad the tensor to a multiple of 8.
+        groups = offset_mask[..., :columns].unflatten(3, (self.group, -1))
         offset, mask = groups.split([num_points * 2, num_points], -1)
-        return self._convolved(value, offset.flatten(3), mask.flatten(3), softmax=bool(softmax))
+        return self._convolve(value, offset.flatten(3), mask.flatten(3), softmax=bool(softmax))
 
     @property
     def window(self) -> Window:
-        return understand_window(
+        return parse_window(
             (self.kernel_h, self.kernel_w),
             (self.stride_h, self.stride_w),
             (self.pad_h, self.pad_w),
@@ -248,15 +248,15 @@ class _Convolution(NamedTuple):
             bool(self.remove_center),
         )
 
-    def _output(self, name: str, value: Tensor) -> dict[str, int | None]:
-        """The sizes of the output without its channels, once the value is known to be good."""
+    def _output_sizes(self, name: str, value: Tensor) -> dict[str, int | None]:
+        """The sizes of the output without its channels, after a check of the value."""
         to_positive_int("group", self.group)
         channels = self.group * self.group_channels
         check_axes(name, value, None, batch=None, height=None, width=None, channels=channels)
         height, width = self.window.output_size(name, value)
         return {"batch": value.shape[0], "height": height, "width": width}
 
-    def _convolved(self, value: Tensor, offset: Tensor, mask: Tensor, softmax: bool) -> Tensor:
+    def _convolve(self, value: Tensor, offset: Tensor, mask: Tensor, softmax: bool) -> Tensor:
         window = self.window
         return deformable_convolution(
             value,
@@ -296,7 +296,7 @@ def _gradients(
 ) -> tuple[Tensor, ...]:
     """The gradients of a function by its tensors.
 
-    A caller's backward comes with the inputs alone, so that the forward is run once more.
+    A caller's backward passes the inputs alone, so that the forward runs once more.
     """
     check_tensor("grad_output", grad_output)
     with torch.enable_grad():

@@ -1,12 +1,12 @@
-"""The compiled modules that other projects import, under the same names, computed by Saccade.
+"""Installs modules with the names and functions of the compiled modules that other projects import.
 
 Deformable-DETR, mmcv and their relatives import a module that has to be compiled with CUDA. After
-`install`, an import of that name finds a module with the same functions, on the CPU and on a GPU, and
-nothing downstream changes. Importing this file installs nothing.
+`install`, an import of that name finds a module with the same functions on Saccade, for CPUs and GPUs;
+downstream code does not change. Importing this file installs nothing.
 
     python -m saccade.integrations.extensions MultiScaleDeformableAttention -- main.py --epochs 1
 
-runs a script that knows nothing of Saccade with the modules installed.
+runs a script with the modules installed; the script itself does not mention Saccade.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ _CONVOLUTION = "saccade.integrations.dcn_extensions"
 
 
 class _Extension(NamedTuple):
-    """What is known of one compiled module."""
+    """One compiled module."""
 
     functions: dict[str, tuple[str, str]]
-    """The file that has each, and its name there."""
+    """For each function the file that defines it, and its name there."""
     downstream: tuple[str, ...] = ()
-    """The files that import it, go on without it if that fails, and do not try again."""
+    """Files that import the module, work without it if that fails, and do not try again."""
     version: str | None = None
-    """Where downstream code asks the installed distribution for it."""
+    """Version of the distribution, for modules whose downstream code looks it up."""
     others_as_stubs: bool = False
-    """Downstream code refuses a module that lacks functions, even those that it never calls."""
+    """Whether other names are stubs: downstream code refuses a module without functions it never calls."""
 
 
 def _in(file: str, *names: str) -> dict[str, tuple[str, str]]:
@@ -78,18 +78,18 @@ _EXTENSIONS = {
 
 
 class ExtensionReport(NamedTuple):
-    """What `install` did. Nothing is left out in silence: what cannot be installed is an error."""
+    """What `install` did. A module that cannot be installed is an error."""
 
     installed: dict[str, tuple[str, ...]]
-    """The functions of each module that was asked for."""
+    """The functions of each requested module."""
     hidden: dict[str, str]
-    """The files of compiled modules that are installed too: an import finds Saccade's before them."""
+    """Files of compiled modules that are installed too; an import finds Saccade's module first."""
 
 
 def install(*names: str) -> ExtensionReport:
     """Makes modules importable under the names of compiled ones, before downstream code imports them.
 
-    Doing it twice changes nothing. All names are checked before the first is installed.
+    A second call changes nothing. All names are checked before the first is installed.
 
     Args:
         *names: of "MultiScaleDeformableAttention" (Deformable-DETR, DINO, Mask2Former and most of
@@ -100,9 +100,9 @@ def install(*names: str) -> ExtensionReport:
         ExtensionReport: the functions of each module, and the compiled modules that they hide.
 
     Raises:
-        ValueError: no name, or one that is not known; the message lists those that are.
-        RuntimeError: it is too late: a compiled module of that name is imported, and whoever imported it
-            holds its functions; or downstream code was imported that goes on without its module.
+        ValueError: no name, or an unknown one; the message lists the known names.
+        RuntimeError: the call comes too late: a compiled module of that name is imported, and the code
+            that imported it holds its functions; or downstream code was imported without its module.
 
     Example:
         >>> from saccade.integrations import extensions
@@ -116,11 +116,11 @@ def install(*names: str) -> ExtensionReport:
         raise ValueError(f"names: expected at least one of {', '.join(_EXTENSIONS)}, got none")
     for name in names:
         _check_name(name)
-        _check_time(name)
-    hidden = {name: file for name in names if (file := _file_of_compiled(name))}
+        _check_not_too_late(name)
+    hidden = {name: file for name in names if (file := _find_compiled(name))}
     for name in names:
         _finder.modules.setdefault(name, _modules.setdefault(name, _Module(name)))
-        _announce(name)
+        _register_version(name)
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
     return ExtensionReport({name: (*_EXTENSIONS[name].functions,) for name in names}, hidden)
@@ -132,56 +132,56 @@ def uninstall(*names: str) -> list[str]:
     Downstream code that has imported a module keeps it.
 
     Args:
-        *names: as for `install`; none of them means all that are installed.
+        *names: as for `install`; without names, all that are installed.
 
     Returns:
         The names that were installed.
 
     Raises:
-        ValueError: a name is not known.
+        ValueError: a name is unknown.
     """
     for name in names:
         _check_name(name)
-    found = [name for name in names or (*_finder.modules,) if name in _finder.modules]
-    for name in found:
+    installed = [name for name in names or (*_finder.modules,) if name in _finder.modules]
+    for name in installed:
         module = _finder.modules.pop(name)
         if sys.modules.get(name) is module:
             del sys.modules[name]
         package, _, attribute = name.rpartition(".")
         if getattr(sys.modules.get(package), attribute, None) is module:
             delattr(sys.modules[package], attribute)
-        _announce(name, withdraw=True)
+        _unregister_version(name)
     if not _finder.modules and _finder in sys.meta_path:
         sys.meta_path.remove(_finder)
-    return found
+    return installed
 
 
 class _Module(ModuleType):
-    """Stands for a compiled module. Its functions are looked up when they are asked for: those of
-    one project do not bring along what another needs.
+    """Stands for a compiled module. A function is imported when it is used, so that one project does not
+    import what only another needs.
     """
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         extension = _EXTENSIONS[self.__name__]
         if name in extension.functions:
             file, function = extension.functions[name]
-            found: Callable[..., Any] = getattr(importlib.import_module(file), function)
+            value: Callable[..., Any] = getattr(importlib.import_module(file), function)
         elif extension.others_as_stubs and not name.startswith("_"):
-            found = _stub(self.__name__, name)
+            value = _make_stub(self.__name__, name)
         else:
             raise AttributeError(
                 f"{self.__name__}: expected one of {', '.join(extension.functions)}, which Saccade "
                 f"provides, got {name!r}"
             )
-        setattr(self, name, found)
-        return found
+        setattr(self, name, value)
+        return value
 
     def __dir__(self) -> list[str]:
         return sorted({*vars(self), *_EXTENSIONS[self.__name__].functions})
 
 
-def _stub(module: str, name: str) -> Callable[..., NoReturn]:
-    """There for whoever asks whether it is there; who calls it learns that it is not."""
+def _make_stub(module: str, name: str) -> Callable[..., NoReturn]:
+    """A function that passes tests for its existence, and raises when it is called."""
 
     def stub(*_: Any, **__: Any) -> NoReturn:
         provided = ", ".join(_EXTENSIONS[module].functions)
@@ -195,10 +195,10 @@ def _stub(module: str, name: str) -> Callable[..., NoReturn]:
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds the installed modules, before everybody else.
+    """Finds the installed modules, before all other finders.
 
-    Modules put into `sys.modules` would do for most imports; the import system gives these a spec and
-    their place in the package too.
+    Modules in `sys.modules` would suffice for most imports; with a finder the import system also gives
+    them a spec and makes them attributes of their package.
     """
 
     def __init__(self) -> None:
@@ -215,40 +215,40 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return self.modules[spec.name]
 
     def exec_module(self, module: ModuleType) -> None:
-        """Nothing is left to do."""
+        """Does nothing: `create_module` returns a complete module."""
 
 
 _finder = _Finder()
-# Of each name one for good: downstream code that holds it and a second `install` mean the same.
+# One module per name for the whole process: a second `install` gives the module that downstream code holds.
 _modules: dict[str, _Module] = {}
 
 
 def _check_name(name: str) -> None:
-    # A tuple: of a list, a dict would complain that it has no hash.
+    # Compared with a tuple, because looking up a list in the dict would raise a TypeError.
     if name not in (*_EXTENSIONS,):
         raise ValueError(f"names: expected some of {', '.join(_EXTENSIONS)}, got {name!r}")
 
 
-def _check_time(name: str) -> None:
-    """A RuntimeError if somebody holds another module of this name, or went on without one."""
+def _check_not_too_late(name: str) -> None:
+    """Raises a RuntimeError if downstream code holds another module of this name, or works without one."""
     ours = _modules.get(name)
     imported = sys.modules.get(name)
     if imported is not None and imported is not ours:
         raise RuntimeError(
-            f"{name}: expected a module that is not imported yet, got {imported!r}; whoever imported "
+            f"{name}: expected a module that is not imported yet, got {imported!r}; code that imported "
             "it holds its functions. Call install before, in a new process"
         )
     for file in _EXTENSIONS[name].downstream:
-        held = getattr(sys.modules.get(file), name.rpartition(".")[2], None)
-        if file in sys.modules and (held is None or held is not ours):
+        module = getattr(sys.modules.get(file), name.rpartition(".")[2], None)
+        if file in sys.modules and (module is None or module is not ours):
             raise RuntimeError(
                 f"{name}: expected {file} not to be imported yet; it goes on without {name} and does "
                 "not try again. Call install before, in a new process"
             )
 
 
-def _file_of_compiled(name: str) -> str | None:
-    """Where a module of this name is installed, found without importing anything."""
+def _find_compiled(name: str) -> str | None:
+    """The file of a compiled module of this name, if one is installed; nothing is imported."""
     package = name.rpartition(".")[0]
     find = importlib.machinery.PathFinder.find_spec
     path = getattr(sys.modules.get(package), "__path__", None)
@@ -257,30 +257,40 @@ def _file_of_compiled(name: str) -> str | None:
         path = spec.submodule_search_locations if spec else None
         if path is None:
             return None
-    found = find(name, path)
-    # A folder of that name, somewhere on the path, has no origin.
-    return found.origin if found else None
+    spec = find(name, path)
+    # A folder of that name, somewhere on the path, has a spec without an origin.
+    return spec.origin if spec else None
 
 
-def _announce(name: str, *, withdraw: bool = False) -> None:
-    """Gives the distribution of this name a version, or takes it back.
+def _get_working_set(name: str) -> Any:
+    """The distributions that pkg_resources knows; None where nobody looks up the version of `name`.
 
-    InternImage asks pkg_resources for it, and nobody else. Newer setuptools come without: there it
-    cannot be imported, whatever is done here.
+    InternImage is the only project that does. Newer setuptools do not have pkg_resources: then
+    InternImage cannot be imported.
     """
-    version = _EXTENSIONS[name].version
-    if version is None or importlib.util.find_spec("pkg_resources") is None:
-        return
+    if _EXTENSIONS[name].version is None or importlib.util.find_spec("pkg_resources") is None:
+        return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         resources: Any = importlib.import_module("pkg_resources")
-    known, key = resources.working_set, name.lower()
-    if withdraw:
-        if known.by_key.get(key) is _distributions.get(name):
-            known.by_key.pop(key, None)
-    elif key not in known.by_key:
+    return resources.working_set
+
+
+def _register_version(name: str) -> None:
+    """Gives the distribution of this name a version."""
+    working_set, key = _get_working_set(name), name.lower()
+    if working_set is not None and key not in working_set.by_key:
+        resources: Any = importlib.import_module("pkg_resources")
+        version = _EXTENSIONS[name].version
         _distributions[name] = resources.Distribution(project_name=name, version=version)
-        known.by_key[key] = _distributions[name]
+        working_set.by_key[key] = _distributions[name]
+
+
+def _unregister_version(name: str) -> None:
+    """Undoes `_register_version`."""
+    working_set, key = _get_working_set(name), name.lower()
+    if working_set is not None and working_set.by_key.get(key) is _distributions.get(name):
+        working_set.by_key.pop(key, None)
 
 
 _distributions: dict[str, Any] = {}
@@ -294,9 +304,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         epilog=f"NAME is one of {', '.join(_EXTENSIONS)}.",
     )
     parser.add_argument("names", nargs="+", metavar="NAME")
-    given = [*(sys.argv[1:] if arguments is None else arguments)]
-    at = given.index("--") if "--" in given else len(given)
-    names, command = parser.parse_args(given[:at]).names, given[at + 1 :]
+    arguments = [*(sys.argv[1:] if arguments is None else arguments)]
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    names, command = parser.parse_args(arguments[:end]).names, arguments[end + 1 :]
     as_module = command[:1] == ["-m"]
     command = command[as_module:]
     if not command:
@@ -306,7 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     sys.argv = command
-    # As Python does, which has put there the folder that it was started in.
+    # Python sets the first entry to the script's folder likewise; so far it is the current folder.
     if not getattr(sys.flags, "safe_path", False) and not as_module:
         sys.path[0] = os.path.dirname(os.path.abspath(command[0]))
     if as_module:
@@ -316,5 +326,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # Not this copy of the file, which is called __main__: the one that others import.
+    # Runs the module that other code imports; this copy of it is called __main__.
     importlib.import_module("saccade.integrations.extensions").main()

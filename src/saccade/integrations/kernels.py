@@ -1,8 +1,8 @@
 """Saccade for models that take their kernels through Hugging Face's `kernels` package.
 
-A model that is prepared for `kernels` names its layers; a mapping says which layer runs instead of each,
-for each device. This one has Saccade for the layer `MultiScaleDeformableAttention`, from this machine and
-not from the hub. Nothing of `kernels` is imported here.
+A model that is prepared for `kernels` names its layers; a mapping says which layer runs in place of each,
+for each device. The mapping made here has Saccade for the layer `MultiScaleDeformableAttention`: the
+installed package, and nothing from the hub. `kernels` is not imported here.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from saccade.functional import deformable_attention
 
 LAYER = "MultiScaleDeformableAttention"
-# Where torch runs, Saccade runs: by its own kernels, or by the reference.
+# Saccade runs on every device of torch: by its own kernels, or by the reference.
 DEVICES = ("cpu", "cuda", "rocm", "xpu", "mps", "npu")
 
 
 class MultiScaleDeformableAttention(nn.Module):
     """The operator, with the forward of transformers' layer of this name.
 
-    `kernels` allows a layer neither a constructor nor members of its own, except the two that say what
-    it can do.
+    `kernels` does not allow a layer to have a constructor or members, except the two that state its
+    capabilities.
     """
 
     can_torch_compile = True
@@ -36,7 +36,7 @@ class MultiScaleDeformableAttention(nn.Module):
         attention_weights: Tensor,
         im2col_step: int,
     ) -> Tensor:
-        """The operator; shapes are taken from the list, so that nothing is read back from a GPU.
+        """Runs the operator with the shapes of the list, so that nothing is read back from a GPU.
 
         Args:
             value (Tensor[B, S, M, D]): the maps of all levels.
@@ -56,7 +56,7 @@ class MultiScaleDeformableAttention(nn.Module):
 
 
 class Layer:
-    """What a kernel mapping points to: here a class that is installed already."""
+    """The entry of a kernel mapping: it loads the class above, which is installed already."""
 
     def load(self) -> type[nn.Module]:
         """The class whose forward `kernels` puts into the model's layers."""
@@ -76,7 +76,7 @@ def mapping() -> dict[str, dict[str, Layer]]:
     """A mapping for `kernels.register_kernel_mapping` or `kernels.use_kernel_mapping`.
 
     Returns:
-        The layer's name, each device, and what to load there.
+        For the layer's name and each device the layer to load.
 
     Example:
         >>> from saccade.integrations import kernels as saccade_kernels

@@ -1,10 +1,10 @@
-"""The operator in other people's code: recognised by what it takes, and by its numbers.
+"""Recognises the operator in other packages by its parameters and its results.
 
-Every package carries the same operator under another name: `ms_deform_attn_core_pytorch`,
-`multi_scale_deformable_attn_pytorch`, `deformable_attention_core_func_v2`. A list of names would age.
-What they take does not: a value, the shapes of its levels, sampling locations, attention weights. A
-function that takes these is called once on a small random map; if Saccade gives the same numbers, in one
-of the layouts in use, it can stand in for that function, and if not, it does not.
+Every package has the same operator under another name: `ms_deform_attn_core_pytorch`,
+`multi_scale_deformable_attn_pytorch`, `deformable_attention_core_func_v2`. A list of names would age; the
+parameters stay: a value, the shapes of its levels, sampling locations, attention weights. A function with
+these parameters is called once on a small random map. Saccade replaces it if it gives the same result in
+one of the layouts in use.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from torch import Tensor
 
 from saccade.functional import deformable_attention
 
-# What a parameter is for, by its name. Unlisted parameters make a function unknown.
+# The role of a parameter, by its name. A function with another parameter is not recognised.
 _ROLES = {
     "value": "value",
     "value_spatial_shapes": "shapes",
     "spatial_shapes": "shapes",
     "input_spatial_shapes": "shapes",
-    # The same on the host, as tuples: nothing is read back from a GPU.
+    # The shapes as tuples on the host, so that nothing is read back from a GPU.
     "value_spatial_shapes_list": "sizes",
     "value_spatial_shapes_hw": "sizes",
     "sampling_locations": "locations",
     "attention_weights": "weights",
     "num_points_list": "num_points",
     "method": "method",
-    # Levels follow each other without gaps everywhere, so that where they start adds nothing.
+    # Levels follow each other without gaps in every package: their start indices add nothing.
     "level_start_index": "starts",
     "value_level_start_index": "starts",
     "input_level_start_index": "starts",
     # How the CUDA operator of 2020 divides its batch.
     "im2col_step": "step",
 }
-_OF_AUTOGRAD = ["value", "shapes", "starts", "locations", "weights", "step"]
-_NEEDED = {"value", "shapes", "locations", "weights"}
-# The methods of RT-DETRv2 and D-FINE, with the options of each that are in use: first those of transformers,
-# which clamps each axis by itself, then those of the authors, who clamp both to the height.
+_AUTOGRAD_ROLES = ["value", "shapes", "starts", "locations", "weights", "step"]
+_REQUIRED_ROLES = {"value", "shapes", "locations", "weights"}
+# The methods of RT-DETRv2 and D-FINE with their options: first those of transformers, which clamps each axis
+# to its own size, then those of the authors' code, which clamps both to the height.
 METHODS: dict[str, tuple[dict[str, Any], ...]] = {
     "default": ({},),
     "discrete": (
@@ -54,41 +54,44 @@ METHODS: dict[str, tuple[dict[str, Any], ...]] = {
 }
 
 
-def _from_channels(value: Tensor) -> Tensor:
+def _parse_channels_first(value: Tensor) -> Tensor:
     return value.permute(0, 3, 1, 2)
 
 
-def _from_levels(value: list[Tensor]) -> Tensor:
+def _parse_levels(value: list[Tensor]) -> Tensor:
     return torch.cat(list(value), dim=-1).permute(0, 3, 1, 2)
 
 
 class Layout(NamedTuple):
-    """How a function takes the value, and how Saccade's [B, S, M, D] is made from that."""
+    """The form in which a function takes the value."""
 
     name: str
-    understood: Callable[[Any], Tensor]
-    made: Callable[[Tensor, list[int]], Any]
-    """From [B, S, M, D] and the sizes of the levels, for the trial."""
+    parse: Callable[[Any], Tensor]
+    """To Saccade's [B, S, M, D]."""
+    make: Callable[[Tensor, list[int]], Any]
+    """From [B, S, M, D] and the number of positions of each level, for the trial."""
 
 
 LAYOUTS = (
     Layout("[B, S, M, D]", lambda value: value, lambda value, sizes: value),
     Layout(
-        "[B, M, D, S]", _from_channels, lambda value, sizes: value.permute(0, 2, 3, 1).contiguous()
+        "[B, M, D, S]",
+        _parse_channels_first,
+        lambda value, sizes: value.permute(0, 2, 3, 1).contiguous(),
     ),
     Layout(
-        "one [B, M, D, H * W] a level",
-        _from_levels,
+        "[B, M, D, H * W] per level",
+        _parse_levels,
         lambda value, sizes: list(value.permute(0, 2, 3, 1).split(sizes, dim=-1)),
     ),
 )
 
 
 class Replacement:
-    """Saccade behind the signature of another package's operator, which it keeps as `saccade_original`.
+    """Saccade with the signature of another package's operator.
 
     It is called as the original is: as a function, or by `apply` where the original is an autograd
-    function.
+    function. `saccade_original` is the original.
     """
 
     def __init__(
@@ -110,35 +113,34 @@ class Replacement:
         self.__doc__ = original.__doc__
 
     def __call__(self, *positional: Any, **named: Any) -> Tensor:
-        """The operator; takes what the original takes."""
+        """Runs the operator with the arguments of the original."""
         if len(positional) > len(self.names) or not named.keys() <= self.roles.keys():
             raise TypeError(
                 f"{self.__name__}: expected the arguments ({', '.join(self.names)}), got "
                 f"{len(positional)} by position and {sorted(named)} by name"
             )
-        given = dict(zip(self.names, positional, strict=False)) | named
-        found = dict(self.defaults)
-        for name, argument in given.items():
+        arguments = dict(self.defaults)
+        for name, argument in (dict(zip(self.names, positional, strict=False)) | named).items():
             if argument is not None:
-                found[self.roles[name]] = argument
-        for role in _NEEDED:
-            if role not in found and not (role == "shapes" and "sizes" in found):
+                arguments[self.roles[name]] = argument
+        for role in _REQUIRED_ROLES:
+            if role not in arguments and not (role == "shapes" and "sizes" in arguments):
                 missing = ", ".join(name for name in self.names if self.roles[name] == role)
                 raise TypeError(f"{self.__name__}: expected the argument {missing}, got none")
-        method = found.get("method", "default")
+        method = arguments.get("method", "default")
         if method not in self.methods:
             raise ValueError(f"method: expected one of {', '.join(self.methods)}, got {method!r}")
-        shapes: Any = found.get("sizes", found.get("shapes"))
-        locations, weights = found["locations"], found["weights"]
-        num_points = found.get("num_points")
+        shapes: Any = arguments.get("sizes", arguments.get("shapes"))
+        locations, weights = arguments["locations"], arguments["weights"]
+        num_points = arguments.get("num_points")
         if num_points is None and locations.dim() == 5:
-            # RF-DETR, while it is exported, has no axis for the levels.
+            # RF-DETR's locations lack the axis of the levels while the model is exported.
             num_points = locations.shape[3] // len(shapes)
         if weights.dim() == 4 and locations.dim() == 6:
-            # RF-DETR has none for them in the weights.
+            # RF-DETR's weights lack it always.
             weights = weights.reshape(locations.shape[:-1])
         return deformable_attention(
-            self.layout.understood(found["value"]),
+            self.layout.parse(arguments["value"]),
             shapes,
             locations,
             weights,
@@ -149,119 +151,120 @@ class Replacement:
     apply = __call__
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Replacement:
-        return self  # as functions do
+        return self  # as for functions
 
     def __reduce__(self) -> Any:
-        # A pickled model comes back as its package wrote it; `patch` is said once more.
+        # An unpickled model is as its package wrote it; `patch` has to be called once more.
         original = self.saccade_original
-        return _in_file, (original.__module__, original.__qualname__)
+        return _import_original, (original.__module__, original.__qualname__)
 
     def __repr__(self) -> str:
         return f"<saccade for {self.__module__}.{self.__name__}>"
 
 
-def _in_file(module: str, qualname: str) -> Any:
-    """The function of a file, not what may stand in for it there."""
-    found = functools.reduce(getattr, qualname.split("."), importlib.import_module(module))
-    return original_of(found) or found
+def _import_original(module: str, qualname: str) -> Any:
+    """The function of a file, or the original where a replacement has its name."""
+    target = functools.reduce(getattr, qualname.split("."), importlib.import_module(module))
+    return get_original(target) or target
 
 
 def mark(replacement: Any, original: Any) -> Any:
-    """Notes on a function or a partial call what it stands in for."""
-    # With itself: functools.wraps copies attributes to whatever is put around it.
+    """Notes on a function or a partial call which original it replaces; returns it."""
+    # The pair has the replacement itself too: functools.wraps copies attributes to other functions.
     replacement.saccade_original = (replacement, original)
     return replacement
 
 
-def original_of(found: object) -> Any:
-    """What a replacement stands in for; None where nothing was replaced."""
-    # By type(): some objects answer isinstance() with a warning or an import.
-    kind = type(found)
-    if kind is MethodType:
-        return original_of(found.__func__)  # type: ignore[attr-defined]
-    if kind is Replacement:
-        return found.saccade_original  # type: ignore[attr-defined]
-    if kind is FunctionType or kind is functools.partial:
-        marked, original = getattr(found, "saccade_original", None) or (None, None)
-        if marked is found:
+def get_original(target: object) -> Any:
+    """What a replacement replaces; None for anything else."""
+    # By type(), because some objects answer isinstance() with a warning or an import.
+    cls = type(target)
+    if cls is MethodType:
+        return get_original(target.__func__)  # type: ignore[attr-defined]
+    if cls is Replacement:
+        return target.saccade_original  # type: ignore[attr-defined]
+    if cls is FunctionType or cls is functools.partial:
+        marked, original = getattr(target, "saccade_original", None) or (None, None)
+        if marked is target:
             return original
-    if kind is functools.partial and type(found.func) is Replacement:  # type: ignore[attr-defined]
-        # Made by a module, while its package was patched.
-        call: Any = found
+    if cls is functools.partial and type(target.func) is Replacement:  # type: ignore[attr-defined]
+        # A module made this partial call while its package was patched.
+        call: Any = target
         return functools.partial(call.func.saccade_original, *call.args, **call.keywords)
     return None
 
 
-def is_candidate(found: object) -> bool:
-    """Whether it may be the operator: something called with a value and sampling locations."""
-    if original_of(found) is not None:
+def is_candidate(target: object) -> bool:
+    """Whether it may be the operator: it has parameters for a value and sampling locations."""
+    if get_original(target) is not None:
         return False
-    names = _parameters(found)
+    names = _get_parameter_names(target)
     return "value" in names and any(name.startswith("sampling_loc") for name in names)
 
 
 @functools.cache
-def replacement_of(found: Callable[..., Any]) -> Replacement | str:
-    """Saccade behind a function or an autograd function of another package, or why not.
+def make_replacement(target: Callable[..., Any]) -> Replacement | str:
+    """A replacement of a function or an autograd function of another package.
 
     Args:
-        found: a candidate.
+        target: a candidate.
 
     Returns:
-        What can take its place; or a sentence that says what is unknown about it.
+        The replacement; or a sentence that says why there is none.
     """
-    names = _parameters(found)
+    names = _get_parameter_names(target)
     unknown = [name for name in names if name not in _ROLES]
     roles = {name: _ROLES[name] for name in names if name in _ROLES}
-    if unknown or not set(roles.values()) >= _NEEDED or len(set(roles.values())) < len(roles):
-        return f"it takes ({', '.join(names)}), which is no operator that saccade knows"
-    if not is_autograd_function(found):
-        return _by_trial(found, roles)
-    if list(roles.values()) != _OF_AUTOGRAD:
-        return f"it takes ({', '.join(names)}), which is no operator that saccade knows"
-    trial = _trial([2, 2]).arguments(roles, LAYOUTS[0], "default")
+    refusal = f"it takes ({', '.join(names)}), which is not an operator that saccade knows"
+    if unknown or not set(roles.values()) >= _REQUIRED_ROLES or len({*roles.values()}) < len(roles):
+        return refusal
+    if not is_autograd_function(target):
+        return _replace_by_trial(target, roles)
+    if list(roles.values()) != _AUTOGRAD_ROLES:
+        return refusal
+    trial = _make_trial([2, 2]).make_arguments(roles, LAYOUTS[0], "default")
     try:
         with torch.no_grad():
-            found.apply(*trial.values())  # type: ignore[attr-defined]
-    except Exception:  # whatever a compiled extension does that is missing or wants a GPU
-        # It cannot be tried. With these six arguments its kind has had this meaning since 2020.
-        return Replacement(found, roles, LAYOUTS[0], {"default": {}})
-    return _by_trial(found, roles)
+            target.apply(*trial.values())  # type: ignore[attr-defined]
+    except Exception:  # the compiled extension is missing, or needs a GPU, with whatever error
+        # It cannot be tried. These six arguments have had this meaning since 2020.
+        return Replacement(target, roles, LAYOUTS[0], {"default": {}})
+    return _replace_by_trial(target, roles)
 
 
-def is_autograd_function(found: object) -> bool:
-    return is_class(found) and issubclass(found, torch.autograd.Function)  # type: ignore[arg-type]
+def is_autograd_function(target: object) -> bool:
+    return is_class(target) and issubclass(target, torch.autograd.Function)  # type: ignore[arg-type]
 
 
-def is_class(found: object) -> bool:
-    """Whether it is a class; by type(), for some objects answer isinstance() with a warning."""
-    return issubclass(type(found), type)
+def is_class(target: object) -> bool:
+    """Whether it is a class; by type(), because some objects answer isinstance() with a warning."""
+    return issubclass(type(target), type)
 
 
-def _parameters(found: object) -> list[str]:
-    if is_autograd_function(found):
-        names = list(inspect.signature(found.forward).parameters)  # type: ignore[attr-defined]
+def _get_parameter_names(target: object) -> list[str]:
+    if is_autograd_function(target):
+        names = list(inspect.signature(target.forward).parameters)  # type: ignore[attr-defined]
         return names[1:]  # without the context
-    names = list(_signature(found).parameters) if type(found) is FunctionType else []
+    names = list(_get_signature(target).parameters) if type(target) is FunctionType else []
     return names[1:] if names[:1] == ["self"] else names
 
 
-def _signature(found: Any) -> inspect.Signature:
+def _get_signature(target: Any) -> inspect.Signature:
     try:
-        return inspect.signature(found)
-    except (TypeError, ValueError):  # a decorator that went wrong; not what is looked for
+        return inspect.signature(target)
+    except (TypeError, ValueError):  # a decorator with a wrong signature, for example
         return inspect.Signature()
 
 
 class _NoModule:
-    """In the place of `self`: the operator has no use for its module."""
+    """Stands for `self` in a trial: the operator must not read its module."""
 
     def __getattribute__(self, name: str) -> Any:
         raise TypeError(f"it reads {name!r} of its module")
 
 
 class _Trial(NamedTuple):
-    """A small call: maps wider than high, points within and without, other counts on each level."""
+    """A small call: maps wider than high, points inside and outside, other numbers of them per level."""
 
     value: Tensor
     shapes: list[tuple[int, int]]
@@ -270,9 +273,9 @@ class _Trial(NamedTuple):
     num_points: list[int]
     starts: list[int]
 
-    def arguments(self, roles: dict[str, str], layout: Layout, method: str) -> dict[str, Any]:
-        of_role = {
-            "value": layout.made(self.value, [height * width for height, width in self.shapes]),
+    def make_arguments(self, roles: dict[str, str], layout: Layout, method: str) -> dict[str, Any]:
+        by_role = {
+            "value": layout.make(self.value, [height * width for height, width in self.shapes]),
             "shapes": torch.tensor(self.shapes, device="cpu"),
             "sizes": self.shapes,
             "locations": self.locations,
@@ -283,12 +286,12 @@ class _Trial(NamedTuple):
             "step": 64,
         }
         if "num_points" not in roles.values():
-            of_role["locations"] = self.locations.unflatten(3, (2, 2))
-            of_role["weights"] = self.weights.unflatten(3, (2, 2))
-        return {name: of_role[role] for name, role in roles.items()}
+            by_role["locations"] = self.locations.unflatten(3, (2, 2))
+            by_role["weights"] = self.weights.unflatten(3, (2, 2))
+        return {name: by_role[role] for name, role in roles.items()}
 
 
-def _trial(num_points: list[int]) -> _Trial:
+def _make_trial(num_points: list[int]) -> _Trial:
     generator = torch.Generator().manual_seed(0)
 
     def random(*sizes: int) -> Tensor:
@@ -305,11 +308,11 @@ def _trial(num_points: list[int]) -> _Trial:
     )
 
 
-def _by_trial(found: Callable[..., Any], roles: dict[str, str]) -> Replacement | str:
-    """What stands in for a function, if in some layout and by some options it gives its numbers."""
-    trial = _trial([3, 1] if "num_points" in roles.values() else [2, 2])
-    theirs = _as_function(found)
-    parameters = _signature(found).parameters
+def _replace_by_trial(target: Callable[..., Any], roles: dict[str, str]) -> Replacement | str:
+    """The replacement of a function whose result Saccade gives in some layout with some options."""
+    trial = _make_trial([3, 1] if "num_points" in roles.values() else [2, 2])
+    original = _as_function(target)
+    parameters = _get_signature(target).parameters
     defaults = {
         role: parameters[name].default
         for name, role in roles.items()
@@ -320,43 +323,43 @@ def _by_trial(found: Callable[..., Any], roles: dict[str, str]) -> Replacement |
     failure = ""
     for layout in LAYOUTS:
         for method in METHODS if "method" in roles.values() else ("default",):
-            arguments = trial.arguments(roles, layout, method)
-            expected = _outcome(theirs, arguments)
+            arguments = trial.make_arguments(roles, layout, method)
+            expected = _run(original, arguments)
             if not isinstance(expected, Tensor):
                 failure = failure or expected
                 continue
             for options in METHODS[method]:
-                ours = Replacement(found, roles, layout, {method: options}, defaults)
-                if _same(expected, _outcome(ours, arguments)):
+                ours = Replacement(target, roles, layout, {method: options}, defaults)
+                if _is_same(expected, _run(ours, arguments)):
                     methods[method] = options
                     break
         if methods:
             break
     if not methods:
-        problem = f" (it failed with {failure})" if failure else ""
-        return f"on a trial it gives other numbers than saccade in every known layout{problem}"
+        reason = f" (it failed with {failure})" if failure else ""
+        return f"on a trial it gives other numbers than saccade in every known layout{reason}"
     if defaults.get("method", "default") not in methods:
         return f"its method is {defaults['method']!r} by default, expected {', '.join(methods)}"
     method = next(iter(methods))
-    in_order = _outcome(theirs, trial.arguments(roles, layout, method))
-    # As if the second level lay before the first: nobody should notice, or say that it is wrong.
-    swapped = trial._replace(starts=[3 * 4, 0]).arguments(roles, layout, method)
-    out_of_order = _outcome(theirs, swapped)
-    if isinstance(out_of_order, Tensor) and not _same(in_order, out_of_order):
+    in_order = _run(original, trial.make_arguments(roles, layout, method))
+    # The start indices claim that the second level is before the first: the result must not change.
+    swapped = trial._replace(starts=[3 * 4, 0]).make_arguments(roles, layout, method)
+    out_of_order = _run(original, swapped)
+    if isinstance(out_of_order, Tensor) and not _is_same(in_order, out_of_order):
         return "it reads where the levels start, instead of one behind the other"
-    return Replacement(found, roles, layout, methods, defaults)
+    return Replacement(target, roles, layout, methods, defaults)
 
 
-def _as_function(found: Any) -> Callable[..., Any]:
-    if is_autograd_function(found):
-        return lambda **arguments: found.apply(*arguments.values())
-    if next(iter(_signature(found).parameters), "") == "self":
-        return functools.partial(found, _NoModule())
-    return found  # type: ignore[no-any-return]
+def _as_function(target: Any) -> Callable[..., Any]:
+    if is_autograd_function(target):
+        return lambda **arguments: target.apply(*arguments.values())
+    if next(iter(_get_signature(target).parameters), "") == "self":
+        return functools.partial(target, _NoModule())
+    return target  # type: ignore[no-any-return]
 
 
-def _outcome(function: Callable[..., Any], arguments: dict[str, Any]) -> Tensor | str:
-    """What a function gives, or how it fails: whatever another package does with a wrong layout."""
+def _run(function: Callable[..., Any], arguments: dict[str, Any]) -> Tensor | str:
+    """The output of a function, or its error: a function may raise anything for a wrong layout."""
     try:
         with torch.no_grad():
             output = function(**arguments)
@@ -365,18 +368,18 @@ def _outcome(function: Callable[..., Any], arguments: dict[str, Any]) -> Tensor 
     return output if isinstance(output, Tensor) else f"a {type(output).__name__}"
 
 
-def _same(expected: Tensor | str, found: Tensor | str) -> bool:
+def _is_same(expected: Tensor | str, output: Tensor | str) -> bool:
     return (
         isinstance(expected, Tensor)
-        and isinstance(found, Tensor)
-        and expected.shape == found.shape
-        and torch.allclose(expected.double(), found.double(), rtol=0, atol=1e-5)
+        and isinstance(output, Tensor)
+        and expected.shape == output.shape
+        and torch.allclose(expected.double(), output.double(), rtol=0, atol=1e-5)
     )
 
 
-def as_forward(original: Any) -> Callable[..., Any]:
-    """The forward of a module that is the operator."""
-    replacement: Any = replacement_of(original)
+def make_forward(original: Any) -> Callable[..., Any]:
+    """The replacement of a module's forward that is the operator."""
+    replacement: Any = make_replacement(original)
 
     @functools.wraps(original)
     def forward(self: Any, *positional: Any, **named: Any) -> Any:

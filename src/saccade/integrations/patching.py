@@ -1,6 +1,6 @@
 """`patch` and `unpatch`: a loaded model, or a package by name.
 
-`operators` knows the operator when it sees it; `submodules` finds and replaces it in a model, `packages` in a
+`operators` recognises the operator; `submodules` finds and replaces it in a model, and `packages` in a
 package.
 """
 
@@ -20,7 +20,7 @@ class PatchReport(NamedTuple):
     """What `patch` or `unpatch` did.
 
     `replaced` has the names of the submodules of a model, or of the functions and classes of a package;
-    `left` those left alone, with the reason. `str` writes it out.
+    `left` has those that were left as they are, with the reason. `str` gives one line for each.
     """
 
     replaced: list[str]
@@ -35,26 +35,25 @@ class PatchReport(NamedTuple):
 def patch(target: nn.Module | ModuleType | str) -> PatchReport:
     """Makes the deformable attention of a loaded model, or of a package, run on Saccade.
 
-    On a model only the submodules that compute the operator change, on this model and no other;
+    Of a model only the submodules that compute the operator change, and no other model does;
     parameters, buffers and the state dict stay as they are. Of a package, the functions and classes
-    that are the operator are replaced, wherever they have been imported to: models made before and
-    after run on Saccade, except those that kept a function of their own (D-FINE, RT-DETRv2): patch
-    these themselves. Calling it twice changes nothing.
+    that are the operator are replaced under every name that they were imported to. Models made before
+    and after run on Saccade, except those that keep a function of their own (D-FINE, RT-DETRv2), which
+    have to be patched themselves. A second call changes nothing.
 
-    What can be replaced is found by its arguments and then tried: a function must give Saccade's
-    numbers on a small random map. Files of a package in which such a function is defined are
-    imported, which runs them.
+    The operator is recognised by its arguments and then tried: a function must give Saccade's result
+    on a small random map. Files of a package that define such a function are imported, which runs them.
 
     Args:
         target: a model (of transformers, mmdet, RF-DETR, RT-DETR, D-FINE, Grounding DINO, detrex,
             or of any fork of Deformable-DETR); or a package, imported or by name ("mmcv").
 
     Returns:
-        PatchReport: what now runs on Saccade, and what was left alone with the reason.
+        PatchReport: what now runs on Saccade, and what was left as it is, with the reason.
 
     Raises:
         TypeError: `target` is of another type.
-        ValueError: there is nothing that can be replaced; the message says what was found.
+        ValueError: nothing can be replaced; the message names what resembles the operator.
         ModuleNotFoundError: there is no package of this name.
         ImportError: the package cannot be imported.
 
@@ -70,17 +69,17 @@ def patch(target: nn.Module | ModuleType | str) -> PatchReport:
     if isinstance(target, nn.Module):
         report = PatchReport([], {})
         for name, module in target.named_modules():
-            _note(report, name, patch_module(module))
-        what = f"{type(target).__name__} with"
+            _add(report, name, patch_module(module))
+        description = type(target).__name__
     else:
-        package = _package(target)
+        package = _import_package(target)
         report = PatchReport(*patch_package(package))
-        what = f"package {package.__name__} with"
+        description = f"package {package.__name__}"
     if not report.replaced:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in report.left.items())
         raise ValueError(
             "target: expected deformable attention in it, called with a value, shapes, sampling "
-            f"locations and attention weights, got {what} {reasons or 'none'}"
+            f"locations and attention weights, got {description} with {reasons or 'none'}"
         )
     return report
 
@@ -95,22 +94,22 @@ def unpatch(target: nn.Module | ModuleType | str) -> PatchReport:
         PatchReport: `replaced` names what was restored.
     """
     if not isinstance(target, nn.Module):
-        return PatchReport(unpatch_package(_package(target)), {})
+        return PatchReport(unpatch_package(_import_package(target)), {})
     report = PatchReport([], {})
     for name, module in target.named_modules():
-        _note(report, name, unpatch_module(module))
+        _add(report, name, unpatch_module(module))
     return report
 
 
-def _note(report: PatchReport, name: str, outcome: str | None) -> None:
-    """Enters one submodule: None for one without the operator, "" for a success, or a reason."""
+def _add(report: PatchReport, name: str, outcome: str | None) -> None:
+    """Adds one submodule; the outcome is None without the operator, "" for a success, or a reason."""
     if outcome == "":
         report.replaced.append(name)
     elif outcome is not None:
         report.left[name] = outcome
 
 
-def _package(target: object) -> ModuleType:
+def _import_package(target: object) -> ModuleType:
     if isinstance(target, ModuleType):
         return target
     if not isinstance(target, str):
@@ -123,5 +122,5 @@ def _package(target: object) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name == target.partition(".")[0]:
             raise
-        # It is there, but not what it needs.
+        # The package is installed, but something that it imports is not.
         raise ImportError(f"target: {target} cannot be imported: {error}", name=target) from error

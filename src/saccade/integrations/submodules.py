@@ -1,4 +1,4 @@
-"""The operator in one submodule of a model: found, replaced, restored."""
+"""Finds, replaces and restores the operator in one submodule of a model."""
 
 from __future__ import annotations
 
@@ -11,57 +11,57 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from saccade.integrations.operators import (
-    as_forward,
+    get_original,
     is_candidate,
+    make_forward,
+    make_replacement,
     mark,
-    original_of,
-    replacement_of,
 )
-from saccade.integrations.rebinding import rebound, sets_globals, used_by
+from saccade.integrations.rebind_globals import find_globals, rebind_globals, sets_globals
 
 
-class _Carried(NamedTuple):
-    """The operator as one submodule carries it."""
+class _Uses(NamedTuple):
+    """Where the operator is in one submodule."""
 
-    kept: dict[str, Any]
-    """Functions that the module keeps as attributes, or partial calls of them."""
+    attributes: dict[str, Any]
+    """Attributes of the module that are the function, or a partial call of it."""
     methods: dict[str, FunctionType]
-    """Its methods that find the operator in their file."""
-    hidden: list[str]
-    """Where else it is: methods of classes above, which are called past the module."""
-    itself: bool
-    """Whether the module is nothing but the operator."""
+    """Methods of the module that use the function as a global of their file."""
+    unreachable: list[str]
+    """Other methods that use it, which cannot be replaced on the module: `super()` calls them."""
+    is_operator: bool
+    """Whether the forward of the module is the operator itself."""
 
 
-def _carried(module: nn.Module) -> _Carried:
-    kept = {
-        name: found
-        for name, found in vars(module).items()
-        if name != "forward" and _is_operator(getattr(found, "func", found))
+def _find_uses(module: nn.Module) -> _Uses:
+    attributes = {
+        name: value
+        for name, value in vars(module).items()
+        if name != "forward" and _is_operator(getattr(value, "func", value))
     }
-    methods, hidden = {}, []
+    methods, unreachable = {}, []
     for owner in type(module).__mro__:
         if owner is nn.Module:
             break
-        for name, found in vars(owner).items():
-            function = getattr(found, "__func__", found)
-            if next(used_by(function, _is_operator), None) is None:
+        for name, member in vars(owner).items():
+            function = getattr(member, "__func__", member)
+            if next(find_globals(function, _is_operator), None) is None:
                 continue
-            if found is inspect.getattr_static(type(module), name) and found is function:
-                methods[name] = found
-            elif found is not function or _is_called_past(module, owner, name):
-                hidden.append(f"{owner.__qualname__}.{name}")
+            if member is inspect.getattr_static(type(module), name) and member is function:
+                methods[name] = member
+            elif member is not function or _is_called_by_subclass(module, owner, name):
+                unreachable.append(f"{owner.__qualname__}.{name}")
     forward = type(module).forward
-    itself = _is_operator(forward) and next(module.parameters(), None) is None
-    return _Carried(kept, methods, hidden, itself)
+    is_operator = _is_operator(forward) and next(module.parameters(), None) is None
+    return _Uses(attributes, methods, unreachable, is_operator)
 
 
-def _is_called_past(module: nn.Module, owner: type, name: str) -> bool:
-    """Whether a class calls the method of a class above by `super()`, or by that class."""
+def _is_called_by_subclass(module: nn.Module, owner: type, name: str) -> bool:
+    """Whether a class calls a method of its parent class `owner` by `super()`, or by that class."""
     codes = (
-        getattr(found, "__code__", None)
-        for kind in type(module).__mro__
-        for found in vars(kind).values()
+        getattr(member, "__code__", None)
+        for cls in type(module).__mro__
+        for member in vars(cls).values()
     )
     return any(
         name in code.co_names
@@ -71,48 +71,49 @@ def _is_called_past(module: nn.Module, owner: type, name: str) -> bool:
     )
 
 
-def _is_operator(found: object) -> bool:
-    """Whether it may be the operator, or is in its place because its package is patched."""
-    return is_candidate(found) or original_of(found) is not None
+def _is_operator(target: object) -> bool:
+    """Whether it may be the operator, or replaces it because its package is patched."""
+    return is_candidate(target) or get_original(target) is not None
 
 
 def patch_module(module: nn.Module) -> str | None:
     """Replaces the operator in one module.
 
     Returns:
-        "" if it now runs on Saccade, None if it does not carry the operator, or why it was left alone.
+        "" if the module now runs on Saccade, None if it does not use the operator, or the reason why it
+        was left as it is.
     """
-    _forget_methods_of_the_class(module)
+    _drop_methods_of_the_class(module)
     if _is_patched(module):
         return ""
-    carried = _carried(module)
-    if not any(carried):
+    uses = _find_uses(module)
+    if not any(uses):
         return None
-    reason = _why_not(module, carried)
+    reason = _find_reason_against(module, uses)
     if reason:
         return reason
-    for name, found in carried.kept.items():
-        setattr(module, name, _in_its_place(found))
+    for name, value in uses.attributes.items():
+        setattr(module, name, _replace(value))
     methods: dict[str, Callable[..., Any]] = {
-        name: mark(rebound(method, _is_operator, _in_its_place), method)
-        for name, method in carried.methods.items()
+        name: mark(rebind_globals(method, _is_operator, _replace), method)
+        for name, method in uses.methods.items()
     }
-    if carried.itself:
-        methods["forward"] = as_forward(_original_or_itself(type(module).forward))
+    if uses.is_operator:
+        methods["forward"] = make_forward(_get_original_or_itself(type(module).forward))
     for name, function in methods.items():
-        # Below torch's own setattr, which has nothing to do here, and there for copies of the module.
+        # Past torch's __setattr__, which registers parameters; and in __dict__, which copies take over.
         vars(module)[name] = MethodType(function, module)
-    if methods and not carried.itself:
+    if methods and not uses.is_operator:
         vars(module)["_replicate_for_data_parallel"] = MethodType(_REPLICATE, module)
     return ""
 
 
 def _replicate_for_data_parallel(self: Any) -> Any:
-    """For torch.nn.DataParallel: methods of the replica's own, with its parameters."""
+    """For torch.nn.DataParallel: binds the replaced methods to the replica and its parameters."""
     replica = type(self)._replicate_for_data_parallel(self)
-    for name, found in vars(self).items():
-        if type(found) is MethodType and original_of(found) is not None:
-            vars(replica)[name] = MethodType(found.__func__, replica)
+    for name, value in vars(self).items():
+        if type(value) is MethodType and get_original(value) is not None:
+            vars(replica)[name] = MethodType(value.__func__, replica)
     return replica
 
 
@@ -121,21 +122,21 @@ _REPLICATE = mark(_replicate_for_data_parallel, nn.Module._replicate_for_data_pa
 
 def unpatch_module(module: nn.Module) -> str | None:
     """Undoes `patch_module`; returns the same."""
-    _forget_methods_of_the_class(module)
+    _drop_methods_of_the_class(module)
     if not _is_patched(module):
-        operators = _operators(module, _carried(module))
+        operators = _list_operators(module, _find_uses(module))
         if not operators:
             return None
-        by_package = all(original_of(found) is not None for found in operators)
+        by_package = all(get_original(operator) is not None for operator in operators)
         return "its package is patched, not this model" if by_package else "it was not patched"
     reason = ""
-    for name, found in list(vars(module).items()):
-        original = original_of(found)
+    for name, value in list(vars(module).items()):
+        original = get_original(value)
         if original is None:
             continue
-        if type(found) is not MethodType:
+        if type(value) is not MethodType:
             setattr(module, name, original)
-        elif found.__self__ is module and hasattr(type(module), name):
+        elif value.__self__ is module and hasattr(type(module), name):
             del vars(module)[name]
         else:
             reason = f"something else has taken the place of its forward, and keeps it as {name}"
@@ -143,61 +144,66 @@ def unpatch_module(module: nn.Module) -> str | None:
 
 
 def _is_patched(module: nn.Module) -> bool:
-    return any(original_of(found) is not None for found in vars(module).values())
+    return any(get_original(value) is not None for value in vars(module).values())
 
 
-def _forget_methods_of_the_class(module: nn.Module) -> None:
-    """A copy of a patched model, come back from a file, holds methods of its class as its own."""
-    for name, found in list(vars(module).items()):
-        if type(found) is MethodType and found.__self__ is module:
-            of_class = inspect.getattr_static(type(module), name, None)
-            if found.__func__ is of_class or found.__func__ is original_of(of_class):
+def _drop_methods_of_the_class(module: nn.Module) -> None:
+    """Deletes attributes that are methods of the class: an unpickled copy of a patched model has them."""
+    for name, value in list(vars(module).items()):
+        if type(value) is MethodType and value.__self__ is module:
+            member = inspect.getattr_static(type(module), name, None)
+            if value.__func__ is member or value.__func__ is get_original(member):
                 del vars(module)[name]
 
 
-def _operators(module: nn.Module, carried: _Carried) -> list[Any]:
-    """All that the module carries: functions, autograd functions, partial calls of them."""
-    used = [found for method in carried.methods.values() for found in used_by(method, _is_operator)]
-    itself = [type(module).forward] if carried.itself else []
-    return [*carried.kept.values(), *used, *itself]
+def _list_operators(module: nn.Module, uses: _Uses) -> list[Any]:
+    """All operators that the module uses: functions, autograd functions, partial calls of them."""
+    in_methods = [
+        operator
+        for method in uses.methods.values()
+        for operator in find_globals(method, _is_operator)
+    ]
+    forward = [type(module).forward] if uses.is_operator else []
+    return [*uses.attributes.values(), *in_methods, *forward]
 
 
-def _why_not(module: nn.Module, carried: _Carried) -> str:
-    if carried.hidden:
-        return f"it is in {', '.join(carried.hidden)}, which may be called past the module"
-    for name, method in carried.methods.items():
+def _find_reason_against(module: nn.Module, uses: _Uses) -> str:
+    """Why the module has to be left as it is; "" if it can be patched."""
+    if uses.unreachable:
+        return f"it is in {', '.join(uses.unreachable)}, which may be called past the module"
+    for name, method in uses.methods.items():
         if name in vars(module):
             return f"its {name} is not that of its class: something else has replaced it before"
         if sets_globals(method):
             return f"its {name} changes names of its file"
-    if carried.itself and "forward" in vars(module):
+    if uses.is_operator and "forward" in vars(module):
         return "its forward is not that of its class: something else has replaced it before"
-    set_by_module = getattr(module, "decoder_method", getattr(module, "method", None))
-    for found in _operators(module, carried):
-        original = _original_or_itself(getattr(found, "func", found))
-        replacement = replacement_of(original)
+    module_method = getattr(module, "decoder_method", getattr(module, "method", None))
+    for operator in _list_operators(module, uses):
+        original = _get_original_or_itself(getattr(operator, "func", operator))
+        replacement = make_replacement(original)
         if isinstance(replacement, str):
             return f"{original.__name__}: {replacement}"
         if "method" not in replacement.roles.values():
             continue
-        chosen = set_by_module
-        if isinstance(found, functools.partial):
-            given = dict(zip(replacement.names, found.args, strict=False)) | found.keywords
-            chosen = given.get("method", chosen)
-        if chosen not in (None, *replacement.methods):
-            return f"its method is {chosen!r}, expected one of {', '.join(replacement.methods)}"
+        setting = module_method
+        if isinstance(operator, functools.partial):
+            arguments = dict(zip(replacement.names, operator.args, strict=False))
+            setting = (arguments | operator.keywords).get("method", setting)
+        if setting not in (None, *replacement.methods):
+            return f"its method is {setting!r}, expected one of {', '.join(replacement.methods)}"
     return ""
 
 
-def _original_or_itself(found: Any) -> Any:
-    original = original_of(found)
-    return found if original is None else original
+def _get_original_or_itself(target: Any) -> Any:
+    original = get_original(target)
+    return target if original is None else original
 
 
-def _in_its_place(found: Any) -> Any:
-    """A replacement of a function, or of a partial call of one."""
-    if original_of(found) is not None:
-        return found
-    if not isinstance(found, functools.partial):
-        return replacement_of(found)
-    return mark(functools.partial(_in_its_place(found.func), *found.args, **found.keywords), found)
+def _replace(target: Any) -> Any:
+    """The replacement of a function, or of a partial call of one."""
+    if get_original(target) is not None:
+        return target
+    if not isinstance(target, functools.partial):
+        return make_replacement(target)
+    return mark(functools.partial(_replace(target.func), *target.args, **target.keywords), target)

@@ -1,6 +1,6 @@
-"""Sizes that stay sizes while others' models are exported.
+"""Keeps sizes symbolic while models of other packages are exported.
 
-An exporter follows a size as a symbol. Two of torch's functions ask such a symbol for its number, which
+An exporter traces a size as a symbol. Two of torch's functions turn such a symbol into its number, which
 fixes the resolution in the exported program: `torch.tensor` of sizes, and `torch.linspace` up to a size.
 Deformable DETR and its family call both.
 """
@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.overrides import TorchFunctionMode
 
-_OF_NUMBERS = (torch.tensor, torch.as_tensor)
-_OF_LINSPACE = ("start", "end", "steps", "out")
-_NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
+_TENSOR_FUNCTIONS = (torch.tensor, torch.as_tensor)
+_LINSPACE_ARGUMENTS = ("start", "end", "steps", "out")
+_NUMBER_TYPES = (int, float, torch.SymInt, torch.SymFloat)
 
 
 class symbolic_sizes(TorchFunctionMode):  # noqa: N801
@@ -44,23 +44,25 @@ class symbolic_sizes(TorchFunctionMode):  # noqa: N801
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Called by torch in place of each of its functions."""
+        """Runs in place of each function of torch."""
         kwargs = dict(kwargs or {})
         plain = kwargs.keys() <= {"dtype", "device"}
-        if function in _OF_NUMBERS and plain and len(args) == 1 and _has_symbol(args[0]):
-            return _tensor_of(args[0], kwargs.get("dtype") or torch.int64, kwargs.get("device"))
-        if function is torch.linspace and (counted := _counted(*args, **kwargs)):
-            start, end, steps = counted
-            # One pixel from each to the next, in all models seen. Others stay as they are.
+        if function in _TENSOR_FUNCTIONS and plain and len(args) == 1 and _has_symbol(args[0]):
+            return _make_tensor(args[0], kwargs.get("dtype") or torch.int64, kwargs.get("device"))
+        if function is torch.linspace and (symbolic := _parse_linspace(*args, **kwargs)):
+            start, end, steps = symbolic
+            # Steps of one pixel, as in all models of the family. Other calls stay as they are.
             if statically_known_true(end + (1 - start) == steps):
-                options = {key: value for key, value in kwargs.items() if key not in _OF_LINSPACE}
-                # A whole start would make whole numbers of them.
+                options = {
+                    key: value for key, value in kwargs.items() if key not in _LINSPACE_ARGUMENTS
+                }
+                # Without a dtype, arange with an integer start would give integers.
                 dtype = options.pop("dtype", None) or torch.get_default_dtype()
                 return torch.arange(steps, dtype=dtype, **options) + start
         return function(*args, **kwargs)
 
 
-def _counted(
+def _parse_linspace(
     start: Any = None,
     end: Any = None,
     steps: Any = None,
@@ -69,29 +71,29 @@ def _counted(
     out: Tensor | None = None,
     **_: Any,
 ) -> tuple[Any, Any, Any] | None:
-    """(start, end, steps) of a linspace from number to number in as many steps as a symbol says."""
-    numbers = (start, end, steps)
-    if not isinstance(steps, torch.SymInt) or not all(isinstance(n, _NUMBERS) for n in numbers):
+    """(start, end, steps) of a linspace between numbers whose number of steps is a symbol, else None."""
+    bounds = (start, end, steps)
+    if not isinstance(steps, torch.SymInt) or not all(isinstance(n, _NUMBER_TYPES) for n in bounds):
         return None
-    return numbers if out is None and (dtype is None or dtype.is_floating_point) else None
+    return bounds if out is None and (dtype is None or dtype.is_floating_point) else None
 
 
-def _numbers(nested: Any) -> Iterator[Any]:
+def _flatten(nested: Any) -> Iterator[Any]:
     if isinstance(nested, (list, tuple)):
         for each in nested:
-            yield from _numbers(each)
+            yield from _flatten(each)
     else:
         yield nested
 
 
-def _has_symbol(given: Any) -> bool:
-    numbers = list(_numbers(given))
-    return any(isinstance(number, torch.SymInt) for number in numbers) and all(
-        isinstance(number, int | torch.SymInt) for number in numbers
+def _has_symbol(nested: Any) -> bool:
+    sizes = list(_flatten(nested))
+    return any(isinstance(size, torch.SymInt) for size in sizes) and all(
+        isinstance(size, int | torch.SymInt) for size in sizes
     )
 
 
-def _tensor_of(nested: Any, dtype: torch.dtype, device: Any) -> Tensor:
+def _make_tensor(nested: Any, dtype: torch.dtype, device: Any) -> Tensor:
     if isinstance(nested, (list, tuple)):
-        return torch.stack([_tensor_of(each, dtype, device) for each in nested])
+        return torch.stack([_make_tensor(each, dtype, device) for each in nested])
     return torch.scalar_tensor(nested, dtype=dtype, device=device)

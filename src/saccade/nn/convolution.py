@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.checks import check_option, to_positive_int
-from saccade.convolution import deformable_convolution, understand_pair, understand_window
+from saccade.convolution import deformable_convolution, parse_pair, parse_window
 from saccade.nn.sampling_module import check_channels
 
 Form: TypeAlias = Literal["dcnv3", "dcnv4"]
@@ -20,32 +20,32 @@ Form: TypeAlias = Literal["dcnv3", "dcnv4"]
 class DeformableConv(nn.Module):
     """Deformable convolution as in InternImage (DCNv3) or FlashInternImage (DCNv4).
 
-    Offsets and modulation of each place are predicted from the pixel under it. Each form's state
-    dict has the keys of its authors' module: checkpoints load as they are.
+    Offsets and modulation of each pixel of the output are predicted from the input pixel under it.
+    Each form's state dict has the keys of its authors' module, so that checkpoints load as they are.
 
     - "dcnv3" predicts from a depthwise convolution, a norm and GELU; a softmax goes over the points.
-      Layers: `dw_conv`, `offset`, `mask`, `input_proj`, `output_proj`.
-    - "dcnv4" predicts from the pixel itself, or from a depthwise convolution; modulation is what is
-      predicted. Layers: `offset_mask_dw`, `offset_mask`, `value_proj`, `output_proj`.
+      Its layers are `dw_conv`, `offset`, `mask`, `input_proj` and `output_proj`.
+    - "dcnv4" predicts from the pixel itself, or from a depthwise convolution, and uses the modulation
+      without a softmax. Its layers are `offset_mask_dw`, `offset_mask`, `value_proj` and `output_proj`.
 
     Args:
-        embed_dim: channels C.
-        num_groups: groups G, each with offsets of its own; must divide `embed_dim`.
-        kernel_size: of the window, one int or (height, width), as `stride`, `padding`, `dilation`
-            and `depthwise_kernel_size`.
+        embed_dim: number of channels C.
+        num_groups: number of groups G, each with offsets of its own; must divide `embed_dim`.
+        kernel_size: size of the window, one int or (height, width), as are `stride`, `padding`,
+            `dilation` and `depthwise_kernel_size`.
         form: "dcnv3" or "dcnv4".
         stride: pixels from one window to the next.
-        padding: zeros around the map, at most dilation * (kernel_size - 1) // 2; None, just that,
-            which keeps the size of the map where the kernel is odd and the stride 1.
+        padding: zeros around the map, at most dilation * (kernel_size - 1) // 2. None means that
+            maximum, which keeps the size of the map where the kernel is odd and the stride 1.
         dilation: pixels from one point of a window to the next.
-        offset_scale: a factor of the whole pattern, the offsets included.
-        depthwise_kernel_size: of the convolution from whose result is predicted, odd; None, with
-            "dcnv3" `kernel_size`, with "dcnv4" no such layer.
+        offset_scale: factor of the whole pattern, the offsets included.
+        depthwise_kernel_size: size of the depthwise convolution in front of the prediction, odd. None
+            means `kernel_size` with "dcnv3", and no such layer with "dcnv4".
         center_feature_scale: mixes each group with its projected input under the window's centre, by
             a predicted share.
         remove_center: leaves out the centre of the window; the kernel has to be odd.
-        pointwise: False leaves out the projections before and after.
-        output_bias: False leaves out the bias of `output_proj`.
+        pointwise: whether there are projections before and after the convolution.
+        output_bias: whether `output_proj` has a bias.
 
     Raises:
         TypeError: an argument is of the wrong kind.
@@ -95,11 +95,11 @@ class DeformableConv(nn.Module):
             raise ValueError(
                 f"num_groups: expected a divisor of embed_dim {embed_dim}, got {num_groups}"
             )
-        window = understand_window(kernel_size, stride, padding, dilation, remove_center)
-        if any(given > most for given, most in zip(window.padding, window.centre, strict=True)):
+        window = parse_window(kernel_size, stride, padding, dilation, remove_center)
+        if any(side > centre for side, centre in zip(window.padding, window.centre, strict=True)):
             raise ValueError(
                 f"padding: expected at most {window.centre}, dilation * (kernel_size - 1) // 2, "
-                f"because each place is predicted from the pixel under it, got {padding}"
+                f"because each output pixel is predicted from the pixel under it, got {padding}"
             )
         if remove_center and not _odd(window.kernel_size):
             raise ValueError(
@@ -111,7 +111,7 @@ class DeformableConv(nn.Module):
 
         num_points = num_groups * window.num_points
         projection = nn.Linear(embed_dim, embed_dim) if pointwise else None
-        # The names of the layers, and their places in `dw_conv`, are those of the checkpoints.
+        # The names of the layers, and their order in `dw_conv`, are those of the checkpoints.
         if form == "dcnv3":
             if depthwise_kernel_size is None:
                 depthwise_kernel_size = kernel_size
@@ -126,7 +126,7 @@ class DeformableConv(nn.Module):
             self.offset_mask_dw = None
             if depthwise_kernel_size is not None:
                 self.offset_mask_dw = _depthwise(embed_dim, depthwise_kernel_size)
-            # A multiple of 8 columns; those behind the last group have no use.
+            # A multiple of 8 columns, as in the checkpoints; those behind the last group are not used.
             self.offset_mask = nn.Linear(embed_dim, math.ceil(num_points * 3 / 8) * 8)
             self.value_proj = projection
         self.output_proj = nn.Linear(embed_dim, embed_dim, bias=output_bias) if pointwise else None
@@ -136,9 +136,9 @@ class DeformableConv(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The authors' initialisation: points at rest, the centre's share one half.
+        """The authors' initialisation: no offsets, equal modulation, and a share of the centre of one half.
 
-        Depthwise convolution and norm keep what torch gives them.
+        The depthwise convolution and the norm keep torch's initialisation.
         """
         predictors = (self.offset, self.mask) if self.form == "dcnv3" else (self.offset_mask,)
         for layer in predictors:
@@ -185,7 +185,7 @@ class DeformableConv(nn.Module):
             softmax=self.form == "dcnv3",
         )
         if self.center_feature_scale:
-            # The forms differ here too: predicted from what offsets are, or from the output.
+            # "dcnv3" predicts the share from the features that offsets come from, "dcnv4" from the output.
             share = F.linear(
                 features if self.form == "dcnv3" else output,
                 self.center_feature_scale_proj_weight,
@@ -196,7 +196,7 @@ class DeformableConv(nn.Module):
         return output if self.output_proj is None else self.output_proj(output)
 
     def _predict(self, feature_map: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What is predicted from [B, H', W', C], offsets [B, H', W', G, K * 2] and modulation."""
+        """Features [B, H', W', C], and the offsets [B, H', W', G, K * 2] and modulation predicted from them."""
         groups = (self.num_groups, -1)
         channels_first = feature_map.permute(0, 3, 1, 2)
         if self.form == "dcnv3":
@@ -235,7 +235,7 @@ class DeformableConv(nn.Module):
         return self.input_proj if self.form == "dcnv3" else self.value_proj
 
     def extra_repr(self) -> str:
-        """For `print`."""
+        """The arguments of the module, for `print`."""
         return (
             f"embed_dim={self.embed_dim}, num_groups={self.num_groups}, form={self.form!r}, "
             f"kernel_size={self.window.kernel_size}, stride={self.window.stride}, "
@@ -250,13 +250,13 @@ class _ChannelsLast(nn.Module):
 
 
 def _depthwise(channels: int, kernel_size: int | Sequence[int]) -> nn.Conv2d:
-    size = understand_pair("depthwise_kernel_size", kernel_size, 1)
+    size = parse_pair("depthwise_kernel_size", kernel_size, 1)
     if not _odd(size):
-        # An even one would not keep the size of the map.
+        # An even kernel would not keep the size of the map.
         raise ValueError(f"depthwise_kernel_size: expected odd numbers, got {size}")
     padding = (size[0] // 2, size[1] // 2)
     return nn.Conv2d(channels, channels, size, padding=padding, groups=channels)
 
 
-def _odd(numbers: Sequence[int]) -> bool:
-    return all(number % 2 for number in numbers)
+def _odd(sizes: Sequence[int]) -> bool:
+    return all(size % 2 for size in sizes)

@@ -22,20 +22,20 @@ class MultiScaleDeformableAttention(MultiLevelModule):
     `output_proj`, each with `.weight` and `.bias`): checkpoints load as they are.
 
     Args:
-        embed_dim: channels C of queries and values.
-        num_heads: heads M; must divide `embed_dim`.
-        num_levels: levels L of the value map.
-        num_points: points each head reads on each level, one number or a list of L numbers.
-        spatial_dims: dimensions N of the maps, 1, 2 or 3.
+        embed_dim: number of channels C of queries and values.
+        num_heads: number of heads M; must divide `embed_dim`.
+        num_levels: number of levels L of the value map.
+        num_points: number of points per head and level, one int or a list of L.
+        spatial_dims: number of dimensions N of the maps, 1, 2 or 3.
         interpolation: as in `saccade.deformable_attention`.
         padding: as in `saccade.deformable_attention`.
 
     Raises:
-        ValueError: a number does not fit; the message names it.
+        ValueError: an argument does not fit; the message names it.
 
     Precision:
-        The linear layers follow autocast and the module's dtype; from what they predict on, reference
-        points, locations and attention weights are float32 (float64 in float64 modules).
+        The linear layers follow autocast and the module's dtype. Reference points, locations and
+        attention weights are float32 (float64 in float64 modules).
 
     Source:
         Zhu et al., Deformable DETR, equation 3, https://arxiv.org/abs/2010.04159
@@ -94,16 +94,16 @@ class MultiScaleDeformableAttention(MultiLevelModule):
             query (Tensor[B, Q, C]): the queries, position embedding added.
             reference_points (Tensor[B, Q, 1 or L, N or 2 N]): normalized (x, y) points, or boxes
                 (centre x, centre y, width, height); (x) or (x, width) in one dimension, (x, y, z)
-                or (x, y, z, width, height, depth) in three. With 1 in the third axis for all
-                levels.
+                or (x, y, z, width, height, depth) in three. An axis of size 1 in place of L serves
+                all levels.
             value (Tensor[B, S, C]): the feature maps of all levels, flattened and joined.
             spatial_shapes: `(height, width)` of each level, `(width,)` in one dimension, `(depth,
                 height, width)` in three; the products sum to S.
             value_padding_mask (Tensor[B, S], bool): True marks padding, which counts as 0.
-            queries_per_map: for queries without padding, B numbers that sum to T: so many queries
-                look at the first map, so many at the second. Queries then are [T, C], reference
-                points [T, 1 or L, N or 2 N], those of the first map first.
-            return_sampling: also return where the queries looked.
+            queries_per_map: for queries without padding, B numbers that sum to T: the first so many
+                queries read the first map, the next the second. Queries are then [T, C], and reference
+                points [T, 1 or L, N or 2 N].
+            return_sampling: whether to return also where the queries looked.
 
         Returns:
             Tensor[B, Q, C] ([T, C] with `queries_per_map`), or with `return_sampling` the pair of it

@@ -29,24 +29,24 @@ Reduction: TypeAlias = Literal["mean", "sum"]
 class MultiViewDeformableAttention(MultiLevelModule):
     """Deformable attention over several views: a query attends in every view that sees it.
 
-    BEVFormer's spatial cross attention. What a query finds in the views that see it is averaged (or
-    summed); views that do not see it cost nothing, and nothing is padded.
+    This is BEVFormer's spatial cross attention. The results of the views that see a query are averaged
+    (or summed). Views that do not see it cost nothing, and nothing is padded.
 
     Its state dict has the family's keys (`sampling_offsets`, `attention_weights`, `value_proj`,
     `output_proj`, each with `.weight` and `.bias`).
 
     Args:
-        embed_dim: channels C of queries and values.
-        num_heads: heads M; must divide `embed_dim`.
-        num_levels: levels L of each view's value map.
-        num_points: points each head reads on each level, one number or a list of L numbers.
-        spatial_dims: dimensions N of the maps, 1, 2 or 3.
-        reduction: "mean" over the views that see a query, as BEVFormer has it, or "sum".
+        embed_dim: number of channels C of queries and values.
+        num_heads: number of heads M; must divide `embed_dim`.
+        num_levels: number of levels L of each view's value map.
+        num_points: number of points per head and level, one int or a list of L.
+        spatial_dims: number of dimensions N of the maps, 1, 2 or 3.
+        reduction: "mean" over the views that see a query, as in BEVFormer, or "sum".
         interpolation: as in `saccade.deformable_attention`.
         padding: as in `saccade.deformable_attention`.
 
     Raises:
-        ValueError: a number does not fit; the message names it.
+        ValueError: an argument does not fit; the message names it.
 
     Precision:
         As `MultiScaleDeformableAttention`; the views are added in the queries' dtype, always in the
@@ -97,10 +97,11 @@ class MultiViewDeformableAttention(MultiLevelModule):
         Args:
             query (Tensor[B, Q, C]): the queries, position embedding added.
             reference_points (Tensor[B, V, Q, Z, N]): where a query lies in each of the V views,
-                normalized, by Z points such as the heights of a pillar; Z divides the points of each
-                level, whose point k starts from reference point k mod Z. Of views that do not see a query, any number.
-            visible (Tensor[B, V, Q], bool): True where the view sees the query. Read back to the host:
-                how many queries a view has is a size.
+                normalized, as Z points such as the heights of a pillar. Z divides the number of points of
+                each level; point k starts from reference point k mod Z. Values are ignored where a
+                view does not see the query.
+            visible (Tensor[B, V, Q], bool): True where the view sees the query. It is read back to the
+                host, because the number of queries of each view is a size.
             value (Tensor[B, V, S, C]): the feature maps of all levels of each view, flattened and
                 joined.
             spatial_shapes: as in `MultiScaleDeformableAttention`; the same for all views.
@@ -140,10 +141,10 @@ class MultiViewDeformableAttention(MultiLevelModule):
             )
             value_padding_mask = value_padding_mask.flatten(0, 1)
         shapes = self.parse_shapes(spatial_shapes)
-        # Pairs of a view and a query that it sees, view after view.
-        batch, _, number = visible.nonzero(as_tuple=True)
-        seen_by = batch * num_queries + number
-        offsets, logits = self.predict(query.flatten(0, 1).index_select(0, seen_by))
+        # The (view, query) pairs in which the view sees the query, view after view: [pairs].
+        batch_index, _, query_index = visible.nonzero(as_tuple=True)
+        row = batch_index * num_queries + query_index  # [pairs], of the flattened queries
+        offsets, logits = self.predict(query.flatten(0, 1).index_select(0, row))
         attended = fused_deformable_attention(
             self.project(value).flatten(0, 1),
             shapes,
@@ -157,13 +158,13 @@ class MultiViewDeformableAttention(MultiLevelModule):
             queries_per_map=visible.sum(-1).flatten().tolist(),
             value_padding_mask=value_padding_mask,
         )
-        # In the queries' dtype, which autocast does not narrow.
-        found = query.new_zeros(batch_size * num_queries, self.embed_dim)
-        found = found.index_add_(0, seen_by, attended.to(found.dtype))
-        found = found.unflatten(0, (batch_size, num_queries))
+        # Summed in the queries' dtype, which autocast does not narrow.
+        total = query.new_zeros(batch_size * num_queries, self.embed_dim)
+        total = total.index_add_(0, row, attended.to(total.dtype))
+        total = total.unflatten(0, (batch_size, num_queries))  # [B, Q, C]
         if self.reduction == "mean":
-            found /= visible.sum(1).clamp(min=1)[..., None]
-        output: Tensor = self.output_proj(found)
+            total /= visible.sum(1).clamp(min=1)[..., None]
+        output: Tensor = self.output_proj(total)
         return output
 
     def extra_repr(self) -> str:

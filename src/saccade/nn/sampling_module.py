@@ -1,4 +1,4 @@
-"""What the modules share: the layers that predict where to look, the look itself, checks."""
+"""What the modules share: layers that predict offsets and logits, the call of the operator, and checks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from saccade.sampling import Sampling, directions, sampling_locations
 
 
 class SamplingModule(nn.Module):
-    """The layers that predict where to look, and the look itself."""
+    """The layers that predict offsets and logits, and the call of the operator."""
 
     output_proj: nn.Linear
 
@@ -53,10 +53,11 @@ class SamplingModule(nn.Module):
         self.attention_weights = nn.Linear(embed_dim, total_points)
 
     def reset_parameters(self) -> None:
-        """The family's initialisation: head m looks along direction m, the points further out.
+        """The family's initialisation: the points of head m lie along direction m, one pixel apart.
 
-        The directions divide the circle, as everywhere; a line into left and right, by turns; the
-        sphere evenly. The longest coordinate of each is 1: the k-th point is k pixels away.
+        The directions divide the circle evenly, as in Deformable DETR. On a line they alternate between
+        right and left; in three dimensions they divide the sphere evenly. The longest coordinate of each
+        is 1, so that the k-th point is k pixels away.
         """
         direction = directions(self.num_heads, self.spatial_dims)
         distance = torch.tensor(
@@ -83,9 +84,9 @@ class SamplingModule(nn.Module):
         return_sampling: bool,
         queries_per_map: Sequence[int] | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Sampling]:
-        """From queries [B, Q, C] and the value [B, S, M or 1, D] to the result of `forward`.
+        """The result of `forward`, from queries [B, Q, C] and the value [B, S, M or 1, D].
 
-        With `queries_per_map` queries are [T, C] and reference points [T, R, N or 2 N].
+        With `queries_per_map` the queries are [T, C] and the reference points [T, R, N or 2 N].
         """
         offsets, logits = self.predict(query)
         reference_points = reference_points.to(offsets.dtype)
@@ -104,12 +105,16 @@ class SamplingModule(nn.Module):
         output: Tensor = self.output_proj(attended)
         if not return_sampling:
             return output
-        # The operator makes locations and weights on the way; who asks gets them made once more.
+        # The operator does not write locations and weights to memory, so they are computed again here.
         locations = sampling_locations(reference_points, offsets, shapes, self.num_points)
         return output, Sampling(reference_points, offsets, locations, logits.softmax(-1))
 
     def parse_shapes(self, spatial_shapes: SpatialShapes) -> list[tuple[int, ...]]:
-        """The shapes of the module's levels; a ValueError if there are others."""
+        """The shapes of the module's levels.
+
+        Raises:
+            ValueError: there is another number of levels or of dimensions.
+        """
         shapes = parse_spatial_shapes(spatial_shapes)
         num_levels = len(self.num_points)
         if len(shapes) != num_levels or len(shapes[0]) != self.spatial_dims:
@@ -121,17 +126,20 @@ class SamplingModule(nn.Module):
 
     def predict(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """Sampling offsets [..., M, P, N] and attention logits [..., M, P] of queries [..., C]."""
-        # 16-bit locations would be off by whole pixels on a large map. The layers predict offsets in
-        # 16 bits where autocast says so; reference and offset are never added in 16 bits.
+        # 16-bit locations would be off by whole pixels on a large map. Under autocast the layers predict
+        # offsets in 16 bits, but reference and offset are never added in 16 bits.
         dtype = compute_dtype(query)
-        looks = (self.num_heads, sum(self.num_points))
+        heads_and_points = (self.num_heads, sum(self.num_points))
         offsets: Tensor = self.sampling_offsets(query).to(dtype)
         logits: Tensor = self.attention_weights(query).to(dtype)
-        return offsets.unflatten(-1, (*looks, self.spatial_dims)), logits.unflatten(-1, looks)
+        return (
+            offsets.unflatten(-1, (*heads_and_points, self.spatial_dims)),
+            logits.unflatten(-1, heads_and_points),
+        )
 
 
 class MultiLevelModule(SamplingModule):
-    """What the modules on several levels share: the projections of the value and of the result."""
+    """The projections of the value and of the result, which the modules on several levels share."""
 
     def __init__(
         self,
@@ -150,7 +158,7 @@ class MultiLevelModule(SamplingModule):
         self.reset_parameters()
 
     def project(self, value: Tensor) -> Tensor:
-        """The value [..., S, C] by heads, [..., S, M, D]."""
+        """The value [..., S, C], projected and split into heads, [..., S, M, D]."""
         projected: Tensor = self.value_proj(value).unflatten(-1, (self.num_heads, -1))
         return projected
 
@@ -165,8 +173,8 @@ class MultiLevelModule(SamplingModule):
 def check_shape(name: str, tensor: object, *expected: Sequence[int]) -> None:
     tensor = check_tensor(name, tensor)
     if list(tensor.shape) not in [list(shape) for shape in expected]:
-        wanted = " or ".join(str(list(shape)) for shape in expected)
-        raise ValueError(f"{name}: expected {wanted}, got {list(tensor.shape)}")
+        alternatives = " or ".join(str(list(shape)) for shape in expected)
+        raise ValueError(f"{name}: expected {alternatives}, got {list(tensor.shape)}")
 
 
 def check_heads(embed_dim: int, num_heads: int) -> None:

@@ -19,20 +19,20 @@ class DeformableAttention(SamplingModule):
     """Deformable attention over one feature map, everything predicted from the query.
 
     Args:
-        embed_dim: channels C of queries and feature map.
-        num_heads: heads M.
-        num_points: points K that each head reads.
-        spatial_dims: dimensions N of the map, 1, 2 or 3.
-        value_projection: True, the Deformable-DETR form: the map is projected and split into heads
-            of C / M channels. False, the plain form: every head reads all C channels of the same
-            un-projected map, and the output projection takes M * C channels.
-        predict_reference_points: False leaves the layer `reference_points` out, for use where the
-            caller always gives them (no parameter then stays without a gradient).
+        embed_dim: number of channels C of queries and feature map.
+        num_heads: number of heads M.
+        num_points: number of points K per head.
+        spatial_dims: number of dimensions N of the map, 1, 2 or 3.
+        value_projection: True is the Deformable-DETR form: the map is projected and split into heads
+            of C / M channels. False is the plain form: every head reads all C channels of the same
+            un-projected map, and the output projection has M * C input channels.
+        predict_reference_points: whether there is a layer `reference_points`. Without it, every call
+            must pass reference points, and no parameter stays without a gradient.
         interpolation: as in `saccade.deformable_attention`.
         padding: as in `saccade.deformable_attention`.
 
     Raises:
-        ValueError: a number does not fit; the message names it.
+        ValueError: an argument does not fit; the message names it.
 
     Precision:
         As `MultiScaleDeformableAttention`.
@@ -95,10 +95,10 @@ class DeformableAttention(SamplingModule):
             feature_map (Tensor[B, H, W, C]): the map, channels last; [B, W, C] in one dimension,
                 [B, D, H, W, C] in three.
             reference_points (Tensor[B, Q, N or 2 N]): normalized (x, y) points or boxes, as in
-                `MultiScaleDeformableAttention`; None: the sigmoid of a linear layer of the query.
-            value_padding_mask (Tensor[B, H, W], bool): True marks padding, which counts as 0; as
-                many axes as the map has.
-            return_sampling: also return where the queries looked.
+                `MultiScaleDeformableAttention`; None means the sigmoid of a linear layer of the query.
+            value_padding_mask (Tensor[B, H, W], bool): True marks padding, which counts as 0. It has
+                as many spatial axes as the map.
+            return_sampling: whether to return also where the queries looked.
 
         Returns:
             Tensor[B, Q, C], or with `return_sampling` the pair (Tensor[B, Q, C], Sampling).
@@ -134,7 +134,7 @@ class DeformableAttention(SamplingModule):
         )
         value = feature_map.flatten(1, -2)
         if self.value_proj is None:
-            projected = value[:, :, None, :]  # one head that all of them read
+            projected = value[:, :, None, :]  # one head, which all heads share
         else:
             projected = self.value_proj(value).unflatten(-1, (self.num_heads, -1))
         return self.attend(

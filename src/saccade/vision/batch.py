@@ -1,4 +1,4 @@
-"""Many pictures through one detector: a broken one is reported, and the rest go on."""
+"""Many images through one detector: a broken one is reported, and the others are processed."""
 
 from __future__ import annotations
 
@@ -7,52 +7,52 @@ from pathlib import Path
 from typing import NamedTuple
 
 from saccade.vision.detector import Detector
-from saccade.vision.pictures import PictureError, open_picture
+from saccade.vision.images import ImageError, open_image
 from saccade.vision.report import Outputs, plan_outputs, write_outputs
 
 
-class PictureDone(NamedTuple):
-    """What came of one picture."""
+class ProcessedImage(NamedTuple):
+    """The outcome for one image."""
 
-    picture: Path
-    found: list[tuple[str, float]]
-    """Label and score of each object, best first."""
+    path: Path
+    objects: list[tuple[str, float]]
+    """Label and score of each detected object, best first."""
     files: Outputs | None
     problem: str | None
-    """Why the picture was skipped, or None."""
+    """Why the image was skipped, or None."""
 
 
-def detect_pictures(
+def detect_images(
     detector: Detector,
-    pictures: Sequence[Path],
+    paths: Sequence[Path],
     folder: Path,
     threshold: float = 0.5,
     layer: int | None = None,
-) -> Iterator[PictureDone]:
-    """Detects in each picture and writes the results, yielding after each.
+) -> Iterator[ProcessedImage]:
+    """Detects objects in each image and writes the results, yielding after each image.
 
-    One picture at a time: a picture's result does not depend on its neighbours, as it would if they
-    were padded to a common size, and memory stays small.
+    Images are processed one at a time. The result of an image then does not depend on the others,
+    as it would if they were padded to a common size, and memory stays small.
 
     Args:
         detector: a loaded detector.
-        pictures: their files.
+        paths: the image files.
         folder: an existing folder for the results.
         threshold: the score that an object must exceed, 0 to 1.
-        layer: which decoder layer's looks to draw, 1 the first; None: the last.
+        layer: the decoder layer whose looks are drawn, 1 the first; None means the last.
     """
-    for path, files in zip(pictures, plan_outputs(pictures, folder), strict=True):
+    for path, files in zip(paths, plan_outputs(paths, folder), strict=True):
         try:
-            picture = open_picture(path)
-            result = detector.detect([picture], threshold, layer)[0]
-            write_outputs(files, path, picture, result, detector, threshold)
-        except PictureError as error:
-            yield PictureDone(path, [], None, str(error))
+            image = open_image(path)
+            result = detector.detect([image], threshold, layer)[0]
+            write_outputs(files, path, image, result, detector, threshold)
+        except ImageError as error:
+            yield ProcessedImage(path, [], None, str(error))
         except OSError as error:
-            yield PictureDone(path, [], None, f"its results cannot be written: {error}")
-        except Exception as error:  # a size of 1 x 5000 fails inside image processors
+            yield ProcessedImage(path, [], None, f"its results cannot be written: {error}")
+        except Exception as error:  # image processors fail on a size of 1 x 5000, for example
             reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-            yield PictureDone(path, [], None, f"cannot be processed: {reason}")
+            yield ProcessedImage(path, [], None, f"cannot be processed: {reason}")
         else:
-            found = [(detection.label, detection.score) for detection in result.detections]
-            yield PictureDone(path, found, files, None)
+            objects = [(detection.label, detection.score) for detection in result.detections]
+            yield ProcessedImage(path, objects, files, None)

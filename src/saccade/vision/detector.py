@@ -1,7 +1,7 @@
 """Detection with transformers' detectors whose attention runs on Saccade.
 
-Model, image processor and post-processing are transformers'; here they are loaded, joined to the
-recording of where the queries looked, and their results put into plain numbers.
+The model, its image processor and its post-processing come from transformers. This module loads
+them, records where the queries looked, and converts the results to plain data.
 """
 
 from __future__ import annotations
@@ -20,31 +20,38 @@ from torch import Tensor, nn
 from saccade import doctor
 from saccade.backend import which_backend
 from saccade.integrations import patch
-from saccade.vision.looking import Frame, Look, Recorder, decoder_operators, frames, look_of
+from saccade.vision.sampling_record import (
+    Frame,
+    Look,
+    Recorder,
+    find_decoder_operators,
+    find_frames,
+    get_look,
+)
 
 
 class ModelError(Exception):
-    """A model that cannot be loaded or used; the message names it and says why."""
+    """A model cannot be loaded or used; the message names the model and the reason."""
 
 
 @dataclass(frozen=True)
 class Detection:
-    """One object."""
+    """One detected object."""
 
     label: str
     label_id: int
     score: float
     box: tuple[float, float, float, float]
-    """x0, y0, x1, y1 in pixels of the original picture; may reach over its edges."""
+    """(x0, y0, x1, y1) in pixels of the original image; the box may extend beyond its edges."""
     query: int
-    """Index of the decoder's query that found it."""
+    """Index of the decoder query that predicted the object."""
     look: Look
     """Where that query looked."""
 
 
 @dataclass(frozen=True)
-class PictureResult:
-    """What was found in one picture, best score first."""
+class ImageResult:
+    """The objects detected in one image, best score first."""
 
     detections: list[Detection]
     frame: Frame
@@ -54,13 +61,13 @@ class PictureResult:
 
 
 class Detector:
-    """A detector of the Deformable-DETR family, its attention computed by Saccade.
+    """A detector of the Deformable-DETR family whose attention Saccade computes.
 
-    Use `Detector.load`; the constructor takes what is loaded already.
+    `Detector.load` loads one; the constructor takes a model that is already loaded.
 
     Args:
-        name: what to call the model in messages and reports.
-        model: transformers' model for object detection; it is patched in place.
+        name: the name of the model in messages and reports.
+        model: an object detection model of transformers; it is patched in place.
         processor: its image processor.
 
     Raises:
@@ -78,10 +85,10 @@ class Detector:
                 f"{name} is a {type(model).__name__}, which has no deformable attention that "
                 "Saccade can compute (Deformable DETR, RT-DETR and their family have)"
             ) from error
-        if not decoder_operators(self.operators):
+        if not find_decoder_operators(self.operators):
             raise ModelError(
                 f"{name} is a {type(model).__name__} without deformable attention in its decoder: "
-                "there is nothing to show of where its queries looked"
+                "its queries have no sampling points to show"
             )
         self.backend = which_backend(*model.parameters())
 
@@ -91,17 +98,18 @@ class Detector:
 
         Args:
             source: a folder that `save_pretrained` wrote (nothing is fetched from the network), or
-                the id of a model on the Hugging Face hub; None: the model that comes with Saccade.
+                the id of a model on the Hugging Face hub; None means the model shipped with Saccade.
 
         Raises:
-            ModelError: it is not there, cannot be loaded, lacks weights, or is no such detector.
+            ModelError: the model does not exist, cannot be loaded, lacks weights, or is not a
+                detector with deformable attention.
         """
         if source is None:
-            lacking = doctor.missing_model_files()
-            if lacking:
+            missing = doctor.missing_model_files()
+            if missing:
                 raise ModelError(
-                    f"this installation has no default model ({', '.join(lacking)} missing in "
-                    f"{doctor.DEFAULT_MODEL}); name one with --model"
+                    f"this installation has no default model ({', '.join(missing)} missing in "
+                    f"{doctor.DEFAULT_MODEL}); choose one with --model"
                 )
             return cls("saccade's digits", *_from_pretrained(str(doctor.DEFAULT_MODEL), local=True))
         local = Path(source).expanduser().is_dir()
@@ -112,40 +120,42 @@ class Detector:
 
     @property
     def num_layers(self) -> int:
-        """Layers of the decoder."""
-        return len(decoder_operators(self.operators))
+        """Number of decoder layers."""
+        return len(find_decoder_operators(self.operators))
 
     def detect(
         self,
-        pictures: Sequence[Image.Image],
+        images: Sequence[Image.Image],
         threshold: float = 0.5,
         layer: int | None = None,
-    ) -> list[PictureResult]:
-        """Finds objects, and records where their queries looked.
+    ) -> list[ImageResult]:
+        """Detects objects, and records where their queries looked.
 
         Args:
-            pictures: RGB pictures; they are padded to a common size, as the processor does.
+            images: RGB images; the processor pads them to a common size.
             threshold: the score that an object must exceed, 0 to 1.
-            layer: which decoder layer's looks to record, 1 the first; None: the last.
+            layer: the decoder layer whose looks are recorded, 1 the first; None means the last.
 
         Returns:
-            One result for each picture.
+            One result for each image.
 
         Raises:
             ValueError: the decoder has no such layer.
         """
-        inputs = self.processor(images=list(pictures), return_tensors="pt")
+        inputs = self.processor(images=list(images), return_tensors="pt")
         recorder = Recorder(self.model, self.operators, layer)
         with torch.inference_mode(), recorder:
             outputs = self.model(**inputs)
         recording = recorder.recording()
-        placed = frames(
-            [picture.size for picture in pictures], inputs["pixel_values"], inputs.get("pixel_mask")
+        frames = find_frames(
+            [image.size for image in images], inputs["pixel_values"], inputs.get("pixel_mask")
         )
-        found = self._post_process(outputs, threshold, pictures)
-        queries = queries_of(self.processor, outputs, threshold)
+        objects_per_image = self._post_process(outputs, threshold, images)
+        queries_per_image = find_queries(self.processor, outputs, threshold)
         results = []
-        for batch, (objects, indices, frame) in enumerate(zip(found, queries, placed, strict=True)):
+        for batch_index, (objects, queries, frame) in enumerate(
+            zip(objects_per_image, queries_per_image, frames, strict=True)
+        ):
             detections = [
                 Detection(
                     self._label(int(label)),
@@ -153,35 +163,35 @@ class Detector:
                     float(score),
                     _box(box),
                     query,
-                    look_of(recording, frame, batch, query),
+                    get_look(recording, frame, batch_index, query),
                 )
                 for score, label, box, query in zip(
-                    objects["scores"], objects["labels"], objects["boxes"], indices, strict=True
+                    objects["scores"], objects["labels"], objects["boxes"], queries, strict=True
                 )
             ]
             detections.sort(key=lambda detection: -detection.score)
-            results.append(PictureResult(detections, frame, recording.layer, recording.num_layers))
+            results.append(ImageResult(detections, frame, recording.layer, recording.num_layers))
         return results
 
     def _post_process(
-        self, outputs: Any, threshold: float, pictures: Sequence[Image.Image]
+        self, outputs: Any, threshold: float, images: Sequence[Image.Image]
     ) -> list[dict[str, Tensor]]:
-        sizes = [(picture.height, picture.width) for picture in pictures]
-        found: list[dict[str, Tensor]] = self.processor.post_process_object_detection(
+        sizes = [(image.height, image.width) for image in images]
+        objects: list[dict[str, Tensor]] = self.processor.post_process_object_detection(
             outputs, threshold=threshold, target_sizes=sizes
         )
-        return found
+        return objects
 
     def _label(self, label_id: int) -> str:
         names = getattr(self.model.config, "id2label", None) or {}
         return str(names.get(label_id, label_id))
 
 
-def queries_of(processor: Any, outputs: Any, threshold: float) -> list[list[int]]:
-    """Which query each detection comes from: post-processing sorts and drops them without a word.
+def find_queries(processor: Any, outputs: Any, threshold: float) -> list[list[int]]:
+    """Finds the query of each detection, which post-processing does not return.
 
-    It carries boxes through untouched, so it is run once more on boxes that say their own index:
-    of size 0, at the position (i, i) for query i. What comes out is what went in, in its order.
+    Post-processing sorts and drops queries but leaves their boxes unchanged. It is therefore run
+    once more on boxes that encode their own index: query i gets a box of size 0 at (i, i).
 
     Args:
         processor: the image processor with `post_process_object_detection`.
@@ -189,7 +199,7 @@ def queries_of(processor: Any, outputs: Any, threshold: float) -> list[list[int]
         threshold: the score that an object must exceed.
 
     Returns:
-        For each picture the query index of each detection, in the order of the detections.
+        For each image the query index of each detection, in the order of the detections.
 
     Raises:
         RuntimeError: the post-processing changes boxes, and the indices cannot be read back.
@@ -200,16 +210,18 @@ def queries_of(processor: Any, outputs: Any, threshold: float) -> list[list[int]
     marked = SimpleNamespace(
         logits=outputs.logits, pred_boxes=boxes.expand(batch_size, -1, -1).contiguous()
     )
-    found = processor.post_process_object_detection(marked, threshold=threshold, target_sizes=None)
+    results = processor.post_process_object_detection(
+        marked, threshold=threshold, target_sizes=None
+    )
     queries = []
-    for objects in found:
-        carried = objects["boxes"].double()
-        rounded = carried[:, :1].round()
-        if not bool(((carried - rounded).abs() < 1e-3).all()):
+    for objects in results:
+        corners = objects["boxes"].double()
+        rounded = corners[:, :1].round()
+        if not bool(((corners - rounded).abs() < 1e-3).all()):
             raise RuntimeError(
-                f"{type(processor).__name__} changes boxes: which query found which object is lost"
+                f"{type(processor).__name__} changes boxes: the query of each object cannot be found"
             )
-        queries.append([int(number) for number in rounded.flatten()])
+        queries.append([int(query) for query in rounded.flatten()])
     return queries
 
 
@@ -241,7 +253,7 @@ def _from_pretrained(path: str, *, local: bool) -> tuple[nn.Module, Any]:
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Without the notes and bars of loading, which tell a user of the command line nothing."""
+    """Silences transformers' log messages and progress bars while a model is loaded."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""The picture of what was found, and what both pictures of a detection are made of."""
+"""Draws detections, and holds what both drawings of `saccade detect` share."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Colour = tuple[int, int, int]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 Rectangle = tuple[float, float, float, float]
 
-SMALLEST_SIDE = 640
-"""A picture whose longer side is shorter is enlarged, so that labels can be read."""
+MIN_LONGER_SIDE = 640
+"""An image whose longer side is shorter is enlarged, so that labels can be read."""
 INK, GREY, PAPER = (34, 34, 34), (110, 110, 110), (255, 255, 255)
-# Okabe and Ito's colours, told apart by colour-blind eyes too.
+# Okabe and Ito's colours, which colour-blind people can tell apart too.
 _COLOURS: tuple[Colour, ...] = (
     (230, 159, 0), (86, 180, 233), (0, 158, 115), (213, 94, 0),
     (240, 228, 66), (0, 114, 178), (204, 121, 167), (40, 40, 40),
@@ -28,36 +28,35 @@ _COLOURS: tuple[Colour, ...] = (
 
 
 def colours(count: int) -> list[Colour]:
-    """`count` colours that are told apart easily, as far as there are so many."""
+    """Returns `count` colours: easy to tell apart up to eight, evenly spaced hues beyond."""
     if count <= len(_COLOURS):
         return list(_COLOURS[:count])
     wheel = (colorsys.hsv_to_rgb(index / count, 0.75, 0.9) for index in range(count))
     return [(round(255 * r), round(255 * g), round(255 * b)) for r, g, b in wheel]
 
 
-def draw_detections(picture: Image.Image, detections: Sequence[Detection]) -> Image.Image:
-    """The picture with a box, label and score for each object.
+def draw_detections(image: Image.Image, detections: Sequence[Detection]) -> Image.Image:
+    """Draws a box, label and score for each object onto a copy of the image.
 
     Args:
-        picture: the original picture, RGB.
-        detections: their boxes are in pixels of `picture`.
+        image: the original image, RGB.
+        detections: their boxes are in pixels of `image`.
 
     Returns:
-        An RGB picture, enlarged by a whole number where the longer side has less than
-        `SMALLEST_SIDE` pixels.
+        An RGB image, enlarged by a whole factor if its longer side is below `MIN_LONGER_SIDE`.
     """
-    longest = max(picture.size)
-    zoom = math.ceil(SMALLEST_SIDE / longest)
-    canvas = picture.convert("RGB").resize(
-        (picture.width * zoom, picture.height * zoom), Image.Resampling.BICUBIC
+    longest = max(image.size)
+    zoom = math.ceil(MIN_LONGER_SIDE / longest)
+    canvas = image.convert("RGB").resize(
+        (image.width * zoom, image.height * zoom), Image.Resampling.BICUBIC
     )
     draw = ImageDraw.Draw(canvas)
     longest *= zoom
     line, letters = max(2, round(longest / 400)), font(max(15, round(longest / 45)))
     boxes = [_fit(detection.box, zoom, canvas.size, line) for detection in detections]
-    # The best object comes last, on top of the others.
+    # The best object is drawn last, on top of the others.
     for detection, box in reversed(list(zip(detections, boxes, strict=True))):
-        draw.rectangle(grown(box, 1), outline=INK, width=line + 2)
+        draw.rectangle(grow(box, 1), outline=INK, width=line + 2)
         draw.rectangle(box, outline=_label_colour(detection), width=line)
     taken: list[Rectangle] = []
     for detection, box in zip(detections, boxes, strict=True):
@@ -70,8 +69,8 @@ def _label_colour(detection: Detection) -> Colour:
 
 
 def _fit(box: Rectangle, zoom: int, size: tuple[int, int], line: int) -> Rectangle:
-    """A box in pixels of the canvas, its outline kept within it."""
-    x0, y0, x1, y1 = (zoom * number for number in box)
+    """Converts a box to pixels of the canvas, clipped so that its outline is visible."""
+    x0, y0, x1, y1 = (zoom * side for side in box)
     left, top = min(max(x0, 0), size[0] - 1), min(max(y0, 0), size[1] - 1)
     # Pillow's far corner is the last pixel of the box, not the edge behind it.
     right = max(left, min(max(x1, 0), size[0]) - 1)
@@ -79,8 +78,8 @@ def _fit(box: Rectangle, zoom: int, size: tuple[int, int], line: int) -> Rectang
     return left, top, right, bottom
 
 
-def grown(box: Rectangle, by: float) -> Rectangle:
-    """`box` moved outwards on every side."""
+def grow(box: Rectangle, by: float) -> Rectangle:
+    """Returns `box` with every side moved outwards."""
     return box[0] - by, box[1] - by, box[2] + by, box[3] + by
 
 
@@ -92,23 +91,23 @@ def _draw_tag(
     size: tuple[int, int],
     taken: list[Rectangle],
 ) -> None:
-    """Label and score beside the box, where no other tag lies as far as there is such a place."""
-    text = f"{shortened(detection.label, 24)} {detection.score:.2f}"
+    """Draws label and score beside the box, where they cover other tags and the border least."""
+    text = f"{shorten(detection.label, 24)} {detection.score:.2f}"
     left, top, right, bottom = draw.textbbox((0, 0), text, font=letters)
     pad = max(2, round((bottom - top) / 4))
     width, height = right - left + 2 * pad, bottom - top + 2 * pad
-    places = (
+    corners = (
         (box[0] - 1, box[1] - height), (box[0] - 1, box[3] + 1), (box[2] - width, box[1] - height),
         (box[2] - width, box[3] + 1), (box[0], box[1]), (box[0], box[3] - height),
     )  # fmt: skip
     tags = []
-    for x, y in places:
+    for x, y in corners:
         inside_x = min(max(x, 0), max(0, size[0] - width))
         inside_y = min(max(y, 0), max(0, size[1] - height))
         tag = (inside_x, inside_y, inside_x + width, inside_y + height)
         covered = sum(_overlap(tag, other) for other in taken)
         tags.append((covered + 0.5 * (abs(inside_x - x) + abs(inside_y - y)) * height, tag))
-    tag = min(tags, key=lambda item: item[0])[1]
+    tag = min(tags, key=lambda candidate: candidate[0])[1]
     taken.append(tag)
     fill = _label_colour(detection)
     draw.rectangle(tag, fill=fill, outline=INK)
@@ -124,16 +123,16 @@ def _overlap(first: Rectangle, second: Rectangle) -> float:
     return max(0.0, width) * max(0.0, height)
 
 
-def shortened(text: str, length: int) -> str:
-    """`text`, cut to `length` letters."""
+def shorten(text: str, length: int) -> str:
+    """Cuts `text` to `length` letters."""
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
 @functools.cache
 def font(size: int) -> Font:
-    """DejaVu, which comes with matplotlib and knows most alphabets; else Pillow's own letters."""
-    found = util.find_spec("matplotlib")
-    for folder in (found.submodule_search_locations or []) if found else []:
+    """Loads DejaVu, which matplotlib ships and which covers most alphabets; else Pillow's own font."""
+    spec = util.find_spec("matplotlib")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
         file = Path(folder) / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
         if file.is_file():
             return ImageFont.truetype(str(file), size)

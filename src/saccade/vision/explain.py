@@ -1,7 +1,8 @@
-"""One query of deformable attention, taken apart into numbers a person can follow.
+"""Takes one query of deformable attention apart into values that a person can follow.
 
-Every number comes from the public functions of the library, and each explanation ends with checks
-that its parts, summed by hand, give what the library gives for the whole.
+Cells, weights and positions come from `saccade.sampling`, the rule that the reference uses. Each
+explanation ends with checks that its parts, summed by hand, equal the output of the library. They
+therefore check the backend that ran against the rule of the reference.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saccade import sampling
 from saccade.call import Coordinates, Interpolation, Padding
 from saccade.functional import deformable_attention
 
@@ -26,29 +28,29 @@ class Corner(NamedTuple):
     weight: float
     """Interpolation weight, 0 to 1."""
     value: float | None
-    """What the map holds there in the shown channel; None: outside the map, counts as 0."""
+    """The map's value there in the shown channel; None means outside the map, which counts as 0."""
 
 
 class Point(NamedTuple):
     """One sampling point of one head."""
 
     number: int
-    """1, 2, ... over all levels."""
+    """1, 2, …, counted over all levels."""
     level: int
     offset: tuple[float, float]
     location: tuple[float, float]
     """(x, y) in the unit of `Explanation.coordinates`."""
     position: tuple[float, float]
-    """(x, y) in pixels, 0 the centre of the first; after clamping where padding is "border"."""
+    """(x, y) in pixels, 0 the centre of the first; clamped unless padding is "zeros"."""
     corners: list[Corner]
     """Four for linear interpolation, one for nearest and discrete, none for a location that is not finite."""
     read: float
-    """The value read here by interpolation, in the shown channel."""
+    """The interpolated value, in the shown channel."""
     attention_weight: float
 
 
 class Check(NamedTuple):
-    """A sum made by hand against the same number from the library."""
+    """Compares sums made by hand with the same values from the library."""
 
     name: str
     largest_difference: float
@@ -62,7 +64,7 @@ class Check(NamedTuple):
 
 @dataclass(frozen=True)
 class Explanation:
-    """Everything there is to show about one query and one head."""
+    """The explanation of one query and one head."""
 
     subject: str
     spatial_shapes: list[tuple[int, ...]]
@@ -70,34 +72,40 @@ class Explanation:
     interpolation: Interpolation
     padding: Padding
     reference: list[tuple[float, ...]]
-    """One (x, y) or (x, y, width, height) for each level, or one for all, as `coordinates`."""
+    """One (x, y) or (x, y, width, height) per level, or one for all, in the unit of `coordinates`."""
     points: list[Point]
     maps: list[Tensor]
-    """[H, W] of each level: the values of the shown channel."""
+    """The values of the shown channel, [H, W] for each level."""
     channel: int
     num_channels: int
     by_hand: float
     """The head's sum over its points in the shown channel."""
     library: float
-    """What the library gives for it."""
+    """The library's output for the same head and channel."""
     checks: list[Check]
     worked_example: bool = False
 
     @property
     def num_points(self) -> int:
-        """Points of this head over all levels."""
+        """Number of points of this head over all levels."""
         return len(self.points)
 
 
+# Corners up to this many pixels outside a map are shown where they are.
+_SHOWN_MARGIN = 1 << 20
+
+
 class HeadParts(NamedTuple):
-    """The points of one query and head, still as tensors; P points over all levels."""
+    """The points of one query and head as tensors; P points over all levels."""
 
     positions: Tensor
-    """[P, 2], (x, y) in pixels."""
+    """[P, 2], (x, y) in pixels, after clamping."""
+    finite: Tensor
+    """[P] bool, whether a location is finite; other points read nothing."""
     cells: Tensor
-    """[P, 4 or 1, 2] int64, (x, y) of the corners; any number where a position is not finite."""
+    """[P, 4 or 1, 2] int64, (x, y) of the corners; meaningless where a location is not finite."""
     weights: Tensor
-    """[P, 4 or 1], interpolation weights; 0 where a position is not finite."""
+    """[P, 4 or 1], interpolation weights; 0 where a location is not finite."""
     rows: Tensor
     """[P, 4 or 1, D], the value at each corner, 0 outside the map."""
     inside: Tensor
@@ -105,7 +113,7 @@ class HeadParts(NamedTuple):
 
     @property
     def read(self) -> Tensor:
-        """[P, D], what each point reads."""
+        """[P, D], the interpolated value of each point."""
         return (self.weights[..., None] * self.rows).sum(1)
 
 
@@ -119,13 +127,13 @@ def take_apart(
     padding: Padding = "zeros",
     coordinates: Coordinates = "normalized",
 ) -> HeadParts:
-    """The corners that the points of one query and head read, and with which weights.
+    """Finds the corners that the points of one query and head read, and their weights.
 
     Args:
         value (Tensor[S, D]): the value map of one head, all levels.
         spatial_shapes: `(height, width)` of each level.
         locations (Tensor[P, 2]): (x, y) of each point, level after level.
-        num_points: points of each level, with the sum P.
+        num_points: number of points of each level; their sum is P.
         interpolation: as in `saccade.deformable_attention`.
         padding: as in `saccade.deformable_attention`.
         coordinates: as in `saccade.deformable_attention`.
@@ -141,13 +149,13 @@ def take_apart(
         strict=True,
     )
     parts = [
-        _level_parts(level_value, shape, level_locations, interpolation, padding, coordinates)
+        _take_level_apart(level_value, shape, level_locations, interpolation, padding, coordinates)
         for level_value, shape, level_locations in levels
     ]
     return HeadParts(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
-def _level_parts(
+def _take_level_apart(
     value: Tensor,
     shape: tuple[int, ...],
     locations: Tensor,
@@ -155,53 +163,30 @@ def _level_parts(
     padding: Padding,
     coordinates: Coordinates,
 ) -> HeadParts:
+    finite = locations.isfinite().all(-1)  # [P]
+    sizes = zip(reversed(shape), sampling.clamp_sizes(shape, padding), strict=True)
+    positions, axes = [], []
+    for axis, (size, clamp_size) in enumerate(sizes):  # a location is (x, y), a shape is (H, W)
+        position = sampling.pixel_position(locations[:, axis], size, coordinates)  # [P]
+        if clamp_size is not None:
+            position = torch.where(finite, position.clamp(0, clamp_size - 1), position)
+        positions.append(position)
+        location = torch.where(finite, locations[:, axis], 0)
+        axes.append(
+            sampling.axis_cells(
+                location, size, interpolation, coordinates, clamp_size, _SHOWN_MARGIN
+            )
+        )
+    # The corners of a point, the x axis fastest.
+    corners = [(x, y) for y in axes[1] for x in axes[0]]
+    cells = torch.stack([torch.stack((x.pixel, y.pixel), -1) for x, y in corners], 1)
+    weights = torch.stack([x.weight * y.weight for x, y in corners], 1)
+    x, y = cells.unbind(-1)  # [P, corners]
     height, width = shape
-    size = torch.tensor([width, height], dtype=locations.dtype)
-    scale = {"normalized": size, "normalized_corners": size - 1, "pixel": torch.ones(2)}[
-        coordinates
-    ]
-    shift = -0.5 if coordinates == "normalized" else 0.0
-    last = (size if padding != "border_height" else size.clamp(max=height)) - 1
-    positions = locations * scale + shift
-    finite = positions.isfinite().all(-1)
-    # The discrete rule counts from the edge, and is clamped after that.
-    discrete = (locations * scale + (shift + 1)).floor()
-    if padding != "zeros":
-        positions = torch.minimum(positions.clamp(min=0), last)
-        discrete = torch.minimum(discrete.clamp(min=0), last)
-    safe = torch.where(finite[:, None], positions, 0)
-    if interpolation != "linear":
-        chosen = torch.where(finite[:, None], discrete, 0)
-        cells = (safe.round() if interpolation == "nearest" else chosen).to(torch.int64)[:, None]
-        weights = torch.ones(len(safe), 1, dtype=safe.dtype)
-    else:
-        base = safe.floor()
-        steps = torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1]])
-        cells = base.to(torch.int64)[:, None] + steps
-        weights = _corner_weights(safe - base)
-    weights = torch.where(finite[:, None], weights, 0)
-    x, y = cells.unbind(-1)
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height) & finite[:, None]
     rows = value[torch.where(inside, y * width + x, 0)].masked_fill(~inside[..., None], 0)
-    return HeadParts(positions, cells, weights, rows, inside)
-
-
-def _corner_weights(fraction: Tensor) -> Tensor:
-    """[K, 4] interpolation weights of positions [K, 2] between 0 and 1 within one cell.
-
-    The library says them itself: on a 2 x 2 map whose four values are the four unit vectors, what
-    it reads at a position is the list of the weights.
-    """
-    count = len(fraction)
-    unit_vectors = torch.eye(4, dtype=fraction.dtype).view(1, 4, 1, 4)
-    weights = deformable_attention(
-        unit_vectors,
-        [(2, 2)],
-        fraction.view(1, count, 1, 1, 1, 2),
-        torch.ones(1, count, 1, 1, 1, dtype=fraction.dtype),
-        coordinates="pixel",
-    )
-    return weights[0]
+    weights = torch.where(finite[:, None], weights, 0)
+    return HeadParts(torch.stack(positions, -1), finite, cells, weights, rows, inside)
 
 
 def list_points(
@@ -212,13 +197,13 @@ def list_points(
     num_points: Sequence[int],
     channel: int,
 ) -> list[Point]:
-    """`parts` in plain numbers; offsets and locations [P, 2], attention_weights [P]."""
+    """Converts `parts` to plain numbers; offsets and locations [P, 2], attention_weights [P]."""
     levels = [level for level, count in enumerate(num_points) for _ in range(count)]
     read = parts.read
     points = []
     for index, level in enumerate(levels):
         corners = []
-        if bool(parts.positions[index].isfinite().all()):
+        if bool(parts.finite[index]):
             for corner in range(parts.cells.shape[1]):
                 x, y = parts.cells[index, corner].tolist()
                 inside = bool(parts.inside[index, corner])
@@ -228,9 +213,9 @@ def list_points(
             Point(
                 index + 1,
                 level,
-                _pair(offsets[index]),
-                _pair(locations[index]),
-                _pair(parts.positions[index]),
+                _to_pair(offsets[index]),
+                _to_pair(locations[index]),
+                _to_pair(parts.positions[index]),
                 corners,
                 float(read[index, channel]),
                 float(attention_weights[index]),
@@ -239,13 +224,13 @@ def list_points(
     return points
 
 
-def _pair(tensor: Tensor) -> tuple[float, float]:
+def _to_pair(tensor: Tensor) -> tuple[float, float]:
     x, y = tensor.tolist()
     return float(x), float(y)
 
 
 def check(name: str, by_hand: Tensor, library: Tensor) -> Check:
-    """Compares a sum made by hand with the library's; the tolerance is that of the dtype."""
+    """Compares sums made by hand with the library's; the tolerance depends on the dtype."""
     precision = {torch.float64: 1e-12, torch.float32: 1e-5}.get(library.dtype, 2e-2)
     by_hand, library = by_hand.detach().double(), library.detach().double()
     largest = float((by_hand - library).abs().max())
@@ -257,7 +242,7 @@ WORKED_OFFSETS = ((0.5, 0.5), (-0.5, 0.5), (0.5, -0.5), (-0.5, -0.5))
 
 
 def worked_map() -> Tensor:
-    """[4, 4], indexed [y, x]: z(x, y) = 10 x + y, so that a value spells its own address."""
+    """Returns the map [4, 4], indexed [y, x]: z(x, y) = 10 x + y, a value tells its own position."""
     height, width = WORKED_SHAPE
     return 10.0 * torch.arange(width)[None, :] + torch.arange(height)[:, None]
 
@@ -268,7 +253,7 @@ def explain_worked_example(
     interpolation: Interpolation = "linear",
     padding: Padding = "zeros",
 ) -> Explanation:
-    """The worked example: one query, a 4 x 4 map, one head, four points around a reference point.
+    """Explains the worked example: one query, one head, four points on a 4 x 4 map.
 
     Args:
         reference: the reference point (x, y) in pixels, 0 the centre of the first pixel.
@@ -276,11 +261,11 @@ def explain_worked_example(
         padding: as in `saccade.deformable_attention`.
 
     Returns:
-        Explanation: with the checks that the parts sum to the library's output, and that the same
-        positions in the two normalized coordinate systems give it as well.
+        Explanation: its checks compare the sum of the parts with the library's output and, for
+        linear interpolation, that output with the output for normalized coordinates.
 
     Raises:
-        ValueError: `reference` is not finite, or an option is none of the allowed ones.
+        ValueError: `reference` is not finite, or an option is not an allowed one.
 
     Example:
         >>> from saccade.vision.explain import explain_worked_example
@@ -288,7 +273,7 @@ def explain_worked_example(
         >>> [point.position for point in explanation.points], explanation.library
         ([(2.0, 2.0), (1.0, 2.0), (2.0, 1.0), (1.0, 1.0)], 16.5)
     """
-    if not all(math.isfinite(number) for number in reference):
+    if not all(math.isfinite(coordinate) for coordinate in reference):
         raise ValueError(f"reference: expected two finite numbers, got {reference}")
     values = worked_map()
     value = values.reshape(1, 16, 1, 1)
@@ -319,7 +304,8 @@ def explain_worked_example(
     )
     by_hand = attention_weights @ parts.read
     checks = [check("the sum by hand, saccade.deformable_attention", by_hand, library)]
-    if interpolation == "linear":  # a position half way may round either way in other units
+    # With the other rules, a position half way between pixels may round differently in other units.
+    if interpolation == "linear":
         checks.append(
             check(
                 'in pixels, with coordinates="normalized"',

@@ -1,4 +1,4 @@
-"""One query of a module that the user saved, taken apart."""
+"""Explains one query of a module that the user saved."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from saccade.vision.explain import Explanation, HeadParts, check, list_points, t
 
 Module = DeformableAttention | MultiScaleDeformableAttention
 
-# What a saved module may consist of. Nothing else is unpickled: no foreign code runs.
+# Classes that a saved module may contain. Nothing else is unpickled, so no foreign code runs.
 _ALLOWED = [DeformableAttention, MultiScaleDeformableAttention, torch.nn.Linear, set]
 
 
@@ -24,8 +24,8 @@ def load_module(path: Path) -> Module:
     """Loads a module that `torch.save(module, path)` wrote, without running foreign code.
 
     Raises:
-        ValueError: the file is missing, no torch file, or holds something other than one of
-            `saccade.nn.DeformableAttention` and `saccade.nn.MultiScaleDeformableAttention`.
+        ValueError: the file is missing, is not a torch file, or holds an object other than a
+            `saccade.nn.DeformableAttention` or `saccade.nn.MultiScaleDeformableAttention`.
     """
     loaded = _load("MODULE", path)
     if not isinstance(loaded, DeformableAttention | MultiScaleDeformableAttention):
@@ -41,30 +41,30 @@ def load_inputs(path: Path, module: Module) -> dict[str, Any]:
     """Loads the keyword arguments of the module's forward that `torch.save(dict, path)` wrote.
 
     Raises:
-        ValueError: the file is missing, no torch file, no dict, or its keys are not those of the
-            module's forward.
+        ValueError: the file is missing, is not a torch file, does not hold a dict, or its keys are
+            not the arguments of the module's forward.
     """
     inputs = _load("INPUTS", path)
     signature = inspect.signature(module.forward)
-    takes = [name for name in signature.parameters if name != "return_sampling"]
-    needs = [
-        name for name in takes if signature.parameters[name].default is inspect.Parameter.empty
+    parameters = [name for name in signature.parameters if name != "return_sampling"]
+    required = [
+        name for name in parameters if signature.parameters[name].default is inspect.Parameter.empty
     ]
     if not isinstance(inputs, dict):
         raise ValueError(
             f"INPUTS: expected a dict with the arguments of {type(module).__name__}.forward "
-            f"({', '.join(takes)}), {path} holds a {type(inputs).__name__}"
+            f"({', '.join(parameters)}), {path} holds a {type(inputs).__name__}"
         )
     inputs.pop("return_sampling", None)
-    unknown = [str(name) for name in inputs if name not in takes]
-    lacking = [name for name in needs if name not in inputs]
-    if unknown or lacking:
+    unknown = [str(name) for name in inputs if name not in parameters]
+    missing = [name for name in required if name not in inputs]
+    if unknown or missing:
         raise ValueError(
             f"INPUTS: expected the arguments of {type(module).__name__}.forward "
-            f"({', '.join(takes)}), {path} "
+            f"({', '.join(parameters)}), {path} "
             + " and ".join(
                 f"{verb} {', '.join(names)}"
-                for verb, names in (("lacks", lacking), ("has in addition", unknown))
+                for verb, names in (("lacks", missing), ("has in addition", unknown))
                 if names
             )
         )
@@ -73,21 +73,22 @@ def load_inputs(path: Path, module: Module) -> dict[str, Any]:
 
 def _load(name: str, path: Path) -> object:
     if not path.is_file():
-        raise ValueError(f"{name}: there is no file {path}")
+        raise ValueError(f"{name}: the file {path} does not exist")
     try:
         with torch.serialization.safe_globals(list(_ALLOWED)):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a wide choice for a file that is not its own
+    except Exception as error:  # torch raises errors of many types for other files
         reason = str(error)
         if "Unsupported global" in reason or "GLOBAL" in reason:
-            found = reason.partition("GLOBAL ")[2].partition(" ")[0]
+            global_name = reason.partition("GLOBAL ")[2].partition(" ")[0]
             reason = (
-                f"it contains {found or 'objects'} besides tensors and Saccade's modules, "
+                f"it contains {global_name or 'objects'} besides tensors and Saccade's modules, "
                 "and is not opened because such a file can run any code"
             )
         else:
             reason = (
-                f"it is no file of torch.save ({reason.splitlines()[0] if reason else error!r})"
+                "it was not written by torch.save "
+                f"({reason.splitlines()[0] if reason else error!r})"
             )
         raise ValueError(f"{name}: cannot load {path}: {reason}") from error
 
@@ -101,31 +102,31 @@ def explain_module(
     head: int = 0,
     channel: int = 0,
 ) -> Explanation:
-    """Takes one query of a module apart, for one head.
+    """Explains one query of a module, for one head.
 
     Args:
         module: `saccade.nn.DeformableAttention` or `saccade.nn.MultiScaleDeformableAttention`.
         inputs: the keyword arguments of its forward, for example `query` [B, Q, C].
-        query: which query, 0 <= query < Q.
-        batch: of which element of the batch.
-        head: which head's points are listed; the checks cover all heads.
-        channel: which channel of the head's values is shown.
+        query: index of the query, 0 <= query < Q.
+        batch: index of the batch element.
+        head: index of the head whose points are listed; the checks cover all heads.
+        channel: index of the channel of the head's values that is shown.
 
     Returns:
         Explanation: its checks compare, for this query, the sums over the points of every head
-        with what the module hands to its output projection, and the projection of these sums with
+        with the input of the module's output projection, and the projection of these sums with
         the module's output.
 
     Raises:
         ValueError: an index is out of range, the module refuses the inputs, or it reads lines or
-            volumes, which are not explained yet.
+            volumes, which cannot be explained yet.
     """
     if module.spatial_dims != 2:
         raise ValueError(f"module: expected spatial_dims 2, got {module.spatial_dims}")
-    seen: dict[str, Tensor] = {}
-    hooks = [module.output_proj.register_forward_hook(_keep(seen, "attended"))]
+    recorded: dict[str, Tensor] = {}
+    hooks = [module.output_proj.register_forward_hook(_record(recorded, "attended"))]
     if module.value_proj is not None:
-        hooks.append(module.value_proj.register_forward_hook(_keep(seen, "value")))
+        hooks.append(module.value_proj.register_forward_hook(_record(recorded, "value")))
     try:
         with torch.no_grad():
             output, sampling = module(**inputs, return_sampling=True)
@@ -133,8 +134,8 @@ def explain_module(
         for hook in hooks:
             hook.remove()
     assert isinstance(sampling, Sampling)
-    attended = seen["attended"]
-    value, shapes = _projected_value(module, inputs, seen)
+    attended = recorded["attended"]
+    value, shapes = _projected_value(module, inputs, recorded)
     batch_size, num_queries, num_heads = sampling.attention_weights.shape[:3]
     head_dim = value.shape[3]
     for name, index, size in (
@@ -146,7 +147,7 @@ def explain_module(
         if not 0 <= index < size:
             raise ValueError(f"{name}: expected 0 to {size - 1}, got {index}")
 
-    def parts_of(head: int) -> HeadParts:
+    def take_head_apart(head: int) -> HeadParts:
         return take_apart(
             value[batch, :, head if value.shape[2] > 1 else 0],
             shapes,
@@ -157,7 +158,7 @@ def explain_module(
         )
 
     weights = sampling.attention_weights[batch, query]  # [M, P]
-    every_head = [parts_of(index) for index in range(num_heads)]
+    every_head = [take_head_apart(index) for index in range(num_heads)]
     sums = torch.cat(
         [weights[index].to(parts.read) @ parts.read for index, parts in enumerate(every_head)]
     )
@@ -175,7 +176,7 @@ def explain_module(
         interpolation=module.interpolation,
         padding=module.padding,
         reference=[
-            tuple(float(number) for number in reference)
+            tuple(float(coordinate) for coordinate in reference)
             for reference in sampling.reference_points[batch, query].tolist()
         ],
         points=list_points(
@@ -203,24 +204,24 @@ def explain_module(
     )
 
 
-def _keep(seen: dict[str, Tensor], name: str) -> Any:
+def _record(recorded: dict[str, Tensor], name: str) -> Any:
     def hook(module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        seen[name] = inputs[0] if name == "attended" else output
+        recorded[name] = inputs[0] if name == "attended" else output
 
     return hook
 
 
 def _projected_value(
-    module: Module, inputs: dict[str, Any], seen: dict[str, Tensor]
+    module: Module, inputs: dict[str, Any], recorded: dict[str, Tensor]
 ) -> tuple[Tensor, list[tuple[int, ...]]]:
-    """The value as the operator read it, [B, S, M or 1, D], and its spatial shapes."""
+    """Returns the value that the operator read, [B, S, M or 1, D], and its spatial shapes."""
     if isinstance(module, MultiScaleDeformableAttention):
         shapes = parse_spatial_shapes(inputs["spatial_shapes"])
-        flat = seen["value"]
+        flat = recorded["value"]
     else:
         feature_map = inputs["feature_map"]
         shapes = [tuple(feature_map.shape[1:3])]
-        flat = seen.get("value", feature_map.flatten(1, 2))
+        flat = recorded.get("value", feature_map.flatten(1, 2))
     heads = 1 if module.value_proj is None else module.num_heads
     value = flat.unflatten(-1, (heads, -1))
     mask = inputs.get("value_padding_mask")

@@ -9,16 +9,16 @@ from rich.table import Table
 from saccade.vision.explain import Corner, Explanation, Point
 
 MAX_POINTS = 32
-"""Points listed; a head with more shows those with the largest attention weights."""
+"""The tables list at most this many points, those with the largest attention weights."""
 
 
 def print_explanation(console: Console, explanation: Explanation, num_detailed: int = 4) -> None:
     """Prints an explanation step by step.
 
     Args:
-        console: where to.
-        explanation: what to.
-        num_detailed: of how many points the corners are shown, those with the largest attention
+        console: the console to print to.
+        explanation: the explanation to print.
+        num_detailed: the corners of this many points are shown, those with the largest attention
             weights first.
     """
     console.print()
@@ -31,15 +31,15 @@ def print_explanation(console: Console, explanation: Explanation, num_detailed: 
     _print_checks(console, explanation)
 
 
-def number(value: float, digits: int = 3) -> str:
-    """`value` with at most `digits` decimals and no trailing zeros; very small ones as 1.2e-07."""
+def format_number(value: float, digits: int = 3) -> str:
+    """Formats `value` with at most `digits` decimals; very small and large ones as 1.2e-07."""
     if value != 0 and (abs(value) < 0.5 * 10**-digits or abs(value) >= 1e6):
         return f"{value:.2g}"
     return _decimals(value, digits)
 
 
-def pair(values: tuple[float, ...], *, sign: bool = False, digits: int = 3) -> str:
-    """`(x, y)` for a person; with `sign`, offsets carry + or -."""
+def format_pair(values: tuple[float, ...], *, sign: bool = False, digits: int = 3) -> str:
+    """Formats `(x, y)`; with `sign`, each value carries + or -."""
     texts = [_decimals(value, digits) for value in values]
     if sign:
         texts = [text if text.startswith("-") else f"+{text}" for text in texts]
@@ -50,7 +50,7 @@ def _decimals(value: float, digits: int) -> str:
     if abs(value) >= 1e6:
         return f"{value:.2g}"
     if abs(value) >= 100:
-        digits = min(digits, 1)  # far outside a map, or a long value: keep the tables narrow
+        digits = min(digits, 1)  # Long values would make the tables too wide.
     text = f"{value:.{digits}f}"
     if "." in text:
         text = text.rstrip("0").rstrip(".")
@@ -84,13 +84,13 @@ def _print_map(console: Console, explanation: Explanation) -> None:
     _step(
         console,
         "1  The map",
-        "z(x, y) = 10 x + y: each value spells its own address, 21 stands at x=2, y=1.",
+        "z(x, y) = 10 x + y: each value tells its own position, 21 stands at x=2, y=1.",
         "x runs to the right, y runs down, (0, 0) is the centre of the first pixel.",
     )
     values = explanation.maps[0]
     table = _table("", *(f"x={x}" for x in range(values.shape[1])))
     for y, row in enumerate(values.tolist()):
-        table.add_row(f"[bold]y={y}[/bold]", *(number(value) for value in row))
+        table.add_row(f"[bold]y={y}[/bold]", *(format_number(value) for value in row))
     console.print(table)
 
 
@@ -100,19 +100,19 @@ def _print_reference(console: Console, explanation: Explanation) -> None:
     _step(
         console,
         "2  The reference " + ("box" if is_box else "point"),
-        f"Where the query stands ({unit}"
+        f"The query starts from here ({unit}"
         + ("; centre x, centre y, width, height)." if is_box else ")."),
     )
     references = explanation.reference
     if len(set(references)) == 1:
-        console.print(f"  p = {pair(references[0])}", highlight=False)
+        console.print(f"  p = {format_pair(references[0])}", highlight=False)
     else:
         for level, reference in enumerate(references):
-            console.print(f"  level {level}: p = {pair(reference)}", highlight=False)
+            console.print(f"  level {level}: p = {format_pair(reference)}", highlight=False)
 
 
 def _shown(explanation: Explanation, count: int) -> list[Point]:
-    """The `count` points with the largest attention weights, in their own order."""
+    """Returns the `count` points with the largest attention weights, in their original order."""
     largest = sorted(explanation.points, key=lambda point: -point.attention_weight)[:count]
     return sorted(largest, key=lambda point: point.number)
 
@@ -121,7 +121,8 @@ def _limit_note(explanation: Explanation, points: list[Point]) -> list[str]:
     if len(points) == explanation.num_points:
         return []
     return [
-        f"The {len(points)} of {explanation.num_points} points with the largest attention weights."
+        f"Shown: the {len(points)} of {explanation.num_points} points with the largest attention "
+        "weights."
     ]
 
 
@@ -131,7 +132,7 @@ def _print_positions(console: Console, explanation: Explanation) -> None:
     if explanation.coordinates == "pixel":
         formula = "position = reference point + offset; the query chooses the offsets."
     elif len(explanation.reference[0]) == 4:
-        formula = "location = centre + offset * 0.5 / K * (width, height), K points on a level;"
+        formula = "location = centre + offset * 0.5 / K * (width, height), K points per level;"
     else:
         formula = "location = reference + offset / (width, height) of the level;"
     sentences = [formula]
@@ -139,7 +140,7 @@ def _print_positions(console: Console, explanation: Explanation) -> None:
         sentences.append("position = location * (width, height) - 0.5, in pixels of the level.")
     if explanation.padding != "zeros":
         sentences.append(
-            f'padding="{explanation.padding}": a position outside is moved to the border pixels.'
+            f'padding="{explanation.padding}": a position outside moves to the border pixels.'
         )
     _step(console, "3  Offsets and positions", *sentences, *_limit_note(explanation, points))
     columns = ["point", *(["level"] if several_levels else []), "offset"]
@@ -149,23 +150,23 @@ def _print_positions(console: Console, explanation: Explanation) -> None:
         columns += ["location", "position", "weight"]
     table = _table(*columns)
     for point in points:
-        cells = [str(point.number), *([str(point.level)] if several_levels else [])]
-        cells.append(pair(point.offset, sign=True, digits=2))
+        row = [str(point.number), *([str(point.level)] if several_levels else [])]
+        row.append(format_pair(point.offset, sign=True, digits=2))
         if explanation.coordinates == "pixel":
             height, width = explanation.spatial_shapes[0]
             x, y = point.location
-            cells += [
-                pair(point.position),
-                pair(((x + 0.5) / width, (y + 0.5) / height)),
-                pair((x / (width - 1), y / (height - 1))),
+            row += [
+                format_pair(point.position),
+                format_pair(((x + 0.5) / width, (y + 0.5) / height)),
+                format_pair((x / (width - 1), y / (height - 1))),
             ]
         else:
-            cells += [
-                pair(point.location),
-                pair(point.position, digits=2),
-                number(point.attention_weight),
+            row += [
+                format_pair(point.location),
+                format_pair(point.position, digits=2),
+                format_number(point.attention_weight),
             ]
-        table.add_row(*cells)
+        table.add_row(*row)
     console.print(table)
     if explanation.coordinates == "pixel":
         console.print(
@@ -177,13 +178,13 @@ def _print_positions(console: Console, explanation: Explanation) -> None:
 def _print_corners(console: Console, explanation: Explanation, num_detailed: int) -> None:
     points = _shown(explanation, num_detailed)
     if explanation.interpolation == "nearest":
-        sentences = ["Each point reads the nearest pixel; half way, the even one."]
+        sentences = ["Each point reads the nearest pixel; half way between two, the even one."]
     elif explanation.interpolation == "discrete":
-        sentences = ["Each point reads the one pixel floor(position + 1), as RT-DETRv2 has it."]
+        sentences = ["Each point reads the one pixel floor(position + 1), as RT-DETRv2 does."]
     else:
         sentences = [
-            "Each point reads the four pixels around it: the nearer, the larger the weight;",
-            "read is the sum of the products weight * value.",
+            "Each point reads the four pixels around it; nearer pixels have larger weights.",
+            "The value read is the sum of the products weight * value.",
             "A corner's weight is the area of the rectangle on the far side of the point.",
         ]
     if any(corner.value is None for point in points for corner in point.corners):
@@ -201,9 +202,9 @@ def _print_corners(console: Console, explanation: Explanation, num_detailed: int
             first, last = index == 0, index == len(rows) - 1
             table.add_row(
                 str(point.number) if first else "",
-                pair(point.position) if first else "",
+                format_pair(point.position) if first else "",
                 *_corner_cells(corner),
-                f"[bold]{number(point.read)}[/bold]" if last else "",
+                f"[bold]{format_number(point.read)}[/bold]" if last else "",
                 end_section=last,
             )
     console.print(table)
@@ -214,12 +215,12 @@ def _corner_cells(corner: Corner | None) -> list[str]:
         return ["not finite", "", "", "0"]
     value = 0.0 if corner.value is None else corner.value
     cells = [
-        pair((corner.x, corner.y)),
-        number(corner.weight),
-        "outside" if corner.value is None else number(value),
-        number(corner.weight * value),
+        format_pair((corner.x, corner.y)),
+        format_number(corner.weight),
+        "outside" if corner.value is None else format_number(value),
+        format_number(corner.weight * value),
     ]
-    # A corner that does not count steps back.
+    # Corners that contribute nothing are dimmed.
     return [f"[dim]{cell}[/dim]" for cell in cells] if corner.weight * value == 0 else cells
 
 
@@ -229,7 +230,7 @@ def _print_sum(console: Console, explanation: Explanation) -> None:
     _step(
         console,
         "5  Attention weights and output",
-        f"output = sum of attention weight * read; the weights sum to {number(total)}.",
+        f"output = sum of attention weight * read; the weights sum to {format_number(total)}.",
         *_limit_note(explanation, points),
     )
     several_levels = len(explanation.spatial_shapes) > 1
@@ -240,27 +241,29 @@ def _print_sum(console: Console, explanation: Explanation) -> None:
         table.add_row(
             str(point.number),
             *([str(point.level)] if several_levels else []),
-            number(point.attention_weight),
-            number(point.read),
-            number(point.attention_weight * point.read, 4),
+            format_number(point.attention_weight),
+            format_number(point.read),
+            format_number(point.attention_weight * point.read, 4),
         )
     table.add_section()
     blank = [""] * (2 if several_levels else 1)
     name = "sum" if len(points) == explanation.num_points else "sum of all"
     table.add_row(
-        f"[bold]{name}[/bold]", *blank, "", f"[bold]{number(explanation.by_hand, 5)}[/bold]"
+        f"[bold]{name}[/bold]", *blank, "", f"[bold]{format_number(explanation.by_hand, 5)}[/bold]"
     )
     console.print(table)
 
 
 def _print_checks(console: Console, explanation: Explanation) -> None:
-    what = (
+    subject = (
         "saccade.deformable_attention gives"
         if explanation.worked_example
         else f"The module's attended value, this head, channel {explanation.channel}:"
     )
-    console.print(f"{what} [bold]{number(explanation.library, 5)}[/bold]", highlight=False)
+    console.print(
+        f"{subject} [bold]{format_number(explanation.library, 5)}[/bold]", highlight=False
+    )
     for check in explanation.checks:
         verdict = "[green]equal[/green]" if check.passed else "[bold red]DIFFERENT[/bold red]"
-        difference = number(check.largest_difference)
+        difference = format_number(check.largest_difference)
         console.print(f"{verdict} (difference {difference}): {check.name}", highlight=False)

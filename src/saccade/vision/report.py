@@ -1,4 +1,4 @@
-"""What `saccade detect` writes: file names and the JSON of a picture."""
+"""The files that `saccade detect` writes: their names, and the JSON for an image."""
 
 from __future__ import annotations
 
@@ -9,40 +9,40 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from saccade.vision.detector import Detector, PictureResult
+from saccade.vision.detector import Detector, ImageResult
+from saccade.vision.draw_sampling import draw_looks
 from saccade.vision.drawing import draw_detections
-from saccade.vision.looked_drawing import draw_looked
 
 
 class Outputs(NamedTuple):
-    """The files written for one picture."""
+    """The files written for one image."""
 
     detections: Path
     looked: Path
     json: Path
 
 
-def plan_outputs(pictures: Sequence[Path], folder: Path) -> list[Outputs]:
-    """The files to write for each picture, no two the same and none of them an input.
+def plan_outputs(paths: Sequence[Path], folder: Path) -> list[Outputs]:
+    """Chooses the files to write for each image: no name occurs twice, and no input is overwritten.
 
-    They are called after the stem of the picture; pictures with equal stems, from several folders
-    or with several endings, become `name`, `name-2`, `name-3`.
+    The files are named after the stem of the image. Images with equal stems, from several folders
+    or with several suffixes, become `name`, `name-2`, `name-3`.
 
     Args:
-        pictures: the pictures, as given.
-        folder: where the files go.
+        paths: the image files.
+        folder: the folder to write to.
 
     Returns:
-        One `Outputs` for each picture, in the same order.
+        One `Outputs` for each image, in the same order.
     """
-    # Not every file system tells A from a.
-    inputs = {str(picture.resolve()).casefold() for picture in pictures}
+    # Some file systems do not distinguish A from a.
+    inputs = {str(path.resolve()).casefold() for path in paths}
     taken: set[str] = set()
     planned = []
-    for picture in pictures:
+    for path in paths:
         number = 1
         while True:
-            name = picture.stem if number == 1 else f"{picture.stem}-{number}"
+            name = path.stem if number == 1 else f"{path.stem}-{number}"
             files = Outputs(
                 folder / f"{name}_detections.png",
                 folder / f"{name}_looked.png",
@@ -58,24 +58,24 @@ def plan_outputs(pictures: Sequence[Path], folder: Path) -> list[Outputs]:
 
 
 def describe(
-    picture_path: Path,
-    picture: Image.Image,
-    result: PictureResult,
+    image_path: Path,
+    image: Image.Image,
+    result: ImageResult,
     detector: Detector,
     threshold: float,
 ) -> dict[str, Any]:
-    """The detections as plain data for JSON.
+    """Describes the detections as plain data for JSON.
 
     Returns:
-        A dict with `picture` (the path as given), `width` and `height` (pixels, upright), `model`,
+        A dict with `picture` (the path of the image), `width` and `height` (pixels, upright), `model`,
         `threshold`, `backend` and `detections`: a list of `label`, `label_id`, `score`, `box`
-        ([x0, y0, x1, y1] in pixels of the upright picture, 0 its left or upper edge; boxes may
-        reach over the edges) and `query`.
+        ([x0, y0, x1, y1] in pixels of the upright image, 0 is its left or upper edge; boxes may
+        extend beyond the edges) and `query`.
     """
     return {
-        "picture": str(picture_path),
-        "width": picture.width,
-        "height": picture.height,
+        "picture": str(image_path),
+        "width": image.width,
+        "height": image.height,
         "model": detector.name,
         "threshold": threshold,
         "backend": detector.backend.name,
@@ -94,18 +94,18 @@ def describe(
 
 def write_outputs(
     files: Outputs,
-    picture_path: Path,
-    picture: Image.Image,
-    result: PictureResult,
+    image_path: Path,
+    image: Image.Image,
+    result: ImageResult,
     detector: Detector,
     threshold: float,
 ) -> None:
-    """Draws and writes everything there is for one picture.
+    """Writes all files for one image.
 
     Raises:
         OSError: a file cannot be written.
     """
-    draw_detections(picture, result.detections).save(files.detections)
-    draw_looked(picture, result, threshold).save(files.looked)
-    report = describe(picture_path, picture, result, detector, threshold)
+    draw_detections(image, result.detections).save(files.detections)
+    draw_looks(image, result, threshold).save(files.looked)
+    report = describe(image_path, image, result, detector, threshold)
     files.json.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

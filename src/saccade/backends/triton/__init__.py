@@ -1,6 +1,6 @@
-"""The GPU kernels. Importing this package imports Triton."""
+"""The GPU backend. Importing this package imports Triton."""
 
-from saccade.backends.triton.backward import differentiate as differentiate
-from saccade.backends.triton.backward import differentiate_fused as differentiate_fused
-from saccade.backends.triton.launch import attend as attend
-from saccade.backends.triton.launch import attend_fused as attend_fused
+from saccade.backends.triton.backward import backward as backward
+from saccade.backends.triton.backward import backward_plan as backward_plan
+from saccade.backends.triton.forward import forward as forward
+from saccade.backends.triton.forward import forward_plan as forward_plan

@@ -1,177 +1,556 @@
-"""A call of a backward operator as launches of kernels."""
+"""The operator backward, in Triton.
+
+With g the gradient of the output, for each query and head m and its points k (`rule_backward.py` has the rest):
+
+    d[k, c]                  = g[m] . value[row of corner c of k, m]
+    grad_value[row of c, m] += weight[k] * weight[c] * g[m]         for each corner inside the map
+
+As in the forward there are two kernels that compute the same: `backward_queries_kernel` walks over the points
+of a block of queries, `backward_points_kernel` takes all points of a few queries at once. Both read the rows of
+each point once.
+
+The gradient of the value is either added up by atomic operations (GRAD_VALUE = "atomic"), or each point leaves
+a key, which stands for its cell, and a record with its weight and fractions, for the kernels that add up in an
+order that is always the same ("sorted", `ordered_sum.py`).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
-from saccade.argument_key import remember
-from saccade.arguments import Call, FusedCall
-from saccade.backends.triton import tuning
-from saccade.backends.triton.gradient_kernels import differentiate_queries
-from saccade.backends.triton.launch import (
-    Launch,
-    Prepared,
-    beginning_with_a_word,
-    constants_of,
-    device_of,
-    key_of_call,
-    launches_of,
-    options_of_launch,
-    points_of,
-    ready,
-    sizes_of,
-    understood,
-    what_forms_go_by,
+from saccade.backends.triton import plan, tuning
+from saccade.backends.triton.forward import (
+    SCALARS,
+    compute_dtype,
+    find_block,
+    find_inputs,
+    first_channel,
+    head_rows,
+    load_words,
 )
-from saccade.backends.triton.points_reversed import fields_of_record, sum_references
-from saccade.backends.triton.sorting import SumInOrder, cells_with_margins, workspace
+from saccade.backends.triton.ordered_sum import OrderedSum, num_margin_cells, workspace_bytes
+from saccade.backends.triton.plan import (
+    Kernel,
+    MapGroup,
+    ReferenceConstants,
+    align_to_words,
+    as_current_device,
+    call_tensors,
+    encode_sizes,
+    group_maps,
+    make_constants,
+    make_readable,
+    num_queries_of_maps,
+)
+from saccade.backends.triton.rule import (
+    find_corner,
+    find_point,
+    find_points,
+    find_softmax_terms,
+    level_start,
+    lower_row,
+    num_cells,
+    select_constant,
+)
+from saccade.backends.triton.rule_backward import (
+    first_key_of_head,
+    offset_gradients,
+    point_gradients,
+    record_fields,
+    softmax_backward,
+    store_coordinates,
+    store_record,
+    sum_references_kernel,
+)
 from saccade.backends.triton.tuning import Form
+from saccade.call import Call
+from saccade.ops.schema import Arguments
 
-# Bytes of workspace. Maps are worked on together up to so many; a single map that takes more is summed up in
-# order only where that is asked for.
-MOST_WORKSPACE = 3 * 2**27
+
+class Gradients(NamedTuple):
+    """Where the results of a program's queries begin."""
+
+    points: Any
+    weights: Any
+    attention_weights: Any
+    locations: Any
+    keys: Any
+    records: Any
+
+
+class Rows(NamedTuple):
+    """Where the rows of a program's head begin; those of `grad_output` are one per query."""
+
+    value: Any
+    grad_value: Any
+    grad_output: Any
+
+
+@triton.jit
+def _find_gradients(grad_points, grad_weights, grad_attention_weights, grad_locations, keys,
+                    records, block, C: tl.constexpr):  # fmt: skip
+    """The `Gradients` of the block's queries."""
+    SPATIAL_DIMS: tl.constexpr = C.SPATIAL_DIMS
+    first_point = block.pair * C.NUM_POINTS
+    return Gradients(
+        grad_points + first_point * SPATIAL_DIMS,
+        grad_weights + first_point,
+        grad_attention_weights + first_point,
+        grad_locations + first_point * SPATIAL_DIMS,
+        keys + first_point,
+        records + first_point * record_fields(SPATIAL_DIMS),
+    )
+
+
+@triton.jit
+def _find_rows(value, grad_value, grad_output, block, num_positions, C: tl.constexpr):
+    """The `Rows` of the block's head."""
+    WORDS: tl.constexpr = C.HEAD_WORDS
+    HEAD_DIM: tl.constexpr = C.HEAD_DIM
+    VALUE_HEADS: tl.constexpr = C.VALUE_HEADS
+    NUM_HEADS: tl.constexpr = C.NUM_HEADS
+    PACKED_BF16: tl.constexpr = C.PACKED_BF16
+    return Rows(
+        head_rows(value, block.map_index, block.head, num_positions, VALUE_HEADS * WORDS, WORDS,
+                  PACKED_BF16),
+        head_rows(grad_value, block.map_index, block.head, num_positions, VALUE_HEADS * HEAD_DIM,
+                  HEAD_DIM, False),
+        head_rows(grad_output, block.query, block.head, 1, NUM_HEADS * WORDS, WORDS, PACKED_BF16),
+    )  # fmt: skip
+
+
+@triton.jit
+def _corner_products(sums, rows, grad_rows, grad, first_word, channels, found, MASKED: tl.constexpr,
+                     WHOLE: tl.constexpr, C: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
+    """Adds to `sums`, a tuple of [..., BLOCK_CHANNELS] per corner, the products of `grad` and the row at
+    the corner; with WHOLE rows the result is their sum over the channels [...], which leaves registers to
+    the next corner.
+
+    `grad` is the gradient of the output at `channels`, as `load_words`. Where GRAD_VALUE is "atomic" it is
+    also added, weighted, to the rows of `grad_rows`. A corner outside is neither read nor written.
+    """
+    NUM_CORNERS: tl.constexpr = C.NUM_CORNERS
+    PACKED_BF16: tl.constexpr = C.PACKED_BF16
+    HEAD_WORDS: tl.constexpr = C.HEAD_WORDS
+    ROW: tl.constexpr = C.VALUE_HEADS * C.HEAD_WORDS
+    GRAD_ROW: tl.constexpr = C.VALUE_HEADS * C.HEAD_DIM
+    row = lower_row(found.cells, C)  # [...]
+    first = rows + (row * ROW + first_word)  # [...]
+    first_element = 2 * first_word if PACKED_BF16 else first_word
+    grad_first = grad_rows + (row * GRAD_ROW + first_element)  # [...]
+    products = ()
+    for index in tl.static_range(NUM_CORNERS):
+        corner = find_corner(first, found.cells, index, ROW, C)
+        inside = tl.expand_dims(corner.inside, -1)  # [..., 1]
+        if C.GRAD_POINTS or C.GRAD_WEIGHTS or C.GRAD_LOCATIONS:
+            mask = inside
+            if MASKED:
+                mask = mask & (tl.expand_dims(first_word, -1) + channels < HEAD_WORDS)
+            elements = load_words(
+                tl.expand_dims(corner.address, -1) + channels, mask, PACKED_BF16, dtype
+            )  # of [..., BLOCK_CHANNELS]
+            if WHOLE:
+                product = grad[0] * elements[0]
+            else:
+                product = tl.fma(grad[0], elements[0], sums[index])
+            if PACKED_BF16:
+                product = tl.fma(grad[1], elements[1], product)
+            if WHOLE:
+                product = tl.sum(product, len(product.shape) - 1)  # [...]
+            products = products + (product,)
+        if C.GRAD_VALUE == "atomic":
+            corner = find_corner(grad_first, found.cells, index, GRAD_ROW, C)
+            amount = corner.weight * found.weight if NUM_CORNERS > 1 else found.weight  # [...]
+            amount = tl.expand_dims(amount, -1)
+            if PACKED_BF16:
+                amounts = tl.interleave(amount * grad[0], amount * grad[1])
+                elements_of_row = tl.arange(0, 2 * channels.shape[0])
+            else:
+                amounts = amount * grad[0]  # [..., BLOCK_CHANNELS]
+                elements_of_row = channels
+            mask = inside
+            if MASKED:
+                mask = mask & (tl.expand_dims(first_element, -1) + elements_of_row < C.HEAD_DIM)
+            address = tl.expand_dims(corner.address, -1) + elements_of_row
+            tl.atomic_add(address, amounts, mask=mask, sem="relaxed")
+    return products
+
+
+@triton.jit(do_not_specialize=(*SCALARS, "num_keys"))
+def backward_queries_kernel(
+    grad_value,  # as value, or float32 or float64 for atomic additions
+    grad_points,  # as points
+    grad_weights,  # as weights
+    grad_attention_weights,  # as weights; with softmax, the gradient of its output
+    grad_locations,  # as points, float32 or float64
+    keys,  # [B, Q, NUM_HEADS, NUM_POINTS]
+    records,  # [B, Q, NUM_HEADS, NUM_POINTS, record_fields]
+    grad_output,  # [B, Q, NUM_HEADS * HEAD_DIM]
+    value, points, weights, reference_points,  # as of `forward_queries_kernel`
+    sizes, num_queries, num_blocks, num_positions, first_map, first_query, num_keys,
+    C: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_QUERIES queries of one head, point after point; rows in NUM_CHANNEL_BLOCKS blocks of
+    BLOCK_CHANNELS words, wider rows slice after slice.
+    """
+    dtype: tl.constexpr = compute_dtype(value.dtype.element_ty)
+    DOTS: tl.constexpr = C.GRAD_POINTS or C.GRAD_WEIGHTS or C.GRAD_LOCATIONS
+    NUM_CORNERS: tl.constexpr = C.NUM_CORNERS
+    HEAD_WORDS: tl.constexpr = C.HEAD_WORDS
+    PACKED_BF16: tl.constexpr = C.PACKED_BF16
+    BLOCK_QUERIES: tl.constexpr = C.BLOCK_QUERIES
+    BLOCK_CHANNELS: tl.constexpr = C.BLOCK_CHANNELS
+    NUM_CHANNEL_BLOCKS: tl.constexpr = C.NUM_CHANNEL_BLOCKS
+    NUM_SLICES: tl.constexpr = C.NUM_SLICES
+    POINTS_PER_STEP: tl.constexpr = C.POINTS_PER_STEP
+    LEVEL_POINTS: tl.constexpr = C.LEVEL_POINTS
+    SLICE: tl.constexpr = NUM_CHANNEL_BLOCKS * BLOCK_CHANNELS
+    block = find_block(num_queries, num_blocks, first_map, first_query, 1, C)
+    inputs = find_inputs(points, weights, reference_points, sizes, block, C)
+    gradients = _find_gradients(
+        grad_points, grad_weights, grad_attention_weights, grad_locations, keys, records, block, C
+    )
+    all_rows = _find_rows(value, grad_value, grad_output, block, num_positions, C)
+    rows, grad_rows = all_rows.value, all_rows.grad_value
+    first_key = tl.full((), 0, tl.int64)
+    if C.GRAD_VALUE == "sorted":
+        first_key = first_key_of_head(block.map_index, block.head, sizes, C)
+
+    softmax = ()
+    if C.SOFTMAX:
+        softmax = find_softmax_terms(
+            inputs.weights, block.queries * C.NUM_HEADS * C.NUM_POINTS, block.in_range, C, dtype
+        )
+    channels = tl.arange(0, BLOCK_CHANNELS)  # [BLOCK_CHANNELS]
+    in_range = tl.expand_dims(block.in_range, -1)  # [BLOCK_QUERIES, 1]
+    output_row = all_rows.grad_output + block.queries * (C.NUM_HEADS * C.HEAD_WORDS)
+    grad_blocks = ()  # as `load_words`, of [BLOCK_QUERIES, BLOCK_CHANNELS]
+    if NUM_SLICES == 1:
+        for channel_block in tl.static_range(NUM_CHANNEL_BLOCKS):
+            first = first_channel(block.queries, channel_block, C)  # [BLOCK_QUERIES]
+            mask = in_range & (tl.expand_dims(first, -1) + channels < HEAD_WORDS)
+            address = tl.expand_dims(output_row + first, -1) + channels
+            grad_blocks = grad_blocks + (load_words(address, mask, PACKED_BF16, dtype),)
+    first_point = 0
+    for level in range(C.NUM_LEVELS):
+        points_of_level = select_constant(LEVEL_POINTS, level)
+        for step in range(0, points_of_level, POINTS_PER_STEP):
+            for point in tl.static_range(POINTS_PER_STEP):
+                found = find_point(
+                    inputs, block.queries, block.in_range, first_point + step + point, level,
+                    points_of_level, softmax, C, dtype
+                )  # fmt: skip
+                products = ()  # of [BLOCK_QUERIES, BLOCK_CHANNELS]
+                for _corner in tl.static_range(NUM_CORNERS):
+                    products = products + (tl.zeros((BLOCK_QUERIES, BLOCK_CHANNELS), dtype),)
+                for channel_slice in range(NUM_SLICES):
+                    for channel_block in tl.static_range(NUM_CHANNEL_BLOCKS):
+                        first = first_channel(block.queries, channel_block, C)
+                        if NUM_SLICES == 1:
+                            grad = grad_blocks[channel_block]
+                        else:
+                            first += channel_slice * SLICE
+                            mask = in_range & (tl.expand_dims(first, -1) + channels < HEAD_WORDS)
+                            address = tl.expand_dims(output_row + first, -1) + channels
+                            grad = load_words(address, mask, PACKED_BF16, dtype)
+                        if DOTS or C.GRAD_VALUE == "atomic":
+                            added = _corner_products(
+                                products, rows, grad_rows, grad, first, channels, found,
+                                NUM_SLICES * SLICE > HEAD_WORDS, False, C, dtype
+                            )  # fmt: skip
+                            if DOTS:
+                                products = added
+                if DOTS:
+                    dots = ()  # of [BLOCK_QUERIES]
+                    for corner in tl.static_range(NUM_CORNERS):
+                        dots = dots + (tl.sum(products[corner], 1),)
+                    grad_weight, grad_location = point_gradients(dots, found.cells, found.weight, C)
+                    if C.GRAD_WEIGHTS:
+                        target = gradients.attention_weights + found.offset
+                        grad_weight = grad_weight.to(grad_attention_weights.dtype.element_ty)
+                        tl.store(target, grad_weight, mask=found.in_range)
+                    if C.GRAD_LOCATIONS:
+                        store_coordinates(gradients.locations, grad_location, found, C)
+                    if C.GRAD_POINTS:
+                        if C.REFERENCE != "none":
+                            grad_location = offset_gradients(grad_location, found.steps)
+                        store_coordinates(gradients.points, grad_location, found, C)
+                if C.GRAD_VALUE == "sorted":
+                    store_record(gradients.keys, gradients.records, found, first_key, num_keys, C)
+        first_point += points_of_level
+        positions = num_cells(sizes, level, 0, C)
+        rows += positions * C.VALUE_HEADS * C.HEAD_WORDS
+        grad_rows += positions * C.VALUE_HEADS * C.HEAD_DIM
+        first_key += num_cells(sizes, level, 1, C)
+
+    if C.SOFTMAX and C.GRAD_WEIGHTS:
+        # Threads read here what other threads of this program have stored.
+        tl.debug_barrier()
+        softmax_backward(
+            gradients.weights, gradients.attention_weights, inputs.weights,
+            block.queries * C.NUM_HEADS * C.NUM_POINTS, block.in_range, softmax, C, dtype
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=(*SCALARS, "num_keys"))
+def backward_points_kernel(
+    # as of `backward_queries_kernel`
+    grad_value, grad_points, grad_weights, grad_attention_weights, grad_locations, keys, records,
+    grad_output, value, points, weights, reference_points,
+    sizes, num_queries, num_blocks, num_positions, first_map, first_query, num_keys,
+    C: tl.constexpr,
+):  # fmt: skip
+    """All points of BLOCK_QUERIES queries of one head at once; BLOCK_POINTS holds them, a power of two."""
+    dtype: tl.constexpr = compute_dtype(value.dtype.element_ty)
+    DOTS: tl.constexpr = C.GRAD_POINTS or C.GRAD_WEIGHTS or C.GRAD_LOCATIONS
+    HEAD_WORDS: tl.constexpr = C.HEAD_WORDS
+    PACKED_BF16: tl.constexpr = C.PACKED_BF16
+    BLOCK_CHANNELS: tl.constexpr = C.BLOCK_CHANNELS
+    BLOCK_POINTS: tl.constexpr = C.BLOCK_POINTS
+    block = find_block(num_queries, num_blocks, first_map, first_query, 1, C)
+    inputs = find_inputs(points, weights, reference_points, sizes, block, C)
+    gradients = _find_gradients(
+        grad_points, grad_weights, grad_attention_weights, grad_locations, keys, records, block, C
+    )
+    rows = _find_rows(value, grad_value, grad_output, block, num_positions, C)
+    found = find_points(inputs, block.queries, block.in_range, C, dtype)
+
+    if DOTS or C.GRAD_VALUE == "atomic":
+        channels = tl.arange(0, BLOCK_CHANNELS)  # [BLOCK_CHANNELS]
+        output_row = tl.expand_dims(
+            tl.expand_dims(rows.grad_output + block.queries * (C.NUM_HEADS * C.HEAD_WORDS), -1), -1
+        )  # [BLOCK_QUERIES, 1, 1]
+        mask = tl.expand_dims(tl.expand_dims(block.in_range, -1), -1) & (channels < HEAD_WORDS)
+        grad = load_words(output_row + channels, mask, PACKED_BF16, dtype)
+        first_row = level_start(sizes, found.level, 0, C)  # [BLOCK_POINTS]
+        dots = _corner_products(
+            (), rows.value + first_row * (C.VALUE_HEADS * C.HEAD_WORDS),
+            rows.grad_value + first_row * (C.VALUE_HEADS * C.HEAD_DIM), grad,
+            tl.zeros((BLOCK_POINTS,), tl.int32), channels, found, BLOCK_CHANNELS > HEAD_WORDS,
+            True, C, dtype
+        )  # of [BLOCK_QUERIES, BLOCK_POINTS]  # fmt: skip
+    if DOTS:
+        grad_weight, grad_location = point_gradients(dots, found.cells, found.weight, C)
+        if C.GRAD_LOCATIONS:
+            store_coordinates(gradients.locations, grad_location, found, C)
+        if C.GRAD_POINTS:
+            if C.REFERENCE != "none":
+                grad_location = offset_gradients(grad_location, found.steps)
+            store_coordinates(gradients.points, grad_location, found, C)
+        if C.GRAD_WEIGHTS:
+            if C.SOFTMAX:
+                contribution = found.weight * grad_weight  # [BLOCK_QUERIES, BLOCK_POINTS]
+                total = tl.expand_dims(tl.sum(contribution, 1), 1)  # [BLOCK_QUERIES, 1]
+                grad_weight = contribution - found.weight * total
+            grad_weight = grad_weight.to(grad_weights.dtype.element_ty)
+            tl.store(gradients.weights + found.offset, grad_weight, mask=found.in_range)
+    if C.GRAD_VALUE == "sorted":
+        first_key = first_key_of_head(block.map_index, block.head, sizes, C)
+        first_key = first_key + level_start(sizes, found.level, 1, C)  # [BLOCK_POINTS]
+        store_record(gradients.keys, gradients.records, found, first_key, num_keys, C)
+
+
+KERNELS = {"queries": backward_queries_kernel, "points": backward_points_kernel}
+
 # Of the kernel that sums up the gradients of reference points.
-QUERIES_OF_REFERENCES = 32
-MOST_POINTS_OF_REFERENCES = 16
-
-
-class Group(NamedTuple):
-    """Maps that are worked on together, with their queries among those of all maps."""
-
-    maps: slice
-    queries: slice
-    launches: list[Launch]
-    """Counted from the first map and the first query of the group."""
+REFERENCE_BLOCK_QUERIES = 32
+REFERENCE_MAX_BLOCK_POINTS = 16
 
 
 class Wanted(NamedTuple):
-    """Which gradients a call is asked for."""
+    """The operator's `output_mask`: whether each gradient is wanted."""
 
     value: bool
-    references: bool
     points: bool
     weights: bool
+    reference_points: bool
 
 
-class GradientPlan(NamedTuple):
-    """What is found out from sizes, dtypes and options: everything but the tensors."""
+class BackwardPlan(NamedTuple):
+    """How gradients are computed: everything that follows from sizes, dtypes, device and options."""
 
-    prepared: Prepared
-    groups: list[Group]
+    kernel: Kernel
+    groups: list[MapGroup]
     sizes: tuple[int, ...]
     num_positions: int
     wanted: Wanted
-    fused: bool
     compute_dtype: torch.dtype
-    in_order: SumInOrder | None
-    """How the gradient of the value is summed up, where not by atomic additions."""
-    of_references: Prepared | None
+    has_attention_weight_buffer: bool
+    """Whether the gradient of the softmax's output is stored before that of the logits."""
+    ordered_sum: OrderedSum | None
+    """How the gradient of the value is summed up, unless by atomic additions."""
+    sum_references: Kernel | None
+
+    def run(self, grad_output: Tensor, call: Call) -> tuple[Tensor, ...]:
+        """The gradients of value, points, weights and reference_points; empty where not wanted."""
+        value, points, weights, reference_points = call_tensors(call)
+        (grad_output,) = make_readable((grad_output,))
+        if self.kernel.constants.PACKED_BF16:
+            grad_output, value = align_to_words(grad_output), align_to_words(value)
+        wanted, dtype = self.wanted, self.compute_dtype
+        unused = grad_output  # in the place of what a kernel does not touch
+        grad_value = grad_points = grad_weights = grad_attention_weights = grad_locations = unused
+        if wanted.value and self.ordered_sum is None:
+            # Summed up in 32 bits at least, whatever the value's dtype.
+            grad_value = torch.zeros_like(value, dtype=dtype)
+        elif wanted.value:
+            grad_value = torch.empty_like(value)
+        if wanted.points:
+            grad_points = torch.empty_like(points)
+        if wanted.weights:
+            grad_weights = grad_attention_weights = torch.empty_like(weights)
+            if self.has_attention_weight_buffer:
+                grad_attention_weights = torch.empty_like(weights, dtype=dtype)
+        if wanted.reference_points:
+            grad_locations = torch.empty_like(points, dtype=dtype)
+        tensors = (
+            *(grad_points, grad_weights, grad_attention_weights, grad_locations, grad_output),
+            *(points, weights, reference_points),
+        )
+        with as_current_device(value):
+            for group in self.groups:
+                if len(self.groups) == 1:
+                    self._run_group(group, grad_value, value, tensors)
+                    break
+                self._run_group(
+                    group,
+                    grad_value[group.maps] if wanted.value else unused,
+                    value[group.maps],
+                    [tensor.flatten(0, 1)[group.queries] for tensor in tensors],
+                )
+            grad_references = points.new_empty(0)
+            if self.sum_references is not None:
+                grad_references = torch.empty_like(reference_points)
+                num_queries = math.prod(points.shape[:2])
+                constants = self.sum_references.constants
+                num_blocks = -(-num_queries // constants.BLOCK_QUERIES)
+                self.sum_references.start(
+                    num_blocks * constants.NUM_REFERENCES,
+                    (grad_references, grad_locations, points),
+                    None,
+                    (num_queries,),
+                )
+        return (
+            grad_value.to(value.dtype) if wanted.value else value.new_empty(0),
+            grad_points if wanted.points else points.new_empty(0),
+            grad_weights if wanted.weights else weights.new_empty(0),
+            grad_references,
+        )
+
+    def _run_group(
+        self, group: MapGroup, grad_value: Tensor, value: Tensor, tensors: Sequence[Tensor]
+    ) -> None:
+        *gradients, grad_output, points, weights, reference_points = tensors
+        keys = records = grad_output
+        num_keys = 0
+        if self.ordered_sum is not None:
+            num_keys = self.ordered_sum.num_keys(grad_value)
+            keys = grad_output.new_empty(weights.numel(), dtype=self.ordered_sum.key_dtype)
+            fields = record_fields(points.shape[-1])
+            records = grad_output.new_empty((weights.numel(), fields), dtype=self.compute_dtype)
+        for launch in group.launches:
+            self.kernel.start(
+                launch.num_programs,
+                (
+                    *(grad_value, *gradients, keys, records),
+                    *(grad_output, value, points, weights, reference_points),
+                ),
+                self.sizes,
+                (*launch.scalars(self.num_positions), num_keys),
+            )
+        if self.ordered_sum is not None:
+            self.ordered_sum.run(grad_value, grad_output, keys, records, self.sizes)
 
 
-_remembered: dict[Hashable, GradientPlan] = {}
-
-
-def differentiate(grad_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """`saccade::deformable_attention_backward` on a GPU; the arguments are those of the operator."""
-    value, shapes, locations, weights, *options, output_mask = arguments
-    mask = Wanted(output_mask[0], False, *output_mask[1:])
-    key = _key(grad_output, (value, locations, weights), shapes, options, mask)
-    found = _remembered.get(key)
-    if found is None:
-        call = understood(value, shapes, (locations, weights), options)
-        found = remember(_remembered, key, gradient_plan(call, mask, grad_output))
-    grad_value, _, grad_locations, grad_weights = run(
-        found, grad_output, value, locations, weights, weights
-    )
-    return grad_value, grad_locations, grad_weights
-
-
-def differentiate_fused(grad_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """`saccade::fused_deformable_attention_backward` on a GPU; the arguments are those of the operator."""
-    value, shapes, references, offsets, logits, index, *options, output_mask = arguments
-    mask = Wanted(*output_mask)
-    tensors = (value, references, offsets, logits)
-    key = _key(grad_output, tensors, shapes, [index, *options], mask)
-    found = _remembered.get(key)
-    if found is None:
-        call = understood(value, shapes, (references, offsets, logits), options, index)
-        found = remember(_remembered, key, gradient_plan(call, mask, grad_output))
-    return run(found, grad_output, value, offsets, logits, references)
-
-
-def _key(
-    grad_output: Tensor,
-    tensors: Sequence[Tensor],
-    shapes: Sequence[int],
-    options: Sequence[Any],
-    wanted: Wanted,
-) -> Hashable:
-    in_order = torch.are_deterministic_algorithms_enabled()
-    return (key_of_call((grad_output, *tensors), shapes, options), wanted, in_order)
-
-
-def gradient_plan(
-    call: Call | FusedCall,
-    wanted: Wanted,
-    grad_output: Tensor,
+def backward_plan(
+    call: Call,
+    output_mask: Sequence[bool],
     form: Form | None = None,
     *,
-    in_order: bool | None = None,
-) -> GradientPlan:
-    """How the gradients of a call are computed; by the table, unless a form is given."""
-    value = call.value
-    num_positions, head_dim = value.shape[1], value.shape[3]
-    *looks, num_points, _axes = points_of(call).shape
-    _check_grad_output(grad_output, value, (*looks[:2], looks[2] * head_dim))
+    ordered: bool | None = None,
+) -> BackwardPlan:
+    """The plan of a call's gradients; by the tuning table, unless a form is given.
+
+    `ordered` says whether the gradient of the value is summed up in a fixed order; None, by the table.
+    Under `torch.use_deterministic_algorithms` it always is.
+    """
+    value, options = call.value, call.options
+    *pairs, num_points, spatial_dims = call.points.shape
     if form is None:
-        form = tuning.choose("differentiate", *what_forms_go_by(call))
-    of_maps = _workspace_of_maps(call)
-    if in_order is None:
-        cells = value.shape[0] * value.shape[2] * cells_with_margins(call.spatial_shapes)
-        in_order = (
-            tuning.sums_in_order(math.prod(looks) * num_points, cells)
-            and max(of_maps, default=0) <= MOST_WORKSPACE
+        form = tuning.choose_for_call("backward", call)
+    constants = make_constants(call, form)
+    num_queries = num_queries_of_maps(call)
+    map_cells = value.shape[2] * num_margin_cells(options.spatial_shapes)
+    workspaces = [
+        workspace_bytes(
+            count * pairs[2] * num_points,
+            map_cells,
+            constants.NUM_CORNERS,
+            value.shape[3],
+            spatial_dims,
+            max(value.element_size(), 4),
         )
-    in_order = wanted.value and (in_order or torch.are_deterministic_algorithms_enabled())
-    fused = isinstance(call, FusedCall)
-    shared = constants_of(call, form)
-    constants = {
-        **shared,
-        "VALUE_GRADIENT": "sort" if in_order else "add" if wanted.value else "no",
-        "GRAD_POINTS": wanted.points,
-        "GRAD_WEIGHTS": wanted.weights,
-        "GRAD_LOCATIONS": wanted.references,
-    }
-    of_references = None
-    if wanted.references:
-        of_references = _prepared_for_references(cast(FusedCall, call), shared)
-    groups = _groups(call, form.queries, of_maps if in_order else [0] * len(of_maps))
-    summed = None
-    if in_order:
-        most_maps = max((group.maps.stop - group.maps.start for group in groups), default=0)
-        summed = SumInOrder.of(shared, call.spatial_shapes, most_maps)
-    return GradientPlan(
-        Prepared(form.kernel, constants, {}),
+        for count in num_queries
+    ]
+    if ordered is None:
+        ordered = (
+            tuning.prefers_ordered_sum(math.prod(pairs) * num_points, value.shape[0] * map_cells)
+            and max(workspaces, default=0) <= plan.MAX_WORKSPACE_BYTES
+        )
+    wanted = Wanted(*output_mask)
+    ordered = wanted.value and (ordered or torch.are_deterministic_algorithms_enabled())
+    constants = constants._replace(
+        GRAD_VALUE="sorted" if ordered else "atomic" if wanted.value else "none",
+        GRAD_POINTS=wanted.points,
+        GRAD_WEIGHTS=wanted.weights,
+        GRAD_LOCATIONS=wanted.reference_points,
+    )
+    groups = group_maps(call, form.queries, workspaces if ordered else [0] * len(workspaces))
+    ordered_sum = None
+    if ordered:
+        max_maps = max((group.maps.stop - group.maps.start for group in groups), default=0)
+        ordered_sum = OrderedSum.make(constants, options.spatial_shapes, max_maps)
+    sum_references = None
+    if wanted.reference_points:
+        sum_references = Kernel(
+            sum_references_kernel,
+            ReferenceConstants(
+                constants.REFERENCE,
+                constants.REFERENCE_INDEX,
+                constants.NUM_REFERENCES,
+                constants.SPATIAL_DIMS,
+                constants.NUM_HEADS,
+                constants.NUM_POINTS,
+                constants.POINTS_OF_LEVEL,
+                REFERENCE_BLOCK_QUERIES,
+                min(triton.next_power_of_2(num_points), REFERENCE_MAX_BLOCK_POINTS),
+            ),
+        )
+    return BackwardPlan(
+        Kernel(KERNELS[form.kernel], constants, form.warps),
         groups,
-        sizes_of(call),
-        num_positions,
+        encode_sizes(options.spatial_shapes),
+        value.shape[1],
         wanted,
-        fused,
         torch.float64 if value.dtype == torch.float64 else torch.float32,
-        summed,
-        of_references,
+        options.softmax and form.kernel == "queries",
+        ordered_sum,
+        sum_references,
     )
 
 
-def _check_grad_output(grad_output: Tensor, value: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(grad_output.shape) != shape:
-        raise ValueError(f"grad_output: expected {list(shape)}, got {list(grad_output.shape)}")
+def _check_grad_output(grad_output: Tensor, call: Call) -> None:
+    value = call.value
+    shape = [*call.points.shape[:2], call.points.shape[2] * value.shape[3]]
+    if list(grad_output.shape) != shape:
+        raise ValueError(f"grad_output: expected {shape}, got {list(grad_output.shape)}")
     if grad_output.dtype != value.dtype:
         raise ValueError(
             f"grad_output: expected the dtype of value, {value.dtype}, got {grad_output.dtype}"
@@ -182,154 +561,14 @@ def _check_grad_output(grad_output: Tensor, value: Tensor, shape: tuple[int, ...
         )
 
 
-def _workspace_of_maps(call: Call | FusedCall) -> list[int]:
-    """Bytes for each map, if its gradient is summed up in order."""
-    _, _, value_heads, head_dim = call.value.shape
-    *_, num_heads, num_points, axes = points_of(call).shape
-    cells = value_heads * cells_with_margins(call.spatial_shapes)
-    corners = 2**axes if call.interpolation == "linear" else 1
-    number_bytes = max(call.value.element_size(), 4)
-    return [
-        workspace(count * num_heads * num_points, cells, corners, head_dim, axes, number_bytes)
-        for count in _queries_of_maps(call)
-    ]
-
-
-def _queries_of_maps(call: Call | FusedCall) -> list[int]:
-    if call.queries_per_map is not None:
-        return call.queries_per_map
-    return [points_of(call).shape[1]] * call.value.shape[0]
-
-
-def _groups(call: Call | FusedCall, block: int, of_maps: Sequence[int]) -> list[Group]:
-    """The maps in groups whose workspaces, as listed for each map, are small together."""
-    batch_size = call.value.shape[0]
-    _, num_queries, num_heads, _, _ = points_of(call).shape
-    per_map, counts = call.queries_per_map, _queries_of_maps(call)
-    groups, first_map, first_query = [], 0, 0
-    while first_map < batch_size:
-        last_map, total = first_map + 1, of_maps[first_map]
-        while last_map < batch_size and total + of_maps[last_map] <= MOST_WORKSPACE:
-            total += of_maps[last_map]
-            last_map += 1
-        maps = slice(first_map, last_map)
-        last_query = first_query + sum(counts[maps])
-        launches = launches_of(
-            last_map - first_map, num_queries, num_heads, block, per_map and per_map[maps]
-        )
-        groups.append(Group(maps, slice(first_query, last_query), launches))
-        first_map, first_query = last_map, last_query
-    return groups
-
-
-def _prepared_for_references(call: FusedCall, shared: dict[str, Any]) -> Prepared:
-    points_of_point = [count for count in call.num_points for _ in range(count)]
-    names = ("KIND", "REFERENCE_INDEX", "NUM_REFERENCES", "POINTS", "HEADS", "AXES")
-    constants = {
-        **{name: shared[name] for name in names},
-        "POINTS_OF_POINT": tuple(points_of_point),
-        "QUERIES": QUERIES_OF_REFERENCES,
-        "BLOCK": min(triton.next_power_of_2(len(points_of_point)), MOST_POINTS_OF_REFERENCES),
-        **options_of_launch(4),
-    }
-    return Prepared(sum_references, constants, {})
-
-
-def run(
-    plan: GradientPlan,
-    grad_output: Tensor,
-    value: Tensor,
-    points: Tensor,
-    weights: Tensor,
-    references: Tensor,
-) -> tuple[Tensor, ...]:
-    """The gradients of value, references, points and weights; an empty tensor for those not wanted.
-
-    `references` may be any tensor where there are none.
-    """
-    grad_output, value, points, weights, references = ready(
-        (grad_output, value, points, weights, references)
-    )
-    if plan.prepared.constants["PAIRS"]:
-        grad_output, value = beginning_with_a_word(grad_output), beginning_with_a_word(value)
-    wanted, dtype = plan.wanted, plan.compute_dtype
-    unused = grad_output  # in the place of what a kernel does not touch
-    grad_value = grad_points = grad_weights = before_softmax = grad_locations = unused
-    if wanted.value and plan.in_order is None:
-        # Summed up in 32 bits, whatever the value's dtype.
-        grad_value = torch.zeros_like(value, dtype=dtype)
-    elif wanted.value:
-        grad_value = torch.empty_like(value)
-    if wanted.points:
-        grad_points = torch.empty_like(points)
-    if wanted.weights:
-        grad_weights = before_softmax = torch.empty_like(weights)
-        if plan.fused and plan.prepared.kernel is differentiate_queries:
-            # Of the weights that logits stand for.
-            before_softmax = torch.empty_like(weights, dtype=dtype)
-    if wanted.references:
-        grad_locations = torch.empty_like(points, dtype=dtype)
-    tensors = (
-        *(grad_points, before_softmax, grad_weights, grad_locations, grad_output),
-        *(points, weights, references),
-    )
-    with device_of(value):
-        for group in plan.groups:
-            if len(plan.groups) == 1:
-                _run_group(plan, group, grad_value, value, tensors)
-                break
-            _run_group(
-                plan,
-                group,
-                grad_value[group.maps] if wanted.value else unused,
-                value[group.maps],
-                [tensor.flatten(0, 1)[group.queries] for tensor in tensors],
-            )
-        grad_references = references.new_empty(0)
-        if plan.of_references is not None:
-            grad_references = torch.empty_like(references)
-            _sum_references(plan.of_references, grad_references, grad_locations, points)
-    return (
-        grad_value.to(value.dtype) if wanted.value else value.new_empty(0),
-        grad_references,
-        grad_points if wanted.points else points.new_empty(0),
-        grad_weights if wanted.weights else weights.new_empty(0),
-    )
-
-
-def _run_group(
-    plan: GradientPlan,
-    group: Group,
-    grad_value: Tensor,
-    value: Tensor,
-    tensors: Sequence[Tensor],
-) -> None:
-    *gradients, grad_output, points, weights, references = tensors
-    keys = records = grad_output
-    num_keys = 0
-    if plan.in_order is not None:
-        num_keys = plan.in_order.num_keys(grad_value)
-        keys = grad_output.new_empty(weights.numel(), dtype=plan.in_order.dtype_of_keys)
-        fields = fields_of_record(points.shape[-1])
-        records = grad_output.new_empty((weights.numel(), fields), dtype=plan.compute_dtype)
-    for programs, *numbers_of_queries, first_map, first_query in group.launches:
-        plan.prepared.start(
-            programs,
-            (
-                *(grad_value, *gradients, keys, records),
-                *(grad_output, value, points, weights, references),
-            ),
-            (plan.sizes,),
-            (*numbers_of_queries, plan.num_positions, first_map, first_query, num_keys),
-        )
-    if plan.in_order is not None:
-        plan.in_order.run(grad_value, grad_output, keys, records, plan.sizes)
-
-
-def _sum_references(
-    prepared: Prepared, grad_references: Tensor, grad_locations: Tensor, offsets: Tensor
-) -> None:
-    num_queries = grad_references.shape[0] * grad_references.shape[1]
-    blocks = -(-num_queries // prepared.constants["QUERIES"])
-    tensors = (grad_references, grad_locations, offsets)
-    prepared.start(blocks * prepared.constants["NUM_REFERENCES"], tensors, (), (num_queries,))
+def backward(grad_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """`saccade::deformable_attention_backward` on a GPU; the arguments are those of the operator."""
+    *call_arguments, output_mask = arguments
+    call = Arguments(*call_arguments).checked_call()
+    _check_grad_output(grad_output, call)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    key = ("triton backward", *output_mask, deterministic)
+    planned: BackwardPlan | None = call.plans.get(key)
+    if planned is None:
+        planned = call.plans[key] = backward_plan(call, output_mask)
+    return planned.run(grad_output, call)

@@ -1,7 +1,7 @@
-"""Reading files of weights without running anything that they contain.
+"""Reads files of weights without running anything that they contain.
 
-A pickle is a program: whoever opens one with `pickle.load` runs it. Here torch's own restricted reader
-opens what `torch.save` wrote, and `pickles` opens arrays.
+A pickle is a program, which `pickle.load` runs. Here torch's own restricted reader opens files of
+`torch.save`, and `pickles` opens arrays.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from saccade.integrations.checkpoints.entries import (
+from saccade.integrations.checkpoints.geometry import select_settings
+from saccade.integrations.checkpoints.pickles import ArrayReader, RefusedError, to_tensors
+from saccade.integrations.checkpoints.state_dict_parts import (
     FIRST,
     Checkpoint,
     attention_prefixes,
-    own_entries,
+    get_entries,
 )
-from saccade.integrations.checkpoints.geometry import plain_settings
-from saccade.integrations.checkpoints.pickles import ArrayReader, RefusedError, as_tensors
 
-# The first bytes of what torch.save wrote before it wrote zip archives: this number, pickled.
+# Before torch.save wrote zip archives, its files began with this number, pickled.
 LEGACY_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
-# How far down a file's nested mappings a state dict may lie: {"ema": {"module": ...}} is 2.
-DEPTH = 4
+# State dicts are searched in nested mappings to this depth: that of {"ema": {"module": ...}} is 2.
+MAX_DEPTH = 4
 INDEX = ".index.json"
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -44,11 +44,11 @@ def load(path: str | PathLike[str], *, entry: str | None = None) -> Checkpoint:
         path: a file of `torch.save` (.pth, .pt, .bin, .ckpt), of safetensors, a pickle of numpy
             arrays as detectron2 publishes them (.pkl), or a folder of transformers' `save_pretrained`,
             in one piece or in shards.
-        entry: which state dict, for files that hold several, such as "model" or "ema.module".
+        entry: the path of the state dict, for files that hold several, such as "model" or "ema.module".
 
     Raises:
-        FileNotFoundError: there is no such file, or a folder has no weights.
-        ModuleNotFoundError: a .safetensors file, and safetensors is not installed.
+        FileNotFoundError: the file does not exist, or a folder has no weights.
+        ModuleNotFoundError: the file is a .safetensors file, and safetensors is not installed.
         ValueError: the file holds pickled objects (the message names them), no deformable attention,
             or several state dicts that differ.
 
@@ -70,52 +70,52 @@ def load(path: str | PathLike[str], *, entry: str | None = None) -> Checkpoint:
         modules of deformable attention: 1
           encoder: embed_dim=64, num_heads=4 (nheads), num_levels=4 (shapes), num_points=[4, 4, 4, 4] (enc_n_points)
     """
-    place = Path(path)
-    found, settings = _read_folder(place) if place.is_dir() else (_read_file(place), None)
-    candidates = dict(_state_dicts(found))
+    path = Path(path)
+    content, settings = _read_folder(path) if path.is_dir() else (_read_file(path), None)
+    candidates = dict(_iterate_state_dicts(content))
     if entry is not None:
         candidates = {name: tensors for name, tensors in candidates.items() if name == entry}
     if not candidates:
-        wanted = "a state dict" if entry is None else f"entry {entry!r}"
+        expected = "a state dict" if entry is None else f"entry {entry!r}"
         raise ValueError(
-            f"{place}: expected {wanted} with entries that end in {FIRST}, got "
-            f"{', '.join(map(str, list(found)[:6]))} ({len(found)} in all)"
+            f"{path}: expected {expected} with entries that end in {FIRST}, got "
+            f"{', '.join(map(str, list(content)[:6]))} ({len(content)} in all)"
         )
     name, state_dict = next(iter(candidates.items()))
     for other, tensors in candidates.items():
         if not _same_attention(state_dict, tensors):
             raise ValueError(
                 f"entry: expected one of {', '.join(map(repr, candidates))}, because {name!r} and "
-                f"{other!r} of {place} differ, got None"
+                f"{other!r} of {path} differ, got None"
             )
-    config = _settings_of(found) if settings is None else plain_settings(settings)
+    config = _collect_settings(content) if settings is None else select_settings(settings)
     return Checkpoint(state_dict, config, name)
 
 
-def _state_dicts(
-    found: Mapping[Any, Any], name: str = ""
+def _iterate_state_dicts(
+    content: Mapping[Any, Any], name: str = ""
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """The mappings with entries of deformable attention, by where they lie."""
+    """The mappings with entries of deformable attention, each after its path in the file."""
     tensors = {
         key: value
-        for key, value in found.items()
+        for key, value in content.items()
         if isinstance(key, str) and isinstance(value, Tensor)
     }
     if attention_prefixes(tensors):
         yield name, tensors
-    elif name.count(".") < DEPTH - 1:
-        for key, value in found.items():
+    elif name.count(".") < MAX_DEPTH - 1:
+        for key, value in content.items():
             if isinstance(value, Mapping):
-                yield from _state_dicts(value, f"{name}.{key}" if name else str(key))
+                yield from _iterate_state_dicts(value, f"{name}.{key}" if name else str(key))
 
 
 def _same_attention(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Whether both hold the same weights, under whatever prefixes: Lightning's files have two."""
+    """Whether both hold the same weights, under any prefixes: Lightning's files have them twice."""
     both = [
         [
             tensor
             for prefix in attention_prefixes(each)
-            for tensor in own_entries(each, prefix).values()
+            for tensor in get_entries(each, prefix).values()
         ]
         for each in (one, other)
     ]
@@ -125,13 +125,15 @@ def _same_attention(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> b
     )
 
 
-def _settings_of(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that lie beside the state dict, whatever the entry that has them is called."""
+def _collect_settings(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings beside the state dict, in entries of any name."""
     config: dict[str, Any] = {}
-    for value in found.values():
+    for value in content.values():
         beside = vars(value) if isinstance(value, argparse.Namespace) else value
-        for name, number in plain_settings(beside if isinstance(beside, Mapping) else None).items():
-            # Two that contradict each other say nothing: None leaves the number open.
+        for name, number in select_settings(
+            beside if isinstance(beside, Mapping) else None
+        ).items():
+            # Of two settings that contradict each other neither counts: None leaves the number open.
             config[name] = number if config.get(name, number) == number else None
     return config
 
@@ -159,22 +161,22 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _read_file(path: Path) -> Mapping[str, Any]:
-    """What the file contains: a state dict, or a mapping that has one somewhere."""
+    """The content of a file: a state dict, or a mapping that has one somewhere."""
     with path.open("rb") as file:
         by_torch = zipfile.is_zipfile(file) or LEGACY_MAGIC in _first_bytes(file)
         file.seek(0)
         try:
             if path.suffix == ".safetensors":
-                found = _read_safetensors(path)
+                content = _read_safetensors(path)
             elif by_torch:
-                found = _read_by_torch(file)
+                content = _read_by_torch(file)
             else:
-                found = as_tensors(ArrayReader(file).load())
+                content = to_tensors(ArrayReader(file).load())
         except ModuleNotFoundError:
             raise
         except RefusedError as error:
             raise ValueError(_refusal(path, str(error))) from None
-        except Exception as error:  # both readers raise almost anything on a broken file
+        except Exception as error:  # both readers raise any error for a broken file
             message = str(error).strip()
             named = re.search(r"GLOBAL (\S+) (was not an allowed|whose module)", message)
             if named:
@@ -184,12 +186,12 @@ def _read_file(path: Path) -> Mapping[str, Any]:
                 f"{path}: expected a file that torch.save or safetensors wrote, or a pickle of "
                 f"arrays, got {type(error).__name__}: {message.partition(chr(10))[0]}"
             ) from error
-    if not isinstance(found, Mapping):
-        raise ValueError(f"{path}: expected a mapping, got {type(found).__name__}")
-    return found
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path}: expected a mapping, got {type(content).__name__}")
+    return content
 
 
-# torch refuses some names for good; others may be allowed.
+# Added for names that the caller may allow; torch refuses some names always.
 _ADVICE = (
     " If you trust the file and {0}, allow it around the call by torch.serialization.safe_globals, or "
     "open the file yourself and give its state dict to attention_modules."
@@ -213,13 +215,13 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ModuleNotFoundError(
             f"{path}: reading it needs safetensors, not installed here: pip install safetensors"
         )
-    found: dict[str, Tensor] = importlib.import_module("safetensors.torch").load_file(path)
-    return found
+    state_dict: dict[str, Tensor] = importlib.import_module("safetensors.torch").load_file(path)
+    return state_dict
 
 
 def _read_by_torch(file: IO[bytes]) -> Any:
-    # The authors of Deformable DETR and many after them save their command line along. A Namespace
-    # holds values and does nothing. Whoever allows it already keeps it allowed.
+    # Many authors, those of Deformable DETR first, save their command line with the weights. A Namespace
+    # holds values and does nothing. Where the caller allows it already, it stays allowed.
     allowed = torch.serialization.get_safe_globals()
     missing: list[Any] = [] if argparse.Namespace in allowed else [argparse.Namespace]
     with torch.serialization.safe_globals(missing):

@@ -1,7 +1,7 @@
-"""How many heads, levels and points a module has: what its entries and the file's settings say.
+"""Finds the numbers of heads, levels and points of a module, from its entries and the file's settings.
 
-The entries alone say only heads × points of all levels. Nothing is guessed: what they leave open comes
-from the settings that many files carry, or from the caller, and every claim has to fit the shapes.
+The entries determine only the product of heads and points of all levels. Nothing is guessed: the rest comes
+from settings in the file or from the caller, and every number has to fit the shapes.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from saccade.checks import to_positive_int
 
-# What the settings are called: on the authors' command lines (nheads, enc_n_points), in RF-DETR
-# (ca_nheads; projector_scale has an item a level) and in transformers. {} stands for encoder or decoder,
-# {:.3} for its first letters; what is special comes before what is general.
+# Names of the settings: on the authors' command lines (nheads, enc_n_points), in RF-DETR (ca_nheads;
+# projector_scale has one element per level) and in transformers. {} stands for encoder or decoder, {:.3} for
+# its first letters; specific names come before general ones.
 NAMES = {
     "num_heads": (
         "{}_cross_attention_heads",
@@ -30,7 +30,7 @@ NAMES = {
     "method": ("{}_method",),
     "offset_scale": ("{}_offset_scale",),
 }
-NUMBERS = ("num_heads", "num_levels", "num_points")
+COUNTS = ("num_heads", "num_levels", "num_points")
 ROLES = ("encoder", "decoder")
 SETTINGS = {name.format(role) for names in NAMES.values() for name in names for role in ROLES}
 
@@ -38,52 +38,52 @@ SETTINGS = {name.format(role) for names in NAMES.values() for name in names for 
 SCALES = ("num_points_scale", "n_points_scale")
 
 
-class Claim(NamedTuple):
-    """A number, or a list of one a level, and who says so."""
+class Setting(NamedTuple):
+    """A number, or a list with one per level, and the source that states it."""
 
     value: Any
     source: str
 
 
 class Geometry(NamedTuple):
-    """What a module is made with, and where each number came from."""
+    """The numbers that a module is made with, and the source of each."""
 
     num_heads: int
     num_points: list[int]
     sources: dict[str, str]
 
 
-def joined(prefix: str, name: str) -> str:
-    """The name of an entry; a module on top has no prefix."""
+def join_name(prefix: str, name: str) -> str:
+    """The full name of an entry; a module on top has no prefix."""
     return f"{prefix}.{name}" if prefix else name
 
 
-def plain_settings(config: object) -> dict[str, Any]:
-    """The settings that matter of a mapping, an `argparse.Namespace` or a transformers config."""
+def select_settings(config: object) -> dict[str, Any]:
+    """The known settings of a mapping, an `argparse.Namespace` or a transformers configuration."""
     if config is None:
         return {}
     if not isinstance(config, Mapping):
         to_dict = getattr(config, "to_dict", None)
-        found = to_dict() if callable(to_dict) else getattr(config, "__dict__", None)
-        if not isinstance(found, Mapping):
+        mapping = to_dict() if callable(to_dict) else getattr(config, "__dict__", None)
+        if not isinstance(mapping, Mapping):
             raise TypeError(
                 "config: expected a mapping, an argparse.Namespace or a transformers configuration, "
                 f"got {type(config).__name__}"
             )
-        config = found
+        config = mapping
     return {name: value for name, value in config.items() if name in SETTINGS}
 
 
-def find_setting(name: str, prefix: str, config: Mapping[str, Any]) -> Claim | None:
-    """What the settings say about `name`, a key of NAMES, for the module at `prefix`."""
-    # transformers' Mask2Former has its encoder within a decoder: the innermost counts. A module by itself
-    # is neither; then both must agree.
+def find_setting(name: str, prefix: str, config: Mapping[str, Any]) -> Setting | None:
+    """The setting `name`, a key of NAMES, for the module at `prefix`; None if there is none."""
+    # transformers' Mask2Former has its encoder within a decoder: the innermost role counts. A module without
+    # a role needs settings of both roles that agree.
     role = next((part for part in reversed(prefix.split(".")) if part in ROLES), None)
     for pattern in NAMES[name]:
         keys = [pattern.format(role) for role in ([role] if role else ROLES)]
-        found = [Claim(config[key], key) for key in keys if config.get(key) is not None]
-        if found:
-            return found[0] if found[0].value == found[-1].value else None
+        settings = [Setting(config[key], key) for key in keys if config.get(key) is not None]
+        if settings:
+            return settings[0] if settings[0].value == settings[-1].value else None
     return None
 
 
@@ -98,33 +98,33 @@ def find_geometry(
     """The geometry of the module at `prefix`.
 
     Args:
-        prefix: its name, for messages and for its role.
+        prefix: the module's name, for messages and for its role.
         rows: rows of its attention_weights: heads × points of all levels.
         scale: its buffer of 1 / K_l, if it has one.
         config: the file's settings.
-        arguments: NUMBERS as the caller gave them, or None; they go before the settings.
+        arguments: COUNTS from the caller, or None; they take precedence over the settings.
         hint: what else is known about the levels, for the message.
 
     Raises:
-        ValueError: the claims contradict the shapes or each other, or leave the geometry open.
+        ValueError: the numbers contradict the shapes or each other, or do not determine the geometry.
     """
-    claims = _claims(prefix, config, arguments)
-    levels, points = (claims[name].value for name in ("num_levels", "num_points"))
+    settings = _collect_settings(prefix, config, arguments)
+    levels, points = (settings[name].value for name in ("num_levels", "num_points"))
     if scale is not None:
-        found = _points_of_scale(prefix, scale)
-        claims["num_points"] = Claim(found, "its buffer")
-        if points not in (None, found, found[0] if len(set(found)) == 1 else None):
+        counts = _parse_scale(prefix, scale)
+        settings["num_points"] = Setting(counts, "its buffer")
+        if points not in (None, counts, counts[0] if len(set(counts)) == 1 else None):
             raise ValueError(
-                f"num_points: expected {found}, as a buffer of {prefix!r} has it, got {points}"
+                f"num_points: expected {counts}, as a buffer of {prefix!r} has it, got {points}"
             )
-        points = found
-    heads = claims["num_heads"].value
+        points = counts
+    heads = settings["num_heads"].value
     misfit = ValueError(
-        f"{joined(prefix, 'attention_weights.weight')}: expected num_heads × the points of all levels "
-        f"as rows, with {_said(claims)}, got {rows}"
+        f"{join_name(prefix, 'attention_weights.weight')}: expected num_heads × the points of all "
+        f"levels as rows, with {_describe(settings)}, got {rows}"
     )
-    # A file may say anything; lists of that length are not made.
-    if any(isinstance(number, int) and number > rows for number in (heads, levels, points)):
+    # Numbers in a file can be huge: no list of such a length is made.
+    if any(isinstance(count, int) and count > rows for count in (heads, levels, points)):
         raise misfit
     if isinstance(points, list):
         per_level = points
@@ -135,28 +135,29 @@ def find_geometry(
     elif heads and points:
         per_level = [points] * (rows // (heads * points))
     else:
-        raise ValueError(_question(prefix, rows, claims, hint))
+        raise ValueError(_describe_missing(prefix, rows, settings, hint))
     heads = heads or rows // max(1, sum(per_level))
     if heads * sum(per_level) != rows or levels not in (None, len(per_level)):
         raise misfit
-    sources = {name: claim.source or "shapes" for name, claim in claims.items()}
-    if claims["num_levels"].value is None and isinstance(points, list):
+    sources = {name: setting.source or "shapes" for name, setting in settings.items()}
+    if settings["num_levels"].value is None and isinstance(points, list):
         sources["num_levels"] = sources["num_points"]
     return Geometry(heads, per_level, sources)
 
 
-def _claims(
+def _collect_settings(
     prefix: str, config: Mapping[str, Any], arguments: Mapping[str, Any]
-) -> dict[str, Claim]:
-    """What is said about each of NUMBERS; nothing is Claim(None, "")."""
-    claims = {}
-    for name in NUMBERS:
-        given = arguments.get(name)
-        claim = find_setting(name, prefix, config) if given is None else Claim(given, "argument")
-        if claim is None:
-            claims[name] = Claim(None, "")
+) -> dict[str, Setting]:
+    """The setting for each of COUNTS; Setting(None, "") where there is none."""
+    settings = {}
+    for name in COUNTS:
+        setting = find_setting(name, prefix, config)
+        if arguments.get(name) is not None:
+            setting = Setting(arguments[name], "argument")
+        if setting is None:
+            settings[name] = Setting(None, "")
             continue
-        value, label = claim.value, name if claim.source == "argument" else claim.source
+        value, label = setting.value, name if setting.source == "argument" else setting.source
         is_list = isinstance(value, Sequence) and not isinstance(value, str)
         if name == "num_points" and is_list:
             value = [to_positive_int(label, count) for count in value]
@@ -164,39 +165,39 @@ def _claims(
             value = len(value)
         else:
             value = to_positive_int(label, value)
-        claims[name] = Claim(value, claim.source)
-    return claims
+        settings[name] = Setting(value, setting.source)
+    return settings
 
 
-def _points_of_scale(prefix: str, scale: Tensor) -> list[int]:
-    """The points of each level, from K_l times the number 1 / K_l, level after level."""
-    numbers = scale.detach().double().flatten().tolist()
+def _parse_scale(prefix: str, scale: Tensor) -> list[int]:
+    """The number of points per level, from K_l times the number 1 / K_l, level after level."""
+    shares = scale.detach().double().flatten().tolist()
     counts: list[int] = []
-    while sum(counts) < len(numbers):
-        number = numbers[sum(counts)]
-        count = round(1 / number) if 1e-6 < number <= 1 else 0
-        if numbers[sum(counts) : sum(counts) + count] != [number] * count or not count:
+    while sum(counts) < len(shares):
+        share = shares[sum(counts)]
+        count = round(1 / share) if 1e-6 < share <= 1 else 0
+        if shares[sum(counts) : sum(counts) + count] != [share] * count or not count:
             break
         counts.append(count)
-    if not counts or sum(counts) != len(numbers):
+    if not counts or sum(counts) != len(shares):
         raise ValueError(
-            f"{joined(prefix, SCALES[0])}: expected 1 / K for each of the K points of a level, level "
-            f"after level, got {numbers}"
+            f"{join_name(prefix, SCALES[0])}: expected 1 / K for each of the K points of a level, level "
+            f"after level, got {shares}"
         )
     return counts
 
 
-def _said(claims: Mapping[str, Claim]) -> str:
+def _describe(settings: Mapping[str, Setting]) -> str:
     return ", ".join(
-        f"{name}={claim.value} ({claim.source})"
-        for name, claim in claims.items()
-        if claim.value is not None
+        f"{name}={setting.value} ({setting.source})"
+        for name, setting in settings.items()
+        if setting.value is not None
     )
 
 
-def _question(prefix: str, rows: int, claims: Mapping[str, Claim], hint: str) -> str:
-    missing = [name for name in NUMBERS if claims[name].value is None]
-    known = _said(claims)
+def _describe_missing(prefix: str, rows: int, settings: Mapping[str, Setting], hint: str) -> str:
+    missing = [name for name in COUNTS if settings[name].value is None]
+    known = _describe(settings)
     return (
         f"{' or '.join(missing)}: expected {'one' if known else 'two'} of them as an argument, "
         f"because the entries of {prefix!r} say only that heads × levels × points = {rows}"

@@ -1,4 +1,4 @@
-"""The attention modules of a checkpoint, made and filled."""
+"""Makes the attention modules of a checkpoint and loads their weights."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ import torch
 from torch import Tensor
 
 from saccade.call import Interpolation, Padding
-from saccade.integrations.checkpoints.entries import (
-    FIRST,
-    LAYERS,
-    Checkpoint,
-    attention_prefixes,
-    hint_of_levels,
-    own_entries,
-    state_dict_of,
-)
 from saccade.integrations.checkpoints.geometry import (
     SCALES,
     find_geometry,
     find_setting,
-    plain_settings,
+    select_settings,
+)
+from saccade.integrations.checkpoints.state_dict_parts import (
+    FIRST,
+    LAYERS,
+    Checkpoint,
+    attention_prefixes,
+    get_entries,
+    make_level_hint,
+    state_dict_of,
 )
 from saccade.integrations.operators import METHODS
 from saccade.nn import MultiScaleDeformableAttention
 
 
 class AttentionModules(dict[str, MultiScaleDeformableAttention]):
-    """The modules by the prefix of their entries; print it to see what was found, and by what."""
+    """The modules by the prefix of their entries; `print` shows their sizes and the source of each size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,16 +38,15 @@ class AttentionModules(dict[str, MultiScaleDeformableAttention]):
     def __str__(self) -> str:
         lines = [f"modules of deformable attention: {len(self)}"]
         for prefix, module in self.items():
-            numbers = {
+            counts = {
                 "num_heads": module.num_heads,
                 "num_levels": module.num_levels,
                 "num_points": module.num_points,
             }
-            said = ", ".join(
-                f"{name}={number} ({self.sources[prefix][name]})"
-                for name, number in numbers.items()
+            described = ", ".join(
+                f"{name}={count} ({self.sources[prefix][name]})" for name, count in counts.items()
             )
-            lines.append(f"  {prefix or '(top)'}: embed_dim={module.embed_dim}, {said}")
+            lines.append(f"  {prefix or '(top)'}: embed_dim={module.embed_dim}, {described}")
         return "\n".join(lines)
 
 
@@ -64,10 +63,10 @@ def attention_modules(
 ) -> AttentionModules:
     """The attention modules of a checkpoint, with copies of its weights.
 
-    Shapes alone do not say how many heads, levels and points there are. What says it: the buffers of
-    RT-DETRv2 and D-FINE, the settings in the file or in `config`, and the arguments, which go before the
-    settings. Two of the three numbers are enough. Where they contradict the shapes or say too
-    little, an error tells; nothing is guessed.
+    Shapes alone do not determine the numbers of heads, levels and points. They come from the buffers of
+    RT-DETRv2 and D-FINE, the settings in the file or in `config`, and the arguments, which take
+    precedence over the settings. Two of the three numbers are enough. Nothing is guessed: numbers that
+    contradict the shapes or do not suffice are an error.
 
     Args:
         source: what `load` returned, or a state dict such as `model.state_dict()`.
@@ -76,7 +75,7 @@ def attention_modules(
         prefix: only the modules under this name, such as "transformer.encoder".
         num_heads: heads M of each module.
         num_levels: levels L of each module.
-        num_points: points of a head on each level, one number or a list of L numbers.
+        num_points: points of a head per level, one number or a list of L numbers.
         interpolation: as in `saccade.deformable_attention`; None: by the settings, else "linear".
         padding: the same; None: by the settings, else "zeros". What RT-DETRv2 and D-FINE call discrete
             is interpolation="discrete" with padding="border" in transformers, and "border_height" in
@@ -88,9 +87,9 @@ def attention_modules(
         for what to keep.
 
     Raises:
-        TypeError: `config` has no settings, or a number is no int.
+        TypeError: `config` has no settings, or a number is not an int.
         ValueError: entries are missing, unknown or do not fit; numbers contradict the shapes or are
-            not known; there is no attention under `prefix`. The message names the entry or argument.
+            not known; nothing under `prefix` is attention. The message names the entry or argument.
 
     Example:
         >>> import saccade, torch
@@ -104,34 +103,34 @@ def attention_modules(
     if isinstance(source, Checkpoint):
         config = source.config if config is None else config
     state_dict = source.state_dict if isinstance(source, Checkpoint) else source
-    settings = plain_settings(config)
-    every = attention_prefixes(state_dict)
-    chosen = [name for name in every if not prefix or (name + ".").startswith(prefix + ".")]
-    if not chosen:
+    settings = select_settings(config)
+    prefixes = attention_prefixes(state_dict)
+    selected = [name for name in prefixes if not prefix or (name + ".").startswith(prefix + ".")]
+    if not selected:
         raise ValueError(
-            f"prefix: expected the beginning of one of {every}, got {prefix!r}"
-            if every
+            f"prefix: expected the beginning of one of {prefixes}, got {prefix!r}"
+            if prefixes
             else f"source: expected entries that end in {FIRST}, got {len(state_dict)} others"
         )
     arguments = {"num_heads": num_heads, "num_levels": num_levels, "num_points": num_points}
     modules = AttentionModules()
-    for name in chosen:
+    for name in selected:
         weights = state_dict_of(state_dict, name)
-        own = own_entries(state_dict, name)
+        entries = get_entries(state_dict, name)
         geometry = find_geometry(
             name,
             len(weights["attention_weights.weight"]),
-            next((own[scale] for scale in SCALES if scale in own), None),
+            next((entries[scale] for scale in SCALES if scale in entries), None),
             settings,
             arguments,
-            hint_of_levels(state_dict, name),
+            make_level_hint(state_dict, name),
         )
         options = _options(name, settings)
         options |= {"interpolation": interpolation} if interpolation is not None else {}
         options |= {"padding": padding} if padding is not None else {}
         offsets, logits = (len(weights[f"{layer}.weight"]) for layer in LAYERS[:2])
         try:
-            # Without memory or random numbers; the entries take the place of the parameters.
+            # On this device parameters need neither memory nor random numbers; the entries replace them.
             with torch.device("meta"):
                 module = MultiScaleDeformableAttention(
                     weights[FIRST].shape[1],
@@ -151,7 +150,7 @@ def attention_modules(
 
 
 def _options(prefix: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """How the settings say that the module samples."""
+    """The sampling options of a module, from the settings."""
     scale = find_setting("offset_scale", prefix, settings)
     if scale is not None and scale.value != 0.5:
         raise ValueError(

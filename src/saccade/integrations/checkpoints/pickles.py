@@ -1,6 +1,6 @@
-"""Pickles of numpy arrays, read without running anything: no name that they contain is imported.
+"""Reads pickles of numpy arrays without importing or running anything that they name.
 
-detectron2 publishes models in such files, Mask2Former's among them. numpy is not needed.
+detectron2 publishes models in such files, for example Mask2Former. numpy is not needed.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from torch import Tensor
 
 
 class RefusedError(Exception):
-    """A pickle asks for something that is not allowed here; the message names it."""
+    """A pickle names something that is not allowed here; the message has the name."""
 
 
 class ArrayReader(pickle.Unpickler):
     """Reads pickles of numpy arrays, as detectron2 publishes models (Mask2Former's are such files).
 
-    No name of the pickle is ever imported: the few that numpy writes stand for the classes below, which
-    keep shape, type and bytes. They all have `__setstate__`, so that a pickle cannot set attributes.
+    Names in the pickle are never imported: the few names that numpy writes stand for the classes below,
+    which keep shape, type and bytes. They all have `__setstate__`, so that a pickle cannot set attributes.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
-        # Python 2 wrote bytes as text; latin1 gives each byte back.
+        # Python 2 wrote bytes as text; latin1 restores each byte.
         super().__init__(file, encoding="latin1")
 
     def find_class(self, module: str, name: str) -> Any:
-        found = _STAND_INS.get((module.replace("numpy._core.", "numpy.core."), name))
-        if found is None:
+        stand_in = _STAND_INS.get((module.replace("numpy._core.", "numpy.core."), name))
+        if stand_in is None:
             raise RefusedError(f"{module}.{name}")
-        return found
+        return stand_in
 
 
 class _Type:
@@ -44,7 +44,7 @@ class _Type:
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.order = state[1]
 
-    def as_torch(self) -> torch.dtype:
+    def to_torch(self) -> torch.dtype:
         dtype = _TYPES.get(self.code)
         if dtype is None or (self.order == ">" and dtype.itemsize > 1):
             raise RefusedError(f"array of numpy's type {self.order}{self.code}")
@@ -58,35 +58,35 @@ class _Array:
         self.__setstate__((1, (0,), _Type("f4"), False, b""))
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        _, self.shape, self.type, self.by_columns, self.content = state
+        _, self.shape, self.type, self.column_major, self.content = state
 
-    def as_tensor(self) -> Tensor:
+    def to_tensor(self) -> Tensor:
         content = self.content.encode("latin1") if isinstance(self.content, str) else self.content
         if not isinstance(content, bytes | bytearray) or not isinstance(self.type, _Type):
             raise RefusedError("numpy array of objects")
-        dtype, shape = self.type.as_torch(), tuple(self.shape)
+        dtype, shape = self.type.to_torch(), tuple(self.shape)
         flat = torch.frombuffer(bytearray(content), dtype=dtype) if content else torch.empty(0)
-        if self.by_columns:
+        if self.column_major:
             return flat.to(dtype).reshape(shape[::-1]).permute(*range(len(shape))[::-1])
         return flat.to(dtype).reshape(shape)
 
 
-class _ArrayOfBuffer(_Array):
-    """Stands for the function that makes arrays from protocol 5 on."""
+class _BufferArray(_Array):
+    """Stands for the function that makes an array, from protocol 5 on."""
 
     def __init__(self, content: Any, dtype: _Type, shape: Any, order: str) -> None:
         self.__setstate__((1, shape, dtype, order == "F", content))
 
 
 class _Scalar(_Array):
-    """Stands for the function that makes a single number."""
+    """Stands for the function that makes a scalar."""
 
     def __init__(self, dtype: _Type, content: Any) -> None:
         self.__setstate__((1, (), dtype, False, content))
 
 
 class _Bytes:
-    """Stands for _codecs.encode, by which protocol 2 writes bytes, and for bytes: none of them."""
+    """Stands for _codecs.encode, by which protocol 2 writes bytes, and for the type bytes."""
 
     def __new__(cls, text: str = "", encoding: str = "latin1") -> Any:
         if encoding != "latin1":
@@ -94,14 +94,14 @@ class _Bytes:
         return text.encode("latin1")
 
     def __setstate__(self, state: object) -> None:
-        """Nothing: there are no objects of this class."""
+        """Does nothing: this class has no instances."""
 
 
 class _Dict(dict[Any, Any]):
-    """Stands for OrderedDict; its attributes, such as a state dict's metadata, are left out."""
+    """Stands for OrderedDict; attributes such as a state dict's metadata are ignored."""
 
     def __setstate__(self, state: object) -> None:
-        """Nothing."""
+        """Ignores the attributes."""
 
 
 _STAND_INS: dict[tuple[str, str], type] = {
@@ -109,7 +109,7 @@ _STAND_INS: dict[tuple[str, str], type] = {
     ("numpy", "dtype"): _Type,
     ("numpy.core.multiarray", "_reconstruct"): _Array,
     ("numpy.core.multiarray", "scalar"): _Scalar,
-    ("numpy.core.numeric", "_frombuffer"): _ArrayOfBuffer,
+    ("numpy.core.numeric", "_frombuffer"): _BufferArray,
     ("_codecs", "encode"): _Bytes,
     ("__builtin__", "bytes"): _Bytes,
     ("collections", "OrderedDict"): _Dict,
@@ -127,10 +127,10 @@ _TYPES = {
 }
 
 
-def as_tensors(found: Any, depth: int = 4) -> Any:
-    """The arrays of nested mappings as tensors, so deep as `checkpoints.load` looks."""
-    if isinstance(found, _Array):
-        return found.as_tensor()
-    if isinstance(found, dict) and depth:
-        return {name: as_tensors(value, depth - 1) for name, value in found.items()}
-    return found
+def to_tensors(content: Any, depth: int = 4) -> Any:
+    """The arrays of nested mappings as tensors, to the depth in which `checkpoints.load` searches."""
+    if isinstance(content, _Array):
+        return content.to_tensor()
+    if isinstance(content, dict) and depth:
+        return {name: to_tensors(value, depth - 1) for name, value in content.items()}
+    return content

@@ -1,20 +1,22 @@
-"""ONNX: what `torch.onnx.export` writes for the operators, and a session that runs it natively.
+"""ONNX: what `torch.onnx.export` writes for the operator, and a session that runs it natively.
 
-A call of saccade is one node of the exported program, `saccade::deformable_attention` or
-`saccade::fused_deformable_attention`. The tables here say what becomes of it, in four ways:
-docs/onnx.md compares them. Nothing of onnx is imported before a table or a session is asked for.
+A call of saccade is one node `saccade::deformable_attention` of the exported program. The tables here
+translate that node, in four ways which docs/onnx.md compares. Packages of onnx are imported when a table
+or a session is made, and not before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 from saccade.checks import check_option
 from saccade.integrations.onnx import gather, grid_sample, native, plugin
+from saccade.integrations.onnx.call import make_call
+from saccade.integrations.onnx.graph import PACKAGES, Value, need_packages
 from saccade.integrations.onnx.native import session_options as session_options
-from saccade.integrations.onnx.problem import PACKAGES, Problem, Value, fused, need_packages, plain
-from saccade.ops import registration
+from saccade.ops.registration import OPERATOR
+from saccade.ops.schema import Arguments
 
 Lowering = Literal["grid_sample", "gather", "plugin", "native"]
 
@@ -22,10 +24,10 @@ Lowering = Literal["grid_sample", "gather", "plugin", "native"]
 def translations(
     lowering: Lowering = "grid_sample",
 ) -> dict[Callable[..., Any], Callable[..., Any]]:
-    """What `torch.onnx.export` is to write for the operators.
+    """What `torch.onnx.export` is to write for the operator.
 
     Args:
-        lowering: "grid_sample", one GridSample of ONNX a level; "gather", Gather and arithmetic with
+        lowering: "grid_sample", one GridSample of ONNX per level; "gather", Gather and arithmetic with
             five axes at most; "plugin", one node of TensorRT's `MultiscaleDeformableAttnPlugin_TRT`;
             "native", one node that `session_options` runs on Saccade's own kernel.
 
@@ -47,32 +49,18 @@ def translations(
     """
     check_option("lowering", lowering, Lowering)
     need_packages(*PACKAGES)
-    of_plain, of_fused = _LOWERINGS[lowering]
+    lower = _LOWERINGS[lowering]
 
-    # Functions with a name and a signature: the exporter looks at both.
+    # The exporter needs a function with a name and a signature.
     def deformable_attention(*arguments: Any) -> Any:
-        return of_plain(arguments)
+        return lower(Arguments(*arguments))
 
-    def fused_deformable_attention(*arguments: Any) -> Any:
-        return of_fused(arguments)
-
-    return {
-        registration.PLAIN_OPERATOR: deformable_attention,
-        registration.FUSED_OPERATOR: fused_deformable_attention,
-    }
+    return {OPERATOR: deformable_attention}
 
 
-_Translation = Callable[[Sequence[Any]], Value]
-
-
-def _by_arithmetic(lower: Callable[[Problem], Value]) -> tuple[_Translation, _Translation]:
-    """For a lowering that begins with locations and weights, in both operators."""
-    return (lambda arguments: lower(plain(arguments)), lambda arguments: lower(fused(arguments)))
-
-
-_LOWERINGS: dict[str, tuple[_Translation, _Translation]] = {
-    "grid_sample": _by_arithmetic(grid_sample.lower),
-    "gather": _by_arithmetic(gather.lower),
-    "plugin": _by_arithmetic(plugin.lower),
-    "native": (native.lower, native.lower_fused),
+_LOWERINGS: dict[str, Callable[[Arguments], Value]] = {
+    "grid_sample": lambda arguments: grid_sample.lower(make_call(arguments)),
+    "gather": lambda arguments: gather.lower(make_call(arguments)),
+    "plugin": lambda arguments: plugin.lower(make_call(arguments)),
+    "native": native.lower,
 }

@@ -1,0 +1,149 @@
+"""The parts of a state dict that belong to deformable attention, recognised by their parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from saccade.integrations.checkpoints.geometry import SCALES, join_name
+
+FIRST = "sampling_offsets.weight"
+LAYERS = ("sampling_offsets", "attention_weights", "value_proj", "output_proj")
+ENTRIES = tuple(f"{layer}.{kind}" for layer in LAYERS for kind in ("weight", "bias"))
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """The content of a file that `load` has read.
+
+    Attributes:
+        state_dict: the tensors by name.
+        config: the settings for the numbers of heads, levels and points, where the file has them (in the
+            authors' `args`, or transformers' config.json).
+        entry: the path of the state dict in the file, such as "model" or "ema.module"; "" on top.
+    """
+
+    state_dict: dict[str, Tensor] = field(repr=False)
+    config: dict[str, Any]
+    entry: str = ""
+
+
+def attention_prefixes(source: Checkpoint | Mapping[str, Tensor]) -> list[str]:
+    """The prefixes of the entries that belong to deformable attention, in the order of the file.
+
+    Example:
+        >>> import saccade, torch
+        >>> from saccade.integrations import checkpoints
+        >>> attention = saccade.nn.MultiScaleDeformableAttention(64, num_heads=4)
+        >>> checkpoints.attention_prefixes(torch.nn.ModuleDict({"cross_attn": attention}).state_dict())
+        ['cross_attn']
+    """
+    state_dict = source.state_dict if isinstance(source, Checkpoint) else source
+    return [
+        name.removesuffix(FIRST).removesuffix(".")
+        for name in state_dict
+        if name == FIRST or name.endswith("." + FIRST)
+    ]
+
+
+def state_dict_of(source: Checkpoint | Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries of one module under the names of `saccade.nn.MultiScaleDeformableAttention`.
+
+    A module that you made yourself loads them strictly:
+    `module.load_state_dict(state_dict_of(...))`.
+
+    Args:
+        source: what `load` returned, or a state dict.
+        prefix: one of `attention_prefixes`.
+
+    Returns:
+        The eight tensors, which are not copies.
+
+    Raises:
+        ValueError: an entry is missing, unknown or of another shape; the message names it.
+    """
+    state_dict = source.state_dict if isinstance(source, Checkpoint) else source
+    entries = get_entries(state_dict, prefix)
+    _check_names(prefix, entries, attention_prefixes(state_dict))
+    _check_shapes(prefix, entries)
+    return {name: entries[name] for name in ENTRIES}
+
+
+def get_entries(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries under the prefix, by the rest of their names."""
+    start = join_name(prefix, "")
+    return {
+        name.removeprefix(start): tensor
+        for name, tensor in state_dict.items()
+        if name.startswith(start)
+    }
+
+
+def make_level_hint(state_dict: Mapping[str, Tensor], prefix: str) -> str:
+    """A part of an error message: the number of rows of a level embedding.
+
+    The rows may belong to other levels than the module's, so that the number is only mentioned.
+    """
+    parts = prefix.split(".")
+    for length in range(len(parts), -1, -1):
+        for name in ("level_embed", "level_embeds"):
+            entry = ".".join([*parts[:length], name])
+            if entry in state_dict:
+                return f" ({entry} has {len(state_dict[entry])} rows, perhaps one per level)"
+    return ""
+
+
+def _check_names(prefix: str, entries: Mapping[str, Tensor], prefixes: list[str]) -> None:
+    if FIRST not in entries:
+        raise ValueError(f"prefix: expected one of {prefixes}, got {prefix!r}")
+    missing = [name for name in ENTRIES if name not in entries]
+    if missing:
+        absent = {layer for layer in LAYERS[2:] if f"{layer}.weight" not in entries}
+        reason = ""
+        if len(absent) == 2:
+            reason = (
+                ": its value comes projected, as in D-FINE. The operator for it is "
+                "saccade.fused_deformable_attention; transformers' model runs on Saccade after "
+                "saccade.patch(model)"
+            )
+        elif absent == {"output_proj"}:
+            reason = (
+                ": BEVFormer's spatial attention keeps it one level up; its module is "
+                "saccade.nn.MultiViewDeformableAttention"
+            )
+        raise ValueError(
+            f"{prefix or 'top'}: expected the entries {', '.join(ENTRIES)}, got none for "
+            f"{', '.join(missing)}{reason}"
+        )
+    unknown = [name for name in entries if name not in (*ENTRIES, *SCALES)]
+    if unknown:
+        raise ValueError(
+            f"{prefix or 'top'}: expected only {', '.join(ENTRIES)} and {' or '.join(SCALES)}, got "
+            f"{', '.join(unknown)} too: what the module does with it is not known here"
+        )
+
+
+def _check_shapes(prefix: str, entries: Mapping[str, Tensor]) -> None:
+    weight = entries[FIRST]
+    rows = len(entries["attention_weights.bias"]) if entries["attention_weights.bias"].dim() else 0
+    embed_dim = weight.shape[-1] if weight.dim() == 2 else 0
+    spatial_dims = len(weight) // rows if weight.dim() and rows else 2
+    sizes = {
+        "sampling_offsets": rows * (spatial_dims if spatial_dims in (1, 2, 3) else 2),
+        "attention_weights": rows,
+        "value_proj": embed_dim,
+        "output_proj": embed_dim,
+    }
+    for name in ENTRIES:
+        layer, _, kind = name.rpartition(".")
+        shape = [sizes[layer], embed_dim] if kind == "weight" else [sizes[layer]]
+        if list(entries[name].shape) != shape or not entries[name].is_floating_point():
+            raise ValueError(
+                f"{join_name(prefix, name)}: expected floating point {shape}, by embed_dim={embed_dim} and "
+                f"{rows} rows of attention_weights, got {entries[name].dtype} {list(entries[name].shape)}. "
+                "Queries and values must have embed_dim channels, before and after value_proj "
+                "(value_proj_ratio=1 in mmcv)"
+            )
