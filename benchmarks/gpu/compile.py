@@ -1,7 +1,7 @@
 """The GPU kernels compiled for a card that need not be there, and what came out.
 
 `python -m benchmarks.gpu.compile` compiles the kernels of the registry's workloads for sm_90 and prints
-registers, spills, shared memory and warp instructions a sample (one point of one query and head, all
+registers, spills, shared memory and warp instructions per sample (one point of one query and head, all
 its corners). Nothing is run: this says how much work a kernel issues, not how long it waits.
 """
 
@@ -26,7 +26,6 @@ import torch
 import triton
 from rich.console import Console
 from rich.table import Table
-from saccade.call import Call, parse_call
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -35,6 +34,7 @@ from saccade.backends.triton.backward import BackwardPlan
 from saccade.backends.triton.forward import ForwardPlan
 from saccade.backends.triton.plan import Kernel
 from saccade.benchmark.workloads import WORKLOADS, Workload
+from saccade.call import Call, parse_call
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "gpu_compile.json"
 
