@@ -129,9 +129,9 @@ def _find_rows(value, grad_value, grad_output, block, num_positions, C: tl.const
 @triton.jit
 def _corner_products(sums, rows, grad_rows, grad, first_word, channels, samples, MASKED: tl.constexpr,
                      WHOLE: tl.constexpr, C: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
-    """Adds to `sums`, a tuple of [..., BLOCK_CHANNELS] per corner, the products of `grad` and the row at
-    the corner; with WHOLE rows the result is their sum over the channels [...], which leaves registers to
-    the next corner.
+    """The products of `grad` and the row at each corner, added to `sums`, a tuple of [..., BLOCK_CHANNELS]
+    per corner; with WHOLE rows instead their sums over the channels, a tuple of [...], which leaves registers
+    to the next corner.
 
     `grad` is the gradient of the output at `channels`, as `load_words`. Where GRAD_VALUE is "atomic" it is
     also added, weighted, to the rows of `grad_rows`. A corner outside is neither read nor written.
