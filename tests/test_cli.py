@@ -265,7 +265,7 @@ def images(tmp_path) -> list[Path]:
     return paths
 
 
-def test_detect_writes_three_files_a_image(model, images, tmp_path) -> None:
+def test_detect_writes_three_files_per_image(model, images, tmp_path) -> None:
     out = tmp_path / "out"
     result = invoke("detect", *images, "--model", model, "--out", out, "--threshold", 0.99)
     assert result.exit_code == 0, result.output

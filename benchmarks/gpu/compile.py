@@ -33,7 +33,7 @@ from saccade.backends.triton import backward_plan, forward_plan
 from saccade.backends.triton.backward import BackwardPlan
 from saccade.backends.triton.forward import ForwardPlan
 from saccade.backends.triton.plan import Kernel
-from saccade.benchmark.workloads import WORKLOADS, Workload
+from saccade.bench.workloads import WORKLOADS, Workload
 from saccade.call import Call, parse_call
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "gpu_compile.json"
@@ -279,17 +279,12 @@ def main() -> None:
     """Compiles, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--case", action="append", choices=list(WORKLOADS))
-    parser.add_argument("--backward", action="store_true", help="only the backward's kernels")
-    parser.add_argument("--forward", action="store_true", help="only the forward's kernels")
+    parser.add_argument(
+        "--grad-value", action="append", choices=GRAD_VALUES, help='"none": forward'
+    )
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    grad_values = (
-        GRAD_VALUES[:1]
-        if arguments.forward
-        else GRAD_VALUES[1:]
-        if arguments.backward
-        else GRAD_VALUES
-    )
+    grad_values = arguments.grad_value or GRAD_VALUES
     rows = list(readings(arguments.case or WORKLOADS, ("none", "points"), grad_values))
     table = Table(*rows[0])
     for row in rows:
