@@ -175,7 +175,6 @@ def measure(
         "tokens": expected.shape[1],
         "threads": threads,
         "milliseconds": milliseconds,
-        "rounds": {name: timing.rounds for name, timing in timings.items()},
         "native_is_faster_than": {
             name: round(milliseconds[name] / milliseconds["native"], 2)
             for name in milliseconds
