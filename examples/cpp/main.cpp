@@ -4,9 +4,9 @@
 //
 // INPUT.raw holds the normalized pixels as float32, [batch, 3, height, width].
 
+#include <ATen/ATen.h>
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
-#include <ATen/ATen.h>
 
 #include <charconv>
 #include <cstdlib>
