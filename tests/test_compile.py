@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import saccade
-from saccade.benchmark.detectors import DETECTORS
+from benchmarks.small_models import SMALL_MODELS
 
 CHANNELS, HEADS = 32, 4
 
@@ -127,7 +127,7 @@ def test_an_error_says_what_came(dynamic):
 
 def test_a_patched_layer_whose_graph_breaks_and_its_unpatched_twin():
     """What is compiled for one patched layer runs with that layer's names, in no other."""
-    model = DETECTORS["rt-detr-v2"].build(small=True)
+    model = SMALL_MODELS["rt-detr-v2"].build()
     layers = [layer.encoder_attn for layer in model.model.decoder.layers[:2]]
     unpatched = copy.deepcopy(layers[0])
     saccade.patch(model)

@@ -106,10 +106,12 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--rootdir", {repository!r
     print(printed)
 
 
+@pytest.mark.slow
 def test_mmcv_trains():
     assert "losses" in packages.run("import downstream; downstream.train_mmcv()", *MMCV)
 
 
+@pytest.mark.slow
 def test_the_function_of_mmcv():
     code = """
 import torch

@@ -38,6 +38,7 @@ def replaced(text):
     return [line for line in text.splitlines() if line.startswith("replaced:")]
 
 
+@pytest.mark.slow
 def test_a_fork_needs_nothing_but_the_runner():
     folder = EXAMPLES / "deformable_detr_fork"
     without = run("fork/main.py", folder=folder)
@@ -54,6 +55,7 @@ def test_a_fork_needs_nothing_but_the_runner():
     assert shown(folder / "README.md").count("pixels from the centre") == 4
 
 
+@pytest.mark.slow
 def test_transformers():
     folder = EXAMPLES / "transformers_models"
     found = run("compare.py", "--rounds", "1", folder=folder)
@@ -67,6 +69,7 @@ def test_transformers():
     assert "the same labels" in found.stdout
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("script", "names"),
     [

@@ -65,10 +65,13 @@ NAMES = [
     Rule("WIDE|PAIRS|MORE|NOTHING|PARTS|KIND", "USE_INT64_OFFSETS, HAS_REFERENCE, …", TRITON),
 ]  # fmt: skip
 
-THINGS = "level|call|point|row|head|query|thread|map|sample|picture|image|batch|pair|turn|look|case|block|cell"
+THINGS = (
+    "level|call|point|row|head|query|thread|map|sample|picture|image|batch|pair|turn|look|case|block|"
+    "cell|line|stage|step"
+)
 COUNTED = (
     "points?|one|once|numbers?|rows?|queries|locations?|weights?|instructions?|barriers?|tensors?|shapes?|"
-    "sizes?|tables?|kernels?|kinds?|keys?|bytes|ms|µs|milliseconds|seconds|GridSample|entr(?:y|ies)|times"
+    "sizes?|tables?|kernels?|kinds?|keys?|bytes|ms|µs|milliseconds|seconds|GridSample|entr(?:y|ies)|times|objects?|scenes?"
 )
 
 PHRASES = [

@@ -16,19 +16,20 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src/saccade"
 # From the top down; a module may import from its own layer and from those below it.
 LAYERS = [
     {"__main__", "cli", "__init__"},
-    {"vision", "doctor", "benchmark", "export", "terminal"},
+    {"vision", "doctor", "bench", "export", "terminal", "timing"},
     {"integrations"},
     {"nn", "compositions", "convolution"},
     {"functional"},
     {"backend"},
-    {"ops"},
-    {"reference", "backends"},
-    {"arguments", "argument_key", "checks", "sampling"},
+    {"ops", "backends"},  # the operator's kernels take its arguments by name
+    {"reference"},
+    {"sampling"},
+    {"call"},
+    {"checks"},
 ]
 CORE = {
-    "argument_key",
-    "arguments",
     "backend",
+    "call",
     "checks",
     "compositions",
     "convolution",
@@ -56,7 +57,7 @@ def imported(tree):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def layer_of(part):
+def find_layer(part):
     return next(number for number, layer in enumerate(LAYERS) if part in layer)
 
 
@@ -69,9 +70,9 @@ def test_imports_go_downward_only():
             target = name.split(".")[1] if "." in name else "__init__"
             if target not in parts or target == "__init__":
                 # The package's public names: for those who use the library as anybody does.
-                assert layer_of(part) <= 1, f"{path.name} imports {name} from the top"
+                assert find_layer(part) <= 1, f"{path.name} imports {name} from the top"
                 continue
-            assert layer_of(part) <= layer_of(target), f"{path.name} imports {name} upward"
+            assert find_layer(part) <= find_layer(target), f"{path.name} imports {name} upward"
 
 
 def test_the_core_depends_on_torch_alone():
@@ -147,13 +148,13 @@ def test_docstrings_run():
     from saccade import doctor
 
     attempted = 0
-    for found in pkgutil.walk_packages(saccade.__path__, "saccade."):
-        if found.name in ("saccade.__main__", "saccade._native"):  # the latter is not for Python
+    for module in pkgutil.walk_packages(saccade.__path__, "saccade."):
+        if module.name in ("saccade.__main__", "saccade._native"):  # the latter is not for Python
             continue
-        if found.name.startswith("saccade.backends.triton") and not doctor.installed("triton"):
+        if module.name.startswith("saccade.backends.triton") and not doctor.installed("triton"):
             continue
-        result = doctest.testmod(importlib.import_module(found.name))
-        assert not result.failed, found.name
+        result = doctest.testmod(importlib.import_module(module.name))
+        assert not result.failed, module.name
         attempted += result.attempted
     assert attempted >= 20
 

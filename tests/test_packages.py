@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import helpers
 import packages
 import pytest
 from test_downstream import upstream
 
+STEPS = 20 if helpers.ALL else 4
+
 # What the processes share: random weights that look at different places, a comparison of everything.
-COMPARE = """
+COMPARE = (
+    f"STEPS = {STEPS}"
+    + """
 import torch
 import saccade
 
@@ -69,7 +74,7 @@ def check(model, call, operators):
             found = after[name][key]
             assert found is value if not isinstance(value, dict) else found == value, (name, key)
 
-def train(make, loss_of):
+def train(make, get_loss):
     losses = []
     for patched in (False, True):
         torch.manual_seed(0)
@@ -78,9 +83,9 @@ def train(make, loss_of):
             saccade.patch(model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
         steps = []
-        for _ in range(20):
+        for _ in range(STEPS):
             torch.manual_seed(1)
-            loss = loss_of(model)
+            loss = get_loss(model)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -89,6 +94,7 @@ def train(make, loss_of):
     assert losses[0].min() < losses[0][0], losses
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=0)
 """
+)
 
 RFDETR = """
 import rfdetr
@@ -106,17 +112,26 @@ def pictures(size, count=1):
 """
 
 
+RFDETR_SMALL = """
+small = config(resolution=64, positional_encoding_size=4, num_queries=4, num_select=4, group_detr=2)
+"""
+
+
+@pytest.mark.nightly
 def test_rfdetr_nano_as_it_is_published():
     code = """
-made = build_model_from_config(config())
-check(wake(made).double().eval(), lambda model: model(pictures(384)), operators=2)
+model = build_model_from_config(config())
+check(wake(model).double().eval(), lambda model: model(pictures(384)), operators=2)
 """
     packages.run(COMPARE + RFDETR + code, "torchvision", "rfdetr")
 
 
-def test_rfdetr_trains_the_same():
+@pytest.mark.slow
+def test_rfdetr_trains_the_same_and_is_patched_by_name():
     code = """
-small = config(resolution=64, positional_encoding_size=4, num_queries=4, num_select=4, group_detr=2)
+small_model = wake(build_model_from_config(small)).double().eval()
+check(small_model, lambda model: model(pictures(64)), operators=2)
+
 criterion, _ = build_criterion_from_config(small, TrainConfig(dataset_dir=".", output_dir="."))
 generator = torch.Generator().manual_seed(0)
 targets = [
@@ -126,29 +141,24 @@ targets = [
     }
 ]
 
-def loss_of(model):
-    found = criterion(model(pictures(64)), targets)
+def get_loss(model):
+    outputs = criterion(model(pictures(64)), targets)
     weights = criterion.weight_dict
-    return sum(found[name] * weights[name] for name in found if name in weights)
+    return sum(outputs[name] * weights[name] for name in outputs if name in weights)
 
 def make():
     model = build_model_from_config(small).double()
-    model.backbone.requires_grad_(False)  # most of the time, and none of it attention of this kind
+    model.backbone.requires_grad_(False)  # most of the time, and not attention of this kind
     return model
 
-train(make, loss_of)
-"""
-    packages.run(COMPARE + RFDETR + code, "torchvision", "rfdetr", timeout=600)
+train(make, get_loss)
 
-
-def test_rfdetr_by_name():
-    code = """
 report = saccade.patch("rfdetr")
 assert not report.left, report
 assert "rfdetr.models.ops.modules.ms_deform_attn.ms_deform_attn_core_pytorch" in report.replaced
 assert saccade.unpatch("rfdetr").replaced == report.replaced
 """
-    packages.run(COMPARE + RFDETR + code, "torchvision", "rfdetr")
+    packages.run(COMPARE + RFDETR + RFDETR_SMALL + code, "torchvision", "rfdetr", timeout=600)
 
 
 MMDET = """
@@ -189,6 +199,7 @@ def picture(height, width):
 NAMES = ("torchvision", "mmcv", "mmdet", "mmengine")
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "path",
     [
@@ -205,26 +216,27 @@ check(model, lambda model: model(picture(*size), samples(*size), mode="tensor"),
     packages.run(COMPARE + MMDET + code, *NAMES)
 
 
-def test_mmdet_trains_the_same():
-    code = """
-layers = {"encoder.num_layers": 2, "decoder.num_layers": 2, "num_queries": 20}
+MMDET_TESTS = {
+    "dino": """
+layers = {"encoder.num_layers": 1, "decoder.num_layers": 1, "num_queries": 20}
+model = wake(built("dino/dino-4scale_r50_8xb2-12e_coco.py", **layers)).double().eval()
+check(model, lambda model: model(picture(64, 96), samples(64, 96), mode="tensor"), operators=2)
+""",
+    "training": """
+layers = {"encoder.num_layers": 1, "decoder.num_layers": 1, "num_queries": 20}
 
 def make():
     model = built("deformable_detr/deformable-detr_r50_16xb2-50e_coco.py", **layers).double()
     model.backbone.requires_grad_(False)
     return model
 
-def loss_of(model):
-    found = model(picture(64, 64), samples(64, 64, objects=2), mode="loss")
-    return sum(loss for name, loss in found.items() if "loss" in name)
+def get_loss(model):
+    losses = model(picture(64, 64), samples(64, 64, objects=2), mode="loss")
+    return sum(loss for name, loss in losses.items() if "loss" in name)
 
-train(make, loss_of)
-"""
-    packages.run(COMPARE + MMDET + code, *NAMES, timeout=600)
-
-
-def test_mmcv_by_name_and_its_weights_in_a_saccade_module():
-    code = """
+train(make, get_loss)
+""",
+    "mmcv": """
 source = wake(MultiScaleDeformableAttention(32, 4, 2, 3, batch_first=True)).eval()
 shapes, mask = [(8, 12), (4, 6)], torch.rand(2, 120) < 0.2
 query, value, reference = torch.randn(2, 9, 32), torch.randn(2, 120, 32), torch.rand(2, 9, 2, 2)
@@ -254,10 +266,21 @@ assert not report.left
 torch.testing.assert_close(attended(), expected, rtol=1e-5, atol=1e-5)
 assert saccade.unpatch("mmcv").replaced == report.replaced
 assert torch.equal(attended(), expected)
-"""
-    packages.run(COMPARE + MMDET + code, *NAMES)
+""",
+}
 
 
+@pytest.mark.slow
+def test_mmdet_and_mmcv():
+    """In one process: their imports take longer than what is tested."""
+    code = "\n".join(
+        f"print({name!r})\n{test}\nprint('passed')" for name, test in MMDET_TESTS.items()
+    )
+    printed = packages.run(COMPARE + MMDET + code, *NAMES, timeout=600)
+    assert printed.count("passed") == len(MMDET_TESTS)
+
+
+@pytest.mark.slow
 def test_a_package_that_nobody_listed():
     code = """
 from rtdetr.nn.decoder import MSDeformableAttention
@@ -297,7 +320,7 @@ import types
 from pathlib import Path
 
 def bare(name):
-    "A package without what its __init__ brings along: data sets, logging, torchvision."
+    "A package without what its __init__ imports: data sets, logging, torchvision."
     package = sys.modules[name] = types.ModuleType(name)
     package.__path__ = [str(Path({upstream(repository)!r}, *name.split(".")))]
     return package
@@ -319,6 +342,7 @@ for options in {options}:
     packages.run(COMPARE + code, "torchvision")
 
 
+@pytest.mark.slow
 def test_a_layer_of_the_kernels_package():
     """The ecosystem's own way, without `patch`: a mapping, and `kernelize`."""
     code = """
