@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from saccade.integrations.exporter_logging import silence_exporters
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
@@ -26,7 +27,6 @@ from saccade.bench.command import on_threads
 from saccade.bench.operator import Measurement, Skipped, compare
 from saccade.bench.report import save_plot, table, title, write_measurements
 from saccade.bench.workloads import WORKLOADS, Inputs, Workload
-from saccade.integrations.quiet import quiet_exporters
 from saccade.ops import native
 from saccade.terminal import out
 
@@ -159,7 +159,7 @@ def _export(function: Function, inputs: Inputs) -> bytes:
             return function(value, locations, weights)
 
     file = BytesIO()
-    with quiet_exporters():
+    with silence_exporters():
         program: Any = torch.onnx.export(
             Graph(), tuple(inputs[:3]), dynamo=True, opset_version=ONNX_OPSET, verbose=False
         )

@@ -26,7 +26,6 @@ import torch
 import triton
 from rich.console import Console
 from rich.table import Table
-from saccade.call import Call, parse_call
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
