@@ -92,8 +92,10 @@ def _on_the_card(kernel):
         if not ON_A_CARD:
             return kernel(*arguments)
         moved = (each.cuda() if isinstance(each, torch.Tensor) else each for each in arguments)
-        found = kernel(*moved)
-        return found.cpu() if isinstance(found, torch.Tensor) else tuple(x.cpu() for x in found)
+        results = kernel(*moved)
+        if isinstance(results, torch.Tensor):
+            return results.cpu()
+        return tuple(result.cpu() for result in results)
 
     return run
 
@@ -190,7 +192,9 @@ def pytest_report_header() -> str:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """How many tests ran the GPU kernels, and where."""
-    place = "on this card" if ON_A_CARD else "in the interpreter of Triton, or compiled for sm_90"
+    location = (
+        "on this card" if ON_A_CARD else "in the interpreter of Triton, or compiled for sm_90"
+    )
     counted = {
         outcome: sum(
             "triton" in getattr(report, "keywords", ())
@@ -199,5 +203,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         for outcome in ("passed", "failed", "skipped")
     }
     if any(counted.values()):
-        found = ", ".join(f"{number} {outcome}" for outcome, number in counted.items() if number)
-        terminalreporter.write_line(f"GPU kernels: {found}, {place}")
+        counts = ", ".join(f"{number} {outcome}" for outcome, number in counted.items() if number)
+        terminalreporter.write_line(f"GPU kernels: {counts}, {location}")
