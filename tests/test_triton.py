@@ -55,7 +55,7 @@ def few_quick(cases, count):
     return [*(pytest.param(*case) for case in cases[:count]), *slow]
 
 
-@pytest.mark.parametrize("seed", few_quick(some(range(600), 48), 8))
+@pytest.mark.parametrize("seed", few_quick(some(range(600), 48), 4))
 def test_drawn_calls(monkeypatch, seed):
     options = draw_options(seed)
     ran = check_call(monkeypatch, draw_call(seed), options["kernel"], options["summed"])
@@ -123,7 +123,7 @@ RULES = [
 
 
 @pytest.mark.parametrize(
-    ("shapes", "interpolation", "padding", "coordinates"), few_quick(some(RULES, 20), 5)
+    ("shapes", "interpolation", "padding", "coordinates"), few_quick(some(RULES, 20), 3)
 )
 def test_options_by_scalar_loops(kernel, shapes, interpolation, padding, coordinates):
     case = Case(
@@ -143,7 +143,7 @@ FUSED_RULES = itertools.product(
 
 
 @pytest.mark.parametrize(
-    ("shapes", "boxes", "coordinates", "ragged"), few_quick(some(FUSED_RULES, 10), 3)
+    ("shapes", "boxes", "coordinates", "ragged"), few_quick(some(FUSED_RULES, 10), 2)
 )
 def test_fused_by_scalar_loops(kernel, shapes, boxes, coordinates, ragged):
     case = FusedCase(
@@ -155,6 +155,7 @@ def test_fused_by_scalar_loops(kernel, shapes, boxes, coordinates, ragged):
     torch.testing.assert_close(case.call(*inputs), fused_loops(case, *inputs), rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", ["zeros", "border"])
 @pytest.mark.parametrize("interpolation", ["linear", "nearest", "discrete"])
 def test_exactly_on_edges_and_centres(kernel, interpolation, padding):
@@ -267,6 +268,7 @@ def test_the_last_pixel_of_a_map_that_is_wider_than_floats_are_exact(kernel):
     assert (saccade.reference.deformable_attention(*arguments, padding="border") == 1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", ["zeros", "border"])
 @pytest.mark.parametrize("shapes", [[(7,), (2,)], [(6, 7), (3, 4)], [(2, 3, 4)]])
 def test_what_is_not_finite_as_in_the_reference(monkeypatch, shapes, padding):
@@ -333,6 +335,7 @@ def test_powers_do_not_overflow(kernel):
     torch.testing.assert_close(actual, torch.full_like(actual, 2e38))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", some(range(40), 4))
 def test_offsets_counted_in_64_bits(monkeypatch, seed):
     from saccade.backends.triton import ordered_sum

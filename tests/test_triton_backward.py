@@ -58,6 +58,7 @@ def test_gradcheck(summed, shapes):
     assert torch.autograd.gradcheck(case.call, leaves, nondet_tol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [5, 8])
 def test_precision(way, head_dim, dtype):
@@ -156,6 +157,7 @@ def test_the_operator_itself_checks_the_gradient_of_the_output(change, message):
             backward(change(grad_output), *arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", [[True, True, True, True], [False, True, False, False]])
 def test_opcheck(way, mask):
     call = draw_call(6, **SMALL | {"dtype": torch.bfloat16}, reference="points", softmax=True)
@@ -167,6 +169,7 @@ def test_opcheck(way, mask):
     )
 
 
+@pytest.mark.slow
 def test_second_derivatives_are_those_of_the_reference(summed):
     case = FusedCase(
         shapes=[(3, 4)], boxes=True, num_queries=2, num_heads=1, batch_size=1, head_dim=2,
