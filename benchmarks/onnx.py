@@ -29,7 +29,7 @@ from saccade.timing import alternate
 
 LOWERINGS = ("grid_sample", "gather", "native")
 SIZES = {"512 x 512": (512, 512), "800 x 1333": (800, 1333)}
-"""Of the images, (height, width)."""
+"""The images, (height, width) by name."""
 
 
 class Layer(nn.Module):

@@ -60,7 +60,7 @@ class ShapeMeasurement(NamedTuple):
         return self.head_dim % 16 == 0
 
     def bandwidth(self, direction: str) -> float:
-        """Of one of `DIRECTIONS`."""
+        """The bandwidth in one of `DIRECTIONS`."""
         return self.forward_bandwidth if direction == DIRECTIONS[0] else self.both_bandwidth
 
 
