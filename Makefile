@@ -3,7 +3,7 @@
 # make test-quick   those that take less than two seconds each, for the inner loop
 # make test-all     everything: exhaustive grids, every package, whole models
 # make lint   formatting, style, types
-# make bench  the figures of the README and the docs (half an hour; a quiet machine, please)
+# make bench  the measurements of the README and the docs (half an hour; on a quiet machine)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,7 +16,7 @@ LIBRARY_SOURCES := $(wildcard $(shell git ls-files -co --exclude-standard src cs
 
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-CXX_FILES := csrc/*.cpp csrc/*.h csrc/*.inl csrc/simd/*.inl tests/native/*.cpp tests/native/*.h benchmarks/*.cpp
+CXX_FILES := csrc/*.cpp csrc/*.h csrc/*.inl csrc/simd/*.inl tests/native/*.cpp tests/native/*.h
 
 .PHONY: demo test test-quick test-all lint format bench install clean
 
@@ -44,15 +44,12 @@ format: $(VENV)/.installed
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 bench: $(VENV)/.installed $(VENV)/.packages
-	$(BIN)/saccade bench --full --json benchmarks/results/cpu.json --plot docs/images/bench.png
-	$(BIN)/saccade bench --case tadtr-1d --case medical-3d --backward --threads 2 --threads 1 \
-	  --json benchmarks/results/family.json
-	$(BIN)/saccade bench fused --json benchmarks/results/fused.json
+	$(BIN)/python -m benchmarks.cpu --plot docs/images/bench.png
+	$(BIN)/python -m benchmarks.fused
 	$(BIN)/saccade bench models --seconds 20 --json benchmarks/results/models.json
 	$(BIN)/python -m benchmarks.packages
-	$(BIN)/saccade bench sweep --json benchmarks/results/sweep.json --plot docs/images/sweep.png
-	$(BIN)/python -m benchmarks
-	$(BIN)/python -m benchmarks.floors
+	$(BIN)/python -m benchmarks.sweep --plot docs/images/sweep.png
+	$(BIN)/python -m benchmarks.whole
 	$(BIN)/python -m benchmarks.tables --write
 
 install: $(VENV)/.installed

@@ -20,10 +20,10 @@ from PIL import Image
 from torch import nn
 
 import saccade
-from benchmarks.keeping import RESULTS, keep
 from benchmarks.onnx import SIZES, encoder, operator, pyramid
+from benchmarks.results_file import RESULTS, write_results
 from saccade import doctor
-from saccade.benchmark.timing import alternate
+from saccade.timing import alternate
 from saccade.vision.detector import Detector
 
 SHAPES = pyramid(SIZES["800 x 1333"])
@@ -31,7 +31,7 @@ Case = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
 def module(queries: int | None) -> Case:
-    """The module of detectors on the maps of a large picture; None: a query for each position."""
+    """The module of detectors on the maps of a large image; with None every position is a query."""
     torch.manual_seed(0)
     positions = sum(height * width for height, width in SHAPES)
     queries = positions if queries is None else queries
@@ -50,8 +50,8 @@ def single_map() -> Case:
 def detector() -> Case:
     """The embedded detector on its scene."""
     loaded = Detector.load()
-    picture = Image.open(doctor.EXAMPLE_IMAGE).convert("RGB")
-    pixels = loaded.processor(images=[picture], return_tensors="pt")["pixel_values"]
+    image = Image.open(doctor.EXAMPLE_IMAGE).convert("RGB")
+    pixels = loaded.processor(images=[image], return_tensors="pt")["pixel_values"]
     return loaded.model, (pixels,)
 
 
@@ -87,7 +87,6 @@ def measure(
     milliseconds = {name: round(timing.milliseconds, 3) for name, timing in timings.items()}
     return {
         "milliseconds": milliseconds,
-        "rounds": {name: timing.rounds for name, timing in timings.items()},
         "compiled_is_faster": round(
             timings["eager"].milliseconds / timings["compiled"].milliseconds, 2
         ),
@@ -99,16 +98,17 @@ def main() -> None:
     """Measures and writes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=RESULTS / "compile.json")
+    parser.add_argument("--case", action="append", choices=list(CASES), help="default: all")
     parser.add_argument("--seconds", type=float, default=15)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    found = {}
-    for name, make in CASES.items():
-        found[name] = measure(*make(), arguments.seconds)
-        print(name, json.dumps(found[name]), flush=True)
-    results = {"threads": arguments.threads, "cases": found}
-    keep(arguments.output, "python -m benchmarks.compile", results)
+    cases = {}
+    for name in arguments.case or CASES:
+        cases[name] = measure(*CASES[name](), arguments.seconds)
+        print(name, json.dumps(cases[name]), flush=True)
+    results = {"threads": arguments.threads, "cases": cases}
+    write_results(arguments.output, "python -m benchmarks.compile", results)
 
 
 if __name__ == "__main__":

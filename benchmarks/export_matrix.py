@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from benchmarks.export_targets import TARGETS, Target, Tensors
 from saccade.export import formats
 from saccade.export.detectors import summarize_error
-from saccade.integrations.onnx import Lowering
 from saccade.integrations.exporter_logging import silence_exporters
+from saccade.integrations.onnx import Lowering
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "export.md"
 MARKED = re.compile(r"(<!-- matrix -->\n).*?(<!-- end of matrix -->)", flags=re.DOTALL)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import saccade
-from saccade.benchmark import detectors
+from benchmarks.small_models import SMALL_MODELS
+from saccade.bench.models import Model
 from saccade.integrations.exporter_logging import silence_exporters
 from saccade.integrations.tracing import symbolic_sizes
 
@@ -86,23 +87,23 @@ class Levels(nn.Module):
         """What the module gives for both maps."""
         shapes = [feature_map.shape[2:] for feature_map in (fine, coarse)]
         value = torch.cat([each.flatten(2).transpose(1, 2) for each in (fine, coarse)], 1)
-        found: Tensor = self.attention(query, reference_points, value, shapes)
-        return found
+        output: Tensor = self.attention(query, reference_points, value, shapes)
+        return output
 
 
 class Detector(nn.Module):
     """A patched model of transformers: one tensor in, those of its outputs that are numbers out."""
 
-    def __init__(self, family: detectors.Detector) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
-        self.model = family.build(small=True)
+        self.model = model.build()
         saccade.patch(self.model)
 
     def forward(self, pixel_values: Tensor) -> Tensors:
         """Logits and boxes, or logits and masks."""
-        found = self.model(pixel_values=pixel_values)
+        outputs = self.model(pixel_values=pixel_values)
         names = ("logits", "pred_boxes", "class_queries_logits", "masks_queries_logits")
-        return tuple(found[name] for name in names if name in found)
+        return tuple(outputs[name] for name in names if name in outputs)
 
 
 def _operator(batch: int, queries: int, height: int, width: int) -> Tensors:
@@ -137,7 +138,7 @@ def _pixels(batch: int, queries: int, height: int, width: int) -> Tensors:
 
 def _patched(name: str, *, strict: bool = False) -> Target:
     return Target(
-        lambda: Detector(detectors.DETECTORS[name]),
+        lambda: Detector(SMALL_MODELS[name]),
         _pixels,
         (CHANNELS_FIRST,),
         sizes=((96, 128), (128, 160)),
@@ -148,23 +149,9 @@ def _patched(name: str, *, strict: bool = False) -> Target:
 
 def _mask2former_resnet() -> nn.Module:
     """The same model on a backbone without windows."""
-    from transformers import Mask2FormerForUniversalSegmentation, ResNetConfig
-
-    swin = detectors.DETECTORS["mask2former"]
-
-    def make(small: bool) -> nn.Module:
-        config: Any = swin.make(small).config
-        config.backbone_config = ResNetConfig(
-            embedding_size=8,
-            hidden_sizes=[8, 16, 16, 32],
-            depths=[1, 1, 1, 1],
-            layer_type="basic",
-            out_features=["stage1", "stage2", "stage3", "stage4"],
-        )
-        model: nn.Module = Mask2FormerForUniversalSegmentation(config)
-        return model
-
-    return Detector(swin._replace(make=make))
+    resnet = dict(SMALL_MODELS["deformable-detr"].backbone[1])  # type: ignore[index]
+    resnet["out_features"] = ["stage1", "stage2", "stage3", "stage4"]
+    return Detector(SMALL_MODELS["mask2former"]._replace(backbone=("ResNet", resnet)))
 
 
 TARGETS: dict[str, Target] = {

@@ -1,7 +1,7 @@
 """An exported encoder in ONNX Runtime, by each lowering: `python -m benchmarks.onnx`.
 
 Deformable DETR's encoder (six layers of `MultiScaleDeformableAttention` and a feed-forward network), the
-same layers without the feed-forward networks, and the fused operator alone, on pictures of two sizes;
+same layers without the feed-forward networks, and the fused operator alone, on images of two sizes;
 medians of turns, printed and kept in benchmarks/results/onnx.json.
 """
 
@@ -14,6 +14,7 @@ import importlib
 import tempfile
 from collections.abc import Callable
 from importlib import metadata
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,14 @@ import torch
 from torch import Tensor, nn
 
 import saccade
-from benchmarks.keeping import RESULTS, keep
-from saccade.benchmark.timing import alternate, machine
+from benchmarks.results_file import RESULTS, write_results
+from saccade.bench.report import machine
 from saccade.integrations import onnx as saccade_onnx
+from saccade.timing import alternate
 
 LOWERINGS = ("grid_sample", "gather", "native")
-
-
 SIZES = {"512 x 512": (512, 512), "800 x 1333": (800, 1333)}
-"""Of the pictures, (height, width)."""
+"""The images, (height, width) by name."""
 
 
 class Layer(nn.Module):
@@ -51,10 +51,10 @@ class Layer(nn.Module):
 
     def forward(self, tokens: Tensor, reference: Tensor, shapes: list[tuple[int, ...]]) -> Tensor:
         """Tokens [B, S, C] to tokens."""
-        found: Tensor = self.norm(tokens + self.attention(tokens, reference, tokens, shapes))
+        tokens = self.norm(tokens + self.attention(tokens, reference, tokens, shapes))
         if self.forward_network is not None:
-            found = self.last_norm(found + self.forward_network(found))
-        return found
+            tokens = self.last_norm(tokens + self.forward_network(tokens))
+        return tokens
 
 
 class Encoder(nn.Module):
@@ -126,9 +126,9 @@ CASES: dict[str, Callable[[Shapes], tuple[nn.Module, tuple[Any, ...]]]] = {
 }
 
 
-def pyramid(picture: tuple[int, int]) -> Shapes:
-    """The four maps of a picture (height, width)."""
-    return [(-(-picture[0] // step), -(-picture[1] // step)) for step in (8, 16, 32, 64)]
+def pyramid(image: tuple[int, int]) -> Shapes:
+    """The four maps of an image (height, width)."""
+    return [(-(-image[0] // step), -(-image[1] // step)) for step in (8, 16, 32, 64)]
 
 
 def measure(
@@ -160,14 +160,14 @@ def measure(
         names = [node.name for node in session.get_inputs()]
         feeds = dict(zip(names, (tensor.numpy() for tensor in tensors), strict=True))
         calls[lowering] = functools.partial(session.run, None, feeds)
-        found = torch.from_numpy(calls[lowering]()[0])
-        errors[lowering] = float((found - expected).abs().max())
+        output = torch.from_numpy(calls[lowering]()[0])
+        errors[lowering] = float((output - expected).abs().max())
         gc.collect()
 
     def in_torch() -> Tensor:
         with torch.inference_mode():
-            found: Tensor = model(*inputs)
-        return found
+            output: Tensor = model(*inputs)
+        return output
 
     timings = alternate({**calls, "torch": in_torch}, seconds)
     milliseconds = {name: round(timing.milliseconds, 1) for name, timing in timings.items()}
@@ -175,7 +175,6 @@ def measure(
         "tokens": expected.shape[1],
         "threads": threads,
         "milliseconds": milliseconds,
-        "rounds": {name: timing.rounds for name, timing in timings.items()},
         "native_is_faster_than": {
             name: round(milliseconds[name] / milliseconds["native"], 2)
             for name in milliseconds
@@ -189,18 +188,19 @@ def main() -> None:
     """Measures and writes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=RESULTS / "onnx.json")
+    parser.add_argument("--case", action="append", choices=list(CASES), help="default: all")
+    parser.add_argument("--size", action="append", choices=list(SIZES), help="default: all")
     parser.add_argument("--seconds", type=float, default=25)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
-    found: dict[str, dict[str, Any]] = {}
-    for size, picture in SIZES.items():
-        for name, make in CASES.items():
-            case = measure(*make(pyramid(picture)), arguments.seconds, arguments.threads)
-            found.setdefault(size, {})[name] = case
-            print(size, name, case["milliseconds"], case["native_is_faster_than"], flush=True)
+    cases: dict[str, dict[str, Any]] = {}
+    for size, name in product(arguments.size or SIZES, arguments.case or CASES):
+        case = measure(*CASES[name](pyramid(SIZES[size])), arguments.seconds, arguments.threads)
+        cases.setdefault(size, {})[name] = case
+        print(size, name, case["milliseconds"], case["native_is_faster_than"], flush=True)
     versions = {name: metadata.version(name) for name in ("onnxruntime-extensions", "onnxscript")}
-    results = {"machine": machine() | versions, "pictures": found}
-    keep(arguments.output, "python -m benchmarks.onnx", results)
+    results = {"machine": machine() | versions, "images": cases}
+    write_results(arguments.output, "python -m benchmarks.onnx", results)
 
 
 if __name__ == "__main__":

@@ -10,18 +10,17 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from saccade.benchmark import models
-from saccade.benchmark.detectors import Detector
+from benchmarks.results_file import RESULTS, write_results
+from saccade.bench import models
 from saccade.integrations import extensions
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "packages.json"
 
 
 class Whole(nn.Module):
@@ -36,21 +35,44 @@ class Whole(nn.Module):
         return self._call(self.model, pixel_values)
 
 
-def rfdetr(small: bool) -> nn.Module:
+class Package(NamedTuple):
+    """A package's model, as `saccade.bench.models.measure` takes it."""
+
+    name: str
+    input: str
+    size: tuple[int, int]
+    make: Callable[[], nn.Module]
+
+    def build(self) -> nn.Module:
+        torch.manual_seed(0)
+        model = self.make().eval()
+        for name, parameter in model.named_parameters():
+            # Fresh models have zeros here: all queries would look at the same positions.
+            if name.endswith(("sampling_offsets.weight", "attention_weights.weight")):
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith(("value_proj.weight", "output_proj.weight")):
+                nn.init.xavier_uniform_(parameter)
+        return model
+
+    def inputs(self) -> dict[str, Tensor]:
+        return {"pixel_values": torch.randn(1, 3, *self.size)}
+
+
+def make_rfdetr() -> nn.Module:
     from rfdetr.config import RFDETRNanoConfig
     from rfdetr.models.lwdetr import build_model_from_config
     from rfdetr.utilities.tensors import NestedTensor
 
-    def call(model: nn.Module, picture: Tensor) -> dict[str, Any]:
-        mask = torch.zeros(len(picture), *picture.shape[2:], dtype=torch.bool)
-        found = model(NestedTensor(picture, mask))
-        return {name: found[name] for name in ("pred_logits", "pred_boxes")}
+    def call(model: nn.Module, image: Tensor) -> dict[str, Any]:
+        mask = torch.zeros(len(image), *image.shape[2:], dtype=torch.bool)
+        outputs = model(NestedTensor(image, mask))
+        return {name: outputs[name] for name in ("pred_logits", "pred_boxes")}
 
     return Whole(build_model_from_config(RFDETRNanoConfig(pretrain_weights=None)), call)
 
 
-def of_mmdet(path: str) -> Callable[[bool], nn.Module]:
-    def make(small: bool) -> nn.Module:
+def make_mmdet(path: str) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
         extensions.install("mmcv._ext")
         import mmdet
         from mmdet.registry import MODELS
@@ -64,51 +86,46 @@ def of_mmdet(path: str) -> Callable[[bool], nn.Module]:
         model = MODELS.build(config.model)
         nn.init.normal_(model.level_embed)  # mmdet leaves it as the memory was
 
-        def call(model: nn.Module, picture: Tensor) -> dict[str, Any]:
-            size = tuple(picture.shape[2:])
+        def call(model: nn.Module, image: Tensor) -> dict[str, Any]:
+            size = tuple(image.shape[2:])
             sample = DetDataSample()
             sample.set_metainfo({"img_shape": size, "batch_input_shape": size, "ori_shape": size})
-            found = model(picture, [sample], mode="tensor")
-            return {str(place): tensor for place, tensor in enumerate(found)}
+            outputs = model(image, [sample], mode="tensor")
+            return {str(index): tensor for index, tensor in enumerate(outputs)}
 
         return Whole(model, call)
 
     return make
 
 
-DETECTORS = (
-    Detector(
-        "mmdet",
-        "Deformable DETR, R50, 800 x 1333",
-        (800, 1333),
-        (192, 256),
-        of_mmdet("deformable_detr/deformable-detr_r50_16xb2-50e_coco.py"),
+PACKAGES = (
+    Package(
+        *("mmdet", "Deformable DETR, R50, 800 x 1333", (800, 1333)),
+        make_mmdet("deformable_detr/deformable-detr_r50_16xb2-50e_coco.py"),
     ),
-    Detector(
-        "mmdet",
-        "DINO, 4 levels, R50, 800 x 1333",
-        (800, 1333),
-        (192, 256),
-        of_mmdet("dino/dino-4scale_r50_8xb2-12e_coco.py"),
+    Package(
+        *("mmdet", "DINO, 4 levels, R50, 800 x 1333", (800, 1333)),
+        make_mmdet("dino/dino-4scale_r50_8xb2-12e_coco.py"),
     ),
-    Detector("rfdetr", "RF-DETR Nano, 384 x 384", (384, 384), (384, 384), rfdetr),
+    Package("rfdetr", "RF-DETR Nano, 384 x 384", (384, 384), make_rfdetr),
 )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.packages", description=__doc__)
     parser.add_argument("--seconds", type=float, default=20, help="of taking turns, for each model")
-    parser.add_argument("--small", action="store_true", help="small pictures, nothing is written")
-    chosen = parser.parse_args()
+    parser.add_argument("--output", type=Path, default=RESULTS / "packages.json")
+    arguments = parser.parse_args()
     sys.path.append(str(ROOT / "tests"))
     import packages
 
     packages.add_to_path()
     packages.import_torchvision()
-    figures = [models.measure(found, chosen.seconds, small=chosen.small) for found in DETECTORS]
-    Console().print(models.table(figures))
-    if not chosen.small:
-        models.write("python -m benchmarks.packages", figures, RESULTS)
+    rows = [models.measure(package, arguments.seconds) for package in PACKAGES]
+    Console().print(models.table(rows))
+    head = {"method": models.METHOD, "threads": torch.get_num_threads()}
+    results = {**head, "models": [row._asdict() for row in rows]}
+    write_results(arguments.output, "python -m benchmarks.packages", results)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,28 @@
-"""Figures about more than the speed of a workload: memory, the import, bitwise equal gradients, small calls."""
+"""What `saccade bench` does not measure: `python -m benchmarks.whole` (a minute).
+
+Peak memory, the import, small calls, and whether gradients are bitwise equal.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import statistics
 import subprocess
 import sys
 import timeit
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import saccade
-from saccade.benchmark.operator import grid_sample_call, saccade_call
-from saccade.benchmark.peers import Attend
-from saccade.benchmark.workloads import WORKLOADS, Workload, draw
+from benchmarks.results_file import RESULTS, write_results
+from saccade.bench.baselines import BASELINES, Function
+from saccade.bench.workloads import WORKLOADS, Workload, draw
+from saccade.call import parse_call
+from saccade.ops.schema import to_arguments
 from saccade.sampling import sampling_locations
 
 MEGABYTE = 1e6
@@ -33,22 +41,22 @@ def peak_memory() -> dict[str, float]:
     }
 
 
-def _fused_call(workload: Workload) -> Attend:
+def _fused_call(workload: Workload) -> Function:
     """Takes the offsets in the place of locations, the logits in that of weights."""
 
-    def attend(value: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+    def run(value: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
         centre = torch.full((*offsets.shape[:2], 1, 2), 0.5)
         return saccade.fused_deformable_attention(
             value, workload.shapes, centre, offsets, logits, num_points=workload.points
         )
 
-    return attend
+    return run
 
 
-def _unfused_call(workload: Workload) -> Attend:
+def _unfused_call(workload: Workload) -> Function:
     """The same with locations and weights in memory."""
 
-    def attend(value: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+    def run(value: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
         centre = torch.full((*offsets.shape[:2], 1, 2), 0.5)
         shapes, points = workload.shapes, workload.points
         locations = sampling_locations(centre, offsets, shapes, points)
@@ -56,12 +64,12 @@ def _unfused_call(workload: Workload) -> Attend:
             value, shapes, locations, logits.softmax(-1), num_points=points
         )
 
-    return attend
+    return run
 
 
-_CALLS: dict[str, Callable[[Workload], Attend]] = {
-    "saccade": saccade_call,
-    "grid_sample": grid_sample_call,
+_CALLS: dict[str, Callable[[Workload], Function]] = {
+    "saccade": BASELINES["saccade"].prepare,
+    "grid_sample": BASELINES["grid_sample"].prepare,
     "fused": _fused_call,
     "unfused": _unfused_call,
 }
@@ -72,7 +80,7 @@ def _peak(name: str) -> float:
     workload = WORKLOADS["detr-encoder"]
     torch.set_num_threads(2)
     inputs = draw(workload, dtype=torch.float32, uniform=False)
-    attend = _CALLS[name](workload)
+    call = _CALLS[name](workload)
     small = workload._replace(shapes=[(8, 8)] * 4)
     with torch.no_grad():
         # Code and thread pools in place.
@@ -80,7 +88,7 @@ def _peak(name: str) -> float:
         with open("/proc/self/clear_refs", "w") as reset:
             reset.write("5")  # the peak starts again from what is resident now
         before = _status("VmRSS")
-        output = attend(*inputs[:3])
+        output = call(*inputs[:3])
     assert output.shape == (1, 22223, 256)
     return round((_status("VmHWM") - before) * 1024 / MEGABYTE, 1)
 
@@ -118,12 +126,12 @@ def gradients_are_bitwise_equal() -> bool:
         for number in (1, 2, 2, 16):
             torch.set_num_threads(number)
             leaves = [tensor.clone().requires_grad_() for tensor in inputs[:3]]
-            output = saccade_call(workload)(*leaves)
+            output = BASELINES["saccade"].prepare(workload)(*leaves)
             results.append([output, *torch.autograd.grad(output, leaves, inputs.grad_output)])
         equal = equal and all(
-            torch.equal(found, expected)
+            torch.equal(tensor, expected)
             for other in results[1:]
-            for found, expected in zip(other, results[0], strict=True)
+            for tensor, expected in zip(other, results[0], strict=True)
         )
     torch.set_num_threads(threads)
     return equal
@@ -143,26 +151,50 @@ def small_calls() -> dict[str, dict[str, float]]:
         torch.rand(1, 2, 1, 1),
     )
     sixteen = torch.rand(16)
+    arguments = to_arguments(parse_call(value, [(2, 2)], locations, weights, num_points=1))
     functions = {
         "aten::mul": lambda: torch.ops.aten.mul.Tensor(sixteen, sixteen),
-        "operator": lambda: torch.ops.saccade.deformable_attention.default(
-            value, [2, 2], locations, weights, [1], "linear", "zeros", "normalized", None
-        ),
+        "operator": lambda: torch.ops.saccade.deformable_attention.default(*arguments),
         "function": lambda: saccade.deformable_attention(
             value, [(2, 2)], locations, weights, num_points=1
         ),
     }
-    found = {}
+    microseconds = {}
     for mode in (torch.inference_mode, torch.no_grad):
         with mode():
-            found[mode.__name__] = {
+            microseconds[mode.__name__] = {
                 name: round(min(timeit.repeat(call, number=3000, repeat=9)) / 3000 * 1e6, 2)
                 for name, call in functions.items()
             }
     torch.set_num_threads(threads)
-    return found
+    return microseconds
 
 
 def _run(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return done.stdout.strip().splitlines()[-1]
+
+
+MEASURES: dict[str, Callable[[], object]] = {
+    "import": import_time,
+    "peak_memory_detr_encoder_forward": peak_memory,
+    "gradients_bitwise_equal": gradients_are_bitwise_equal,
+    "small_call_microseconds": small_calls,
+}
+
+
+def main() -> None:
+    """Measures and writes."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.whole", description=__doc__)
+    parser.add_argument("--only", action="append", choices=list(MEASURES), help="default: all")
+    parser.add_argument("--output", type=Path, default=RESULTS / "whole.json")
+    arguments = parser.parse_args()
+    results = {}
+    for name in arguments.only or MEASURES:
+        results[name] = MEASURES[name]()
+        print(f"{name}: {json.dumps(results[name])}", flush=True)
+    write_results(arguments.output, "python -m benchmarks.whole", results)
+
+
+if __name__ == "__main__":
+    main()

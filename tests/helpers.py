@@ -8,15 +8,17 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+import pytest
 import torch
 from torch import Tensor
 
 import saccade
 from saccade.call import Call, parse_call
+from saccade.ops import native
 
 T = TypeVar("T")
 
@@ -127,15 +129,15 @@ def loops(case: Case, value: Tensor, locations: Tensor, weights: Tensor) -> Tens
                         level = value[b, first_row : first_row + positions, head, d].view(shape)
                         for k in range(first_point, first_point + count):
                             location = [float(number) for number in locations[b, q, m, k]]
-                            total += float(weights[b, q, m, k]) * read(case, level, location)
+                            total += float(weights[b, q, m, k]) * sample(case, level, location)
                         first_row += positions
                         first_point += count
                     output[b, q, m * head_dim + d] = total
     return output
 
 
-def read(case: Case, level: Tensor, location: list[float]) -> float:
-    """What a point finds on one level and channel, a tensor of one to three axes."""
+def sample(case: Case, level: Tensor, location: list[float]) -> float:
+    """The value at a location on one level and channel, a tensor of one to three axes."""
 
     def cell(index: tuple[int, ...]) -> float:
         inside = all(0 <= i < size for i, size in zip(index, level.shape, strict=True))
@@ -170,10 +172,10 @@ def read(case: Case, level: Tensor, location: list[float]) -> float:
     return total
 
 
-def look(
+def read_points(
     values: Any, shape: tuple[int, int], points: Any, weights: Any = None, **options: Any
 ) -> float:
-    """What one query of one head reads at `points` of a single-channel map, summed by `weights`."""
+    """The output of one query and one head that reads `points` of a map with one channel."""
     value = torch.as_tensor(values, dtype=torch.float32).reshape(1, -1, 1, 1)
     locations = torch.tensor(points, dtype=torch.float32).reshape(1, 1, 1, 1, -1, 2)
     if weights is None:
@@ -196,14 +198,28 @@ def run(case: Case, inputs: Sequence[Tensor], grad_output: Tensor | None) -> lis
     ]
 
 
-NAMES = ("output", "grad_value", "grad_sampling_locations", "grad_attention_weights")
+def calls_on_native_backends(call: Callable[[], T]) -> Iterator[tuple[str, T]]:
+    """What the call returns on each native backend, so that the expected result is computed once."""
+    names = [f"cpu-{isa}" for isa in native.available_isas()]
+    if not names:
+        pytest.skip(f"no native library: {native.failure}")
+    for name in names:
+        with saccade.use_backend(name):
+            yield name, call()
+
+
+NAMES = ("output", "gradient 1", "gradient 2", "gradient 3", "gradient 4")
 
 
 def assert_same(
-    actual: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float | None = None
+    actual: Sequence[Tensor],
+    expected: Sequence[Tensor],
+    tolerance: float | None = None,
+    backend: str = "",
 ) -> None:
     """Holds each tensor to the tolerance of its dtype, relative to the largest expected number."""
-    for name, got, want in zip(NAMES, actual, expected, strict=False):
+    for tensor_name, got, want in zip(NAMES, actual, expected, strict=False):
+        name = f"{tensor_name} {backend}"
         assert got.dtype == want.dtype, name
         assert got.shape == want.shape, name
         assert not got.isnan().any(), f"{name} has NaN"

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fused_helpers import COMBINATIONS
 from helpers import Case
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import saccade
-from saccade import argument_key, arguments
+from saccade import call as call_module
+from saccade.call import MAX_CACHED, parse_call
+from saccade.ops import native
+from saccade.ops.registration import BACKWARD_OPERATOR, OPERATOR
+from saccade.ops.schema import to_arguments
+
+NEEDS_NATIVE = pytest.mark.skipif(
+    native.failure is not None, reason=f"no native library: {native.failure}"
+)
 
 CASE = Case()
 VALUE, LOCATIONS, WEIGHTS = CASE.draw()
@@ -89,7 +99,7 @@ BAD = {
     "shapes-too-large": (
         {"value": torch.zeros(1, 1, 1, 1).expand(2, 2**31, 1, 1), "spatial_shapes": [(2, 2**30)]},
         ValueError,
-        "spatial_shapes: expected at most 2147483647 positions a level",
+        "spatial_shapes: expected at most 2147483647 positions per level",
     ),
     "shapes-meta": (
         {"spatial_shapes": torch.tensor(CASE.shapes).to("meta")},
@@ -125,7 +135,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("change", "error", "message"), BAD.values(), ids=BAD)
-def test_bad_argument_is_named(backend, change, error, message):
+def test_bad_argument_is_named(change, error, message):
     with pytest.raises(error, match=message):
         saccade.deformable_attention(**{**GOOD, **change})
     with pytest.raises(error, match=message):
@@ -143,8 +153,8 @@ def test_spatial_shapes_of_every_kind_agree():
         [list(shape) for shape in CASE.shapes],
         [torch.Size(shape) for shape in CASE.shapes],
     ):
-        found = saccade.deformable_attention(**{**GOOD, "spatial_shapes": shapes})
-        assert torch.equal(found, expected)
+        output = saccade.deformable_attention(**{**GOOD, "spatial_shapes": shapes})
+        assert torch.equal(output, expected)
 
 
 def test_six_axes_equal_five_with_num_points():
@@ -153,58 +163,80 @@ def test_six_axes_equal_five_with_num_points():
 
 
 # Queries of both maps one after the other.
-ONE_AXIS = {
-    "sampling_locations": LOCATIONS.flatten(0, 1)[None],
-    "attention_weights": WEIGHTS.flatten(0, 1)[None],
-}
+RAGGED = {"points": LOCATIONS.flatten(0, 1)[None], "weights": WEIGHTS.flatten(0, 1)[None]}
+ARGUMENTS = to_arguments(CASE.parse(VALUE, LOCATIONS, WEIGHTS))
+FUSED_ARGUMENTS = ARGUMENTS._replace(
+    reference_points=torch.rand(2, 11, 1, 2), reference_index=[0] * 6, softmax=True
+)
 
 
-def operator(**changes):
-    arguments = {
-        "value": VALUE,
-        "spatial_shapes": [6, 7, 3, 4],
-        "sampling_locations": LOCATIONS,
-        "attention_weights": WEIGHTS,
-        "num_points": [3, 3],
-        "interpolation": "linear",
-        "padding": "zeros",
-        "coordinates": "normalized",
-        "queries_per_map": None,
-    }
-    return torch.ops.saccade.deformable_attention(*{**arguments, **changes}.values())
-
-
+@NEEDS_NATIVE
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("arguments", "changes", "message"),
     [
-        ({"spatial_shapes": [6, 7, 3, 400000]}, "value: expected"),
-        ({"spatial_shapes": [6, 7, 3]}, "spatial_shapes: expected"),
-        ({"spatial_shapes": [2**40, 2**40, 3, 4]}, "spatial_shapes: expected"),
-        ({"spatial_shapes": [-6, -7, 3, 4]}, "spatial_shapes: expected"),
-        ({"num_points": [3, 300]}, "sampling_locations: expected"),
-        ({"num_points": [7, -1]}, "num_points: expected"),
-        ({"num_points": []}, "spatial_shapes: expected"),
-        ({"attention_weights": WEIGHTS[:1]}, "attention_weights: expected"),
-        ({"sampling_locations": LOCATIONS[..., :1]}, "spatial_shapes: expected 1 for each"),
-        ({"sampling_locations": LOCATIONS[..., :0]}, "sampling_locations: expected"),
-        ({"value": VALUE.int()}, "value: expected"),
-        ({"value": VALUE[:, :, :2]}, "value: expected 1 or 3 heads"),
-        (
-            {"padding": "reflect"},
-            "padding: expected one of 'zeros', 'border', 'border_height', got 'reflect'",
-        ),
-        ({"padding": "border_height"}, "padding: .* which goes with interpolation 'discrete'"),
-        ({"queries_per_map": [11, 11]}, r"sampling_locations: expected \[1, 11"),
-        ({**ONE_AXIS, "queries_per_map": [11, 12]}, "queries_per_map: expected numbers that sum"),
-        ({**ONE_AXIS, "queries_per_map": [-1, 23]}, "queries_per_map: expected numbers that sum"),
-        ({**ONE_AXIS, "queries_per_map": [2**62, 2**62]}, "queries_per_map: expected numbers"),
-        ({**ONE_AXIS, "queries_per_map": [1, 21, 0]}, "queries_per_map: expected 2 numbers"),
+        (arguments, changes, message)
+        for arguments, rows in (
+            (
+                ARGUMENTS,
+                [
+                    ({"spatial_shapes": [6, 7, 3, 400000]}, "value: expected"),
+                    ({"spatial_shapes": [6, 7, 3]}, "spatial_shapes: expected"),
+                    ({"spatial_shapes": [2**40, 2**40, 3, 4]}, "spatial_shapes: expected"),
+                    ({"spatial_shapes": [-6, -7, 3, 4]}, "spatial_shapes: expected"),
+                    ({"num_points": [3, 300]}, "sampling_locations: expected"),
+                    ({"num_points": [7, -1]}, "num_points: expected"),
+                    ({"num_points": []}, "spatial_shapes: expected"),
+                    ({"weights": WEIGHTS[:1]}, "attention_weights: expected"),
+                    ({"weights": WEIGHTS[:1], "softmax": True}, "attention_logits: expected"),
+                    ({"points": LOCATIONS[..., :1]}, "spatial_shapes: expected 1 for each"),
+                    ({"points": LOCATIONS[..., :0]}, "sampling_locations: expected"),
+                    ({"value": VALUE.int()}, "value: expected"),
+                    ({"value": VALUE[:, :, :2]}, "value: expected 1 or 3 heads"),
+                    ({"padding": "reflect"}, "padding: .*'border_height', got 'reflect'"),
+                    ({"padding": "border_height"}, "padding: .* interpolation 'discrete'"),
+                    ({"reference_index": [0] * 6}, "reference_index: expected"),
+                    ({"queries_per_map": [11, 11]}, r"sampling_locations: expected \[1, 11"),
+                    ({**RAGGED, "queries_per_map": [11, 12]}, "queries_per_map: .* that sum"),
+                    ({**RAGGED, "queries_per_map": [-1, 23]}, "queries_per_map: .* that sum"),
+                    ({**RAGGED, "queries_per_map": [2**62, 2**62]}, "queries_per_map: expected"),
+                    ({**RAGGED, "queries_per_map": [1, 21, 0]}, "queries_per_map: .* 2 numbers"),
+                ],
+            ),
+            (
+                FUSED_ARGUMENTS,
+                [
+                    ({"reference_points": torch.rand(2, 11, 1, 3)}, "reference_points: expected"),
+                    ({"reference_points": torch.rand(2, 10, 1, 2)}, "reference_points: expected"),
+                    ({"reference_index": None}, "reference_index: expected a list"),
+                    ({"reference_index": [0] * 5}, "reference_index: expected 6 numbers"),
+                    ({"reference_index": [0] * 5 + [1]}, "reference_index: .* 0 to 0, got 1"),
+                    ({"reference_index": [-1] * 6}, "reference_index: .* 0 to 0, got -1"),
+                    ({"points": LOCATIONS[:, :5]}, "attention_logits: expected"),
+                    ({"num_points": [3, 300]}, "sampling_offsets: expected"),
+                ],
+            ),
+        )
+        for changes, message in rows
     ],
 )
-def test_the_operator_itself_checks_what_could_read_out_of_bounds(native_backend, changes, message):
-    assert operator().shape == (2, 11, 24)
+def test_the_operator_itself_checks_what_could_read_out_of_bounds(arguments, changes, message):
+    assert OPERATOR(*arguments).shape == (2, 11, 24)
     with pytest.raises(RuntimeError, match=message):
-        operator(**changes)
+        OPERATOR(*arguments._replace(**changes))
+
+
+@NEEDS_NATIVE
+@pytest.mark.parametrize(
+    ("arguments", "output_mask", "message"),
+    [
+        (ARGUMENTS, [True] * 3, "output_mask: expected 4"),
+        (FUSED_ARGUMENTS, [True] * 5, "output_mask: expected 4"),
+        (ARGUMENTS, [True] * 4, "output_mask: .*reference_points"),
+    ],
+)
+def test_the_backward_operator_checks_its_mask(arguments, output_mask, message):
+    with pytest.raises(RuntimeError, match=message):
+        BACKWARD_OPERATOR(torch.rand(2, 11, 24), *arguments, output_mask)
 
 
 @pytest.mark.parametrize(
@@ -221,28 +253,73 @@ def test_the_operator_itself_checks_what_could_read_out_of_bounds(native_backend
         ({"padding": ["zeros"]}, ValueError),
     ],
 )
-def test_what_was_found_good_does_not_hide_what_is_almost_the_same(change, error):
+def test_a_cached_call_does_not_hide_one_that_is_almost_the_same(change, error):
     saccade.deformable_attention(**GOOD)
     with pytest.raises(error):
         saccade.deformable_attention(**{**GOOD, **change})
     saccade.deformable_attention(**GOOD)
 
 
-def test_what_is_remembered_of_calls_is_bounded_and_holds_no_tensor():
-    arguments._remembered.clear()
-    for num_queries in range(1, argument_key.MOST_REMEMBERED + 20):
-        arguments.understand(
-            VALUE, LOCATIONS[:, :1].expand(-1, num_queries, -1, -1, -1),
-            WEIGHTS[:, :1].expand(-1, num_queries, -1, -1),
-            arguments.Options(CASE.shapes, 3, "linear", "zeros", "normalized", None),
-        )  # fmt: skip
-    assert 0 < len(arguments._remembered) <= argument_key.MOST_REMEMBERED
-    for key, sizes in arguments._remembered.items():
-        assert not any(isinstance(part, torch.Tensor) for part in (*key, *sizes))
+def parse(num_queries=11, value=VALUE, **options):
+    locations = LOCATIONS[:, :1].expand(-1, num_queries, -1, -1, -1)
+    weights = WEIGHTS[:, :1].expand(-1, num_queries, -1, -1)
+    shapes = options.pop("spatial_shapes", CASE.shapes)
+    return parse_call(value, shapes, locations, weights, **{"num_points": 3, **options})
+
+
+def test_equal_sizes_share_their_options_and_plans():
+    call = parse()
+    again = parse(
+        value=VALUE.clone().requires_grad_(),
+        spatial_shapes=torch.tensor(CASE.shapes),
+        num_points=3,
+    )
+    assert again.options is call.options
+    assert again.plans is call.plans
+    for changes in (
+        {"num_queries": 10},
+        {"value": VALUE.double()},
+        {"value": VALUE[:, :, :1]},
+        {"spatial_shapes": [(7, 6), (3, 4)]},
+        {"num_points": [2, 4]},
+        {"padding": "border"},
+        {"interpolation": "nearest"},
+        {"coordinates": "pixel"},
+        {"softmax": True},
+        {"reference_points": torch.zeros(2, 11, 1, 2)},
+        {"reference_points": torch.zeros(2, 11, 2, 2), "reference_index": [0] * 6},
+        {"reference_points": torch.zeros(2, 11, 2, 2), "reference_index": [1] * 6},
+    ):
+        assert parse(**changes).plans is not call.plans, changes
+    for call in (COMBINATIONS[name].parse(*COMBINATIONS[name].draw()) for name in COMBINATIONS):
+        assert to_arguments(call).checked_call().options == call.options
+
+
+def test_the_cache_of_calls_is_bounded_and_holds_no_tensor():
+    call_module._cache.clear()
+    for num_queries in range(1, MAX_CACHED + 20):
+        parse(num_queries)
+    assert 0 < len(call_module._cache) <= MAX_CACHED
+    for key, recipe in call_module._cache.items():
+        assert not any(isinstance(part, torch.Tensor) for part in (*key, *recipe.options))
+        assert not recipe.plans
+
+
+@pytest.mark.slow
+def test_nothing_is_cached_while_a_program_is_traced_or_compiled():
+    inputs = CASE.draw()
+    torch.compiler.reset()
+    call_module._cache.clear()
+    torch.compile(CASE.call, fullgraph=True, backend="eager")(*inputs)
+    torch.jit.trace(CASE.call, inputs, check_trace=False)
+    make_fx(lambda *tensors: CASE.call(*tensors), tracing_mode="symbolic")(*inputs)
+    assert not call_module._cache
+    CASE.call(*inputs)
+    assert len(call_module._cache) == 1
 
 
 class Row:
-    """A shape whose sizes change behind its back."""
+    """A shape whose sizes change between calls."""
 
     def __init__(self, *sizes):
         self.sizes = sizes
@@ -257,16 +334,16 @@ class Row:
         return self.sizes[index]
 
 
-def test_sizes_that_may_change_are_looked_at_again():
+def test_sizes_that_may_change_are_checked_again():
     value = torch.arange(12.0).reshape(1, 12, 1, 1)
     locations = torch.rand(1, 5, 1, 1, 2, 2)
     weights = torch.rand(1, 5, 1, 1, 2)
     row = Row(3, 4)
     for sizes in ((3, 4), (4, 3), (2, 6)):
         row.sizes = sizes
-        found = saccade.deformable_attention(value, [row], locations, weights)
+        output = saccade.deformable_attention(value, [row], locations, weights)
         expected = saccade.deformable_attention(value, [sizes], locations, weights)
-        assert torch.equal(found, expected)
+        assert torch.equal(output, expected)
     for wrong in ([(3, 4, 1)], [(3.0, 4)], [(True, 12)], [3, 4], "34"):
         saccade.deformable_attention(value, [(3, 4)], locations, weights)
         with pytest.raises((TypeError, ValueError), match="spatial_shapes"):
@@ -313,27 +390,3 @@ def test_errors_of_a_fused_call_name_the_argument(change, message):
             function(**{**FUSED, **change})
     with pytest.raises(TypeError, match="reference_points: expected a Tensor, got NoneType"):
         saccade.fused_deformable_attention(**{**FUSED, "reference_points": None})
-
-
-@pytest.mark.parametrize(
-    ("position", "change", "message"),
-    [
-        (2, torch.rand(2, 11, 1, 3), "reference_points: expected"),
-        (2, torch.rand(2, 10, 1, 2), "reference_points: expected"),
-        (5, [0] * 5, "reference_index: expected 6 numbers"),
-        (5, [0] * 5 + [1], "reference_index: expected numbers from 0 to 0, got 1"),
-        (5, [-1] * 6, "reference_index: expected numbers from 0 to 0, got -1"),
-        (3, LOCATIONS[:, :5], "attention_logits: expected"),
-        (6, [3, 300], "sampling_offsets: expected"),
-    ],
-)
-def test_the_fused_operator_itself_checks(native_backend, position, change, message):
-    arguments = [
-        VALUE, [6, 7, 3, 4], FUSED["reference_points"], LOCATIONS, WEIGHTS, [0] * 6, [3, 3],
-        "linear", "zeros", "normalized", None,
-    ]  # fmt: skip
-    fused = torch.ops.saccade.fused_deformable_attention
-    assert fused(*arguments).shape == (2, 11, 24)
-    arguments[position] = change
-    with pytest.raises(RuntimeError, match=message):
-        fused(*arguments)

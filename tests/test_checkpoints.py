@@ -23,7 +23,7 @@ from checkpoint_helpers import (
 )
 
 import saccade
-from saccade.benchmark.detectors import DETECTORS
+from benchmarks.small_models import SMALL_MODELS
 from saccade.integrations import checkpoints
 
 
@@ -106,7 +106,7 @@ WITHOUT_PROJECTIONS = {"d-fine", "deimv2"}
 FOLDERS = [
     (name, shards)
     for shards in (False, True)
-    for name in DETECTORS
+    for name in SMALL_MODELS
     if name not in WITHOUT_PROJECTIONS
 ]
 
@@ -115,8 +115,8 @@ FOLDERS = [
 @pytest.mark.parametrize(("name", "shards"), helpers.some(FOLDERS, 6))
 def test_transformers_folders(tmp_path, name, shards):
     pytest.importorskip("safetensors", reason="transformers writes with it")
-    detector = DETECTORS[name]
-    model, inputs = detector.build(small=True), detector.inputs(small=True)
+    detector = SMALL_MODELS[name]
+    model, inputs = detector.build(), detector.inputs()
     if name == "deformable-detr":
         inputs["pixel_mask"] = torch.ones(1, *inputs["pixel_values"].shape[2:], dtype=torch.long)
         inputs["pixel_mask"][:, 60:, 80:] = 0
@@ -304,6 +304,6 @@ def test_entries_that_do_not_fit(weights, message):
 
 
 def test_d_fine_of_transformers_is_refused_with_the_reason():
-    model = DETECTORS["d-fine"].build(small=True)
+    model = SMALL_MODELS["d-fine"].build()
     with pytest.raises(ValueError, match="its value comes projected, as in D-FINE"):
         checkpoints.attention_modules(model.state_dict(), model.config)

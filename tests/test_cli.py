@@ -95,6 +95,7 @@ def test_explain_walks_through_the_worked_example_in_80_columns() -> None:
     assert max(map(len, result.stdout.splitlines())) <= 80
 
 
+@pytest.mark.slow
 def test_explain_moves_the_reference_point_and_draws(tmp_path) -> None:
     pytest.importorskip("matplotlib")
     result = invoke("explain", "--reference", "1.3", "-0.6", "--out", tmp_path / "explain.png")
@@ -265,7 +266,7 @@ def images(tmp_path) -> list[Path]:
     return paths
 
 
-def test_detect_writes_three_files_a_image(model, images, tmp_path) -> None:
+def test_detect_writes_three_files_per_image(model, images, tmp_path) -> None:
     out = tmp_path / "out"
     result = invoke("detect", *images, "--model", model, "--out", out, "--threshold", 0.99)
     assert result.exit_code == 0, result.output

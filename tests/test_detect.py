@@ -296,7 +296,7 @@ def test_no_input_is_overwritten(tmp_path) -> None:
     assert not written & set(images)
 
 
-def test_a_image_that_fails_does_not_stop_the_rest(deformable_detr, tmp_path) -> None:
+def test_an_image_that_fails_does_not_stop_the_rest(deformable_detr, tmp_path) -> None:
     gradient_image(96, 50).save(tmp_path / "good.png")
     Image.new("RGB", (1, 4000)).save(tmp_path / "thin.png")
     (tmp_path / "bad.png").write_text("no image")

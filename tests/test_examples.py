@@ -173,7 +173,7 @@ def test_a_perfect_answer_has_the_least_loss_and_the_full_score():
     logits[..., beats.NONE] = 20.0
     times = torch.rand(2, beats.QUERIES)
     for i, (true, kinds) in enumerate(truth):
-        # The last queries answer: the pairs are found, not given by the order.
+        # The last queries answer: the pairs must be found, their order does not reveal them.
         times[i, -len(true) :] = true
         logits[i, -len(true) :] = 20.0 * torch.nn.functional.one_hot(kinds, 3)
     assert beats.set_loss(logits, times, truth) < 1e-3
@@ -205,6 +205,7 @@ def test_a_perfect_blob_answer_has_the_least_loss_and_the_full_score():
     assert blobs.f1(blobs.find(Oracle(), drawn)[0], drawn) == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("freeze", [False, True])
 @pytest.mark.parametrize(
     ("module", "finder"), [(beats, "BeatFinder"), (blobs, "BlobFinder")], ids=["beats", "blobs"]

@@ -9,6 +9,7 @@ from export_helpers import CASES
 from saccade.integrations.tracing import symbolic_sizes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_exported_saved_and_loaded(name, tmp_path):
     target = CASES[name]
@@ -26,7 +27,7 @@ def test_exported_saved_and_loaded(name, tmp_path):
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("name", CASES)
 def test_a_trace_is_for_one_resolution(name):
-    """torch.jit.trace keeps the sizes of the maps as numbers; another resolution is an error."""
+    """torch.jit.trace records the sizes of the maps as constants; another resolution is an error."""
     module, inputs = CASES[name].make().eval(), CASES[name].inputs
     with torch.no_grad():
         traced = torch.jit.trace(module, inputs(2, 5, 8, 12), check_trace=False)
@@ -58,8 +59,8 @@ def test_symbolic_sizes_leaves_alone_what_it_would_change():
     class Lines(torch.nn.Module):
         def forward(self, feature_map):
             height = feature_map.shape[2]
-            numbers = torch.tensor([height, 0.5])
-            return torch.linspace(0.5, height - 0.5, steps=height, dtype=torch.float64), numbers
+            values = torch.tensor([height, 0.5])
+            return torch.linspace(0.5, height - 0.5, steps=height, dtype=torch.float64), values
 
     class Whole(torch.nn.Module):
         def forward(self, feature_map):

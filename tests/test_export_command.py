@@ -34,7 +34,8 @@ IMAGE = gradient_image(96, 64)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     # The last level must have several rows, because exporters treat sizes of 1 separately.
-    return save_random_detector(tmp_path_factory.mktemp("model") / "a-detr", shortest_edge=128)
+    folder = tmp_path_factory.mktemp("model") / "a-detr"
+    return save_random_detector(folder, shortest_edge=128, encoder_layers=1)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,8 @@ def export(detector, path, to="torch", **options):
     return export_detector(detector, to, path, image=IMAGE, seconds=0, **options)
 
 
-@pytest.mark.slow
+# The command below writes the same detector as ONNX.
+@pytest.mark.nightly
 def test_a_program_that_takes_any_batch_and_resolution(detector, tmp_path):
     path = tmp_path / "new" / "detr.pt2"
     result = export(detector, path)
@@ -192,12 +194,13 @@ def test_the_name_of_a_file():
 
 
 @pytest.mark.slow
-def test_rt_detr(tmp_path):
-    """Its two stages choose queries by score; as dynamic as its own code allows."""
+@pytest.mark.parametrize("fixed", [True, pytest.param(False, marks=pytest.mark.nightly)])
+def test_rt_detr(tmp_path, fixed):
+    """Its two stages select queries by score; it is as dynamic as its own code allows."""
     detector = Detector.load(str(save_random_rt_detr(tmp_path / "rt-detr")))
-    result = export(detector, tmp_path / "rt-detr.pt2")
+    result = export(detector, tmp_path / "rt-detr.pt2", fixed=fixed)
     assert result.path.is_file()
-    assert "batch" in result.dynamic
+    assert ("batch" in result.dynamic) != fixed
     (runtime,) = result.runtimes.values()
     assert runtime.largest_difference < 1e-4
 
@@ -218,7 +221,9 @@ def test_a_program_keeps_neither_the_image_nor_the_folders_of_this_machine(tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lowering", ["grid_sample", "plugin"])
+@pytest.mark.parametrize(
+    "lowering", ["grid_sample", pytest.param("plugin", marks=pytest.mark.nightly)]
+)
 def test_the_command(invoke, folder, tmp_path, lowering):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -253,7 +258,7 @@ def test_the_command_states_the_smallest_image_of_a_program(invoke, tmp_path, mo
         torch.export.load(tmp_path / "tiny.pt2").module()(torch.zeros(2, 3, 23, 96))
 
 
-def test_the_command_without_a_image_takes_the_scene(invoke, tmp_path, monkeypatch):
+def test_the_command_without_an_image_takes_the_scene(invoke, tmp_path, monkeypatch):
     seen = []
 
     def refuse(detector, to, path, *, image, **options):
@@ -293,7 +298,7 @@ def test_what_is_missing_is_named(invoke, monkeypatch):
     assert "needs onnxscript, not installed here: pip install 'saccade[export]'" in result.output
 
 
-def test_the_scene_is_a_image_that_the_model_reads():
+def test_the_scene_is_an_image_that_the_model_reads():
     image = Image.open(doctor.EXAMPLE_IMAGE).convert("RGB")
     (result,) = Detector.load().detect([image])
     assert sorted(each.label for each in result.detections) == ["1", "2", "2", "5", "8", "9", "9"]

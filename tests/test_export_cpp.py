@@ -61,8 +61,8 @@ def test_from_python(compiled):
     with torch.no_grad():
         assert_same_detections(loaded(pixels), model(pixels))
         for other in (pixels[:1], torch.cat([pixels, pixels])[:3, :, :, :130].contiguous()):
-            for found, expected in zip(loaded(other), model(other), strict=True):
-                torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+            for actual, expected in zip(loaded(other), model(other), strict=True):
+                torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
         # Four channels, and another dtype: what the package was not compiled for.
         for wrong in (torch.zeros(1, 4, 160, 160), pixels.double()):
             with pytest.raises(RuntimeError):

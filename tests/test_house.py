@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -16,35 +17,31 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src/saccade"
 # From the top down; a module may import from its own layer and from those below it.
 LAYERS = [
     {"__main__", "cli", "__init__"},
-    {"vision", "doctor", "benchmark", "export", "terminal"},
+    {"vision", "doctor", "bench", "export", "terminal", "timing"},
     {"integrations"},
     {"nn", "compositions", "convolution"},
     {"functional"},
     {"backend"},
-    {"ops"},
-    {"reference", "backends"},
-    {"arguments", "argument_key", "checks", "sampling"},
+    # The operator calls the GPU kernels when they are needed, and they read its arguments by name.
+    {"ops", "backends"},
+    {"reference"},
+    {"sampling"},
+    {"call"},
+    {"checks"},
 ]
 CORE = {
-    "argument_key",
-    "arguments",
-    "backend",
-    "checks",
-    "compositions",
-    "convolution",
-    "functional",
-    "nn",
-    "ops",
-    "reference",
-    "sampling",
-    "integrations",
+    *("checks", "call", "sampling", "reference", "ops", "backend", "functional"),
+    *("compositions", "convolution", "nn", "integrations"),
 }
 
 
+@functools.cache
 def modules():
-    for path in sorted(PACKAGE.rglob("*.py")):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        yield parts[0], path, ast.parse(path.read_text())
+    """The part of the package, the path and the syntax tree of each file."""
+    return [
+        (path.relative_to(PACKAGE).with_suffix("").parts[0], path, ast.parse(path.read_text()))
+        for path in sorted(PACKAGE.rglob("*.py"))
+    ]
 
 
 def imported(tree):
@@ -56,7 +53,7 @@ def imported(tree):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def layer_of(part):
+def find_layer(part):
     return next(number for number, layer in enumerate(LAYERS) if part in layer)
 
 
@@ -68,10 +65,17 @@ def test_imports_go_downward_only():
                 continue
             target = name.split(".")[1] if "." in name else "__init__"
             if target not in parts or target == "__init__":
-                # The package's public names: for those who use the library as anybody does.
-                assert layer_of(part) <= 1, f"{path.name} imports {name} from the top"
+                # The package's public names are for the modules that use the library as its users do.
+                assert find_layer(part) <= 1, f"{path.name} imports {name} from the top"
                 continue
-            assert layer_of(part) <= layer_of(target), f"{path.name} imports {name} upward"
+            assert find_layer(part) <= find_layer(target), f"{path.name} imports {name} upward"
+
+
+def test_exports_do_not_depend_on_benchmarks():
+    for part, path, tree in modules():
+        if part == "export":
+            benchmarks = [name for name in imported(tree) if name.startswith("saccade.bench")]
+            assert not benchmarks, path
 
 
 def test_the_core_depends_on_torch_alone():
@@ -92,7 +96,8 @@ def python(code):
     )
 
 
-def test_import_is_silent_and_brings_nothing_but_torch():
+@pytest.mark.slow
+def test_import_is_silent_and_loads_nothing_but_torch():
     code = """
 import socket, subprocess, sys, torch
 def refuse(*args, **kwargs): raise AssertionError("import reached outside")
@@ -102,11 +107,13 @@ import saccade
 extra = {name.split(".")[0] for name in set(sys.modules) - before} - sys.stdlib_module_names
 assert extra <= {"saccade", "torch"}, extra
 """
-    done = python(code)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == done.stderr == ""
+    process = python(code)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout == process.stderr == ""
 
 
+@pytest.mark.nightly
+@pytest.mark.slow
 def test_import_patches_nothing():
     code = """
 from transformers.models.deformable_detr import modeling_deformable_detr as module
@@ -114,8 +121,8 @@ before = module.MultiScaleDeformableAttention.forward
 import saccade
 assert module.MultiScaleDeformableAttention.forward is before
 """
-    done = python(code)
-    assert done.returncode == 0, done.stderr
+    process = python(code)
+    assert process.returncode == 0, process.stderr
 
 
 def test_versions_and_extras_agree_with_the_project_file():
@@ -132,13 +139,15 @@ def test_versions_and_extras_agree_with_the_project_file():
 def test_public_names():
     for name in (
         "deformable_attention", "deformable_convolution", "depth_weighted_deformable_attention",
-        "multi_camera_deformable_aggregation", "nn", "Sampling", "reference", "which_backend", "use_backend",
-        "patch", "unpatch",
+        "multi_camera_deformable_aggregation", "nn", "Sampling", "reference", "which_backend",
+        "use_backend",
+        "patch", "unpatch", "fused_deformable_attention", "register_flop_formulas", "Backend",
     ):  # fmt: skip
         assert hasattr(saccade, name)
         assert getattr(saccade, name).__doc__
 
 
+@pytest.mark.slow
 def test_docstrings_run():
     import doctest
     import importlib
@@ -147,13 +156,13 @@ def test_docstrings_run():
     from saccade import doctor
 
     attempted = 0
-    for found in pkgutil.walk_packages(saccade.__path__, "saccade."):
-        if found.name in ("saccade.__main__", "saccade._native"):  # the latter is not for Python
+    for module in pkgutil.walk_packages(saccade.__path__, "saccade."):
+        if module.name in ("saccade.__main__", "saccade._native"):  # the latter is not for Python
             continue
-        if found.name.startswith("saccade.backends.triton") and not doctor.installed("triton"):
+        if module.name.startswith("saccade.backends.triton") and not doctor.installed("triton"):
             continue
-        result = doctest.testmod(importlib.import_module(found.name))
-        assert not result.failed, found.name
+        result = doctest.testmod(importlib.import_module(module.name))
+        assert not result.failed, module.name
         attempted += result.attempted
     assert attempted >= 20
 

@@ -14,7 +14,7 @@ from transformers import DeformableDetrForObjectDetection
 from vision_helpers import random_detector, random_rt_detr
 
 import saccade
-from saccade.benchmark.detectors import DETECTORS
+from benchmarks.small_models import SMALL_MODELS
 from saccade.integrations.operators import get_original
 
 
@@ -96,11 +96,11 @@ def attended(model, inputs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", helpers.some(DETECTORS, 7))
+@pytest.mark.parametrize("name", helpers.some(SMALL_MODELS, 7))
 def test_families_run_patched_and_go_back(name):
-    detector = DETECTORS[name]
-    model, inputs = detector.build(small=True), detector.inputs(small=True)
-    other = detector.build(small=True)
+    detector = SMALL_MODELS[name]
+    model, inputs = detector.build(), detector.inputs()
+    other = detector.build()
     before = {name: dict(module.__dict__) for name, module in model.named_modules()}
     expected = attended(model, inputs)
     assert min(tensor.std() for tensor in expected[:2]) > 1e-2  # far from the noise of float32

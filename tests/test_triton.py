@@ -48,7 +48,14 @@ def check_call(monkeypatch, call, kernel, summed):
     return ran
 
 
-@pytest.mark.parametrize("seed", some(range(600), 60))
+def few_quick(cases, count):
+    """All cases, of which the first `count` belong to `make test-quick`."""
+    cases = [case if isinstance(case, tuple) else (case,) for case in cases]
+    slow = (pytest.param(*case, marks=pytest.mark.slow) for case in cases[count:])
+    return [*(pytest.param(*case) for case in cases[:count]), *slow]
+
+
+@pytest.mark.parametrize("seed", few_quick(some(range(600), 48), 8))
 def test_drawn_calls(monkeypatch, seed):
     options = draw_options(seed)
     ran = check_call(monkeypatch, draw_call(seed), options["kernel"], options["summed"])
@@ -75,6 +82,7 @@ SIZES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [("queries", "sorted"), ("points", "atomic")], ids="-".join)
 @pytest.mark.parametrize("name", SIZES)
 def test_sizes(monkeypatch, name, way):
@@ -114,7 +122,9 @@ RULES = [
 ]
 
 
-@pytest.mark.parametrize(("shapes", "interpolation", "padding", "coordinates"), some(RULES, 20))
+@pytest.mark.parametrize(
+    ("shapes", "interpolation", "padding", "coordinates"), few_quick(some(RULES, 20), 5)
+)
 def test_options_by_scalar_loops(kernel, shapes, interpolation, padding, coordinates):
     case = Case(
         shapes=shapes, num_points=2, num_queries=4, num_heads=1, head_dim=2, batch_size=1,
@@ -132,7 +142,9 @@ FUSED_RULES = itertools.product(
 )
 
 
-@pytest.mark.parametrize(("shapes", "boxes", "coordinates", "ragged"), some(FUSED_RULES, 10))
+@pytest.mark.parametrize(
+    ("shapes", "boxes", "coordinates", "ragged"), few_quick(some(FUSED_RULES, 10), 3)
+)
 def test_fused_by_scalar_loops(kernel, shapes, boxes, coordinates, ragged):
     case = FusedCase(
         shapes=shapes, num_points=2, num_queries=3, num_heads=1, head_dim=2,

@@ -1,4 +1,4 @@
-"""Small detectors with random weights, and images, for the tests of the vision layer."""
+"""Small detectors with random weights, and images, for the tests of `saccade.vision`."""
 
 from __future__ import annotations
 
@@ -24,21 +24,20 @@ def random_detector(**options: Any) -> PreTrainedModel:
         layer_type="basic",
         out_features=["stage2", "stage3", "stage4"],
     )
-    config = DeformableDetrConfig(
-        backbone_config=backbone,
-        d_model=32,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        num_feature_levels=4,
-        num_queries=20,
-        with_box_refine=True,
-        id2label={index: f"digit {index}" for index in range(10)},
-        **options,
-    )
+    sizes = {
+        "d_model": 32,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_ffn_dim": 32,
+        "decoder_ffn_dim": 32,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "num_feature_levels": 4,
+        "num_queries": 20,
+        "with_box_refine": True,
+    }
+    labels = {index: f"digit {index}" for index in range(10)}
+    config = DeformableDetrConfig(backbone_config=backbone, id2label=labels, **{**sizes, **options})
     model = DeformableDetrForObjectDetection(config).eval()
     # The default initialisation makes all queries and classes alike.
     for name, parameter in model.named_parameters():
@@ -49,18 +48,18 @@ def random_detector(**options: Any) -> PreTrainedModel:
     return model
 
 
-def save_random_detector(folder: Path, shortest_edge: int = 64) -> Path:
+def save_random_detector(folder: Path, shortest_edge: int = 64, **options: Any) -> Path:
     """`random_detector` as `save_pretrained` writes it."""
     from transformers import DeformableDetrImageProcessorPil
 
-    random_detector().save_pretrained(folder)
+    random_detector(**options).save_pretrained(folder)
     size = {"shortest_edge": shortest_edge, "longest_edge": shortest_edge * 3 // 2}
     DeformableDetrImageProcessorPil(size=size).save_pretrained(folder)
     return folder
 
 
 def random_rt_detr() -> PreTrainedModel:
-    """An RT-DETR with random weights: another family, no pixel mask, another decoder."""
+    """An RT-DETR with random weights: it has no pixel mask and another decoder."""
     from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrResNetConfig
 
     torch.manual_seed(0)

@@ -1,1 +1,1 @@
-"""`python -m benchmarks.gpu`: Saccade on an NVIDIA GPU, checked, timed beside its peers, against floors."""
+"""Saccade on an NVIDIA GPU: times, machine code, tuning."""

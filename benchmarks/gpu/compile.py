@@ -1,7 +1,7 @@
 """The GPU kernels compiled for a card that need not be there, and what came out.
 
 `python -m benchmarks.gpu.compile` compiles the kernels of the registry's workloads for sm_90 and prints
-registers, spills, shared memory and warp instructions a sample (one point of one query and head, all
+registers, spills, shared memory and warp instructions per sample (one point of one query and head, all
 its corners). Nothing is run: this says how much work a kernel issues, not how long it waits.
 """
 
@@ -26,7 +26,6 @@ import torch
 import triton
 from rich.console import Console
 from rich.table import Table
-from saccade.call import Call, parse_call
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -34,7 +33,8 @@ from saccade.backends.triton import backward_plan, forward_plan
 from saccade.backends.triton.backward import BackwardPlan
 from saccade.backends.triton.forward import ForwardPlan
 from saccade.backends.triton.plan import Kernel
-from saccade.benchmark.workloads import WORKLOADS, Workload
+from saccade.bench.workloads import WORKLOADS, Workload
+from saccade.call import Call, parse_call
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "gpu_compile.json"
 
@@ -279,17 +279,12 @@ def main() -> None:
     """Compiles, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--case", action="append", choices=list(WORKLOADS))
-    parser.add_argument("--backward", action="store_true", help="only the backward's kernels")
-    parser.add_argument("--forward", action="store_true", help="only the forward's kernels")
+    parser.add_argument(
+        "--grad-value", action="append", choices=GRAD_VALUES, help='"none": forward'
+    )
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    grad_values = (
-        GRAD_VALUES[:1]
-        if arguments.forward
-        else GRAD_VALUES[1:]
-        if arguments.backward
-        else GRAD_VALUES
-    )
+    grad_values = arguments.grad_value or GRAD_VALUES
     rows = list(readings(arguments.case or WORKLOADS, ("none", "points"), grad_values))
     table = Table(*rows[0])
     for row in rows:

@@ -1,49 +1,45 @@
 """Makes the table of `saccade.backends.triton.tuning`: `python -m benchmarks.gpu.tune --write`.
 
-On a card, candidates are timed in turns, by replayed graphs on inputs that do not fit its L2, and the
-fastest is taken. With `--offline`, for which no card is needed, the kernels for many queries are compiled
-for sm_90 and the candidate with the fewest warp instructions a sample is taken that spills nothing and
-leaves room for other programs; those for few wait for their loads, which no count shows, and stay as they
-are.
+On a card, candidates are timed by CUDA graphs on inputs that do not fit its L2, and the fastest is taken.
+With `--offline`, which needs no card, the kernels for many queries are compiled for sm_90, and the candidate
+with the fewest warp instructions per sample is taken that spills nothing and leaves room for other programs.
+The kernels for few queries wait for their loads, which no count shows: they stay as they are.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
+from benchmarks.gpu import compile  # first: it turns Triton's interpreter off
 
-from benchmarks.gpu import compile
-from benchmarks.gpu.timing import Clock, card, replayed
-from saccade.arguments import Call, FusedCall, understand
-from saccade.backends.triton import backward, launch, tuning
-from saccade.backends.triton.backward import GradientPlan, Wanted
-from saccade.backends.triton.launch import Plan
-from saccade.benchmark.workloads import WORKLOADS, Workload, draw
+import torch  # isort: skip
+from triton.testing import do_bench_cudagraph
+
+from saccade.backends.triton import backward_plan, forward_plan, tuning
+from saccade.bench.workloads import WORKLOADS, Workload, draw
+from saccade.call import Call, parse_call
 
 WIDTHS = (16, 32, 64, 128, 256, 512, 1024)
 DTYPES = {"32 bits": torch.float32, "16 bits": torch.bfloat16}
-WARPS = (2, 4, 8)
-PARTS = (1, 2, 4, 8, 16)
+DIRECTIONS = ("forward", "backward")
+GRADIENTS = (True, True, True, False)
 # Of 64 warps on a multiprocessor, 20 at least have registers then; 16 for the backward, which holds more.
-MOST_REGISTERS = {"attend": 96, "differentiate": 128}
+MAX_REGISTERS = {"forward": 96, "backward": 128}
+# Of a row that a thread holds: with four corners of a few points under way, more do not fit.
+MAX_ELEMENTS = 16
 # Queries of which both kernels are timed, to find where one takes over from the other.
 FEW_QUERIES = (100, 200, 300, 600, 900, 1500, 2500, 5000)
-SETS = 6
-# What is counted: four and eight points a level, given and made from offsets.
-COUNTED = (("detr-encoder", "given"), ("detr-encoder", "points"), ("bevformer-sca", "points"))
 # Queries of an encoder with which both ways to sum up the gradient of the value are timed.
-MANY_QUERIES = (100, 300, 1000, 3000, 10000, 22223)
-FORWARD, BACKWARD = "attend", "differentiate"
-# Of a row that a thread holds: with four corners of a few points under way, more do not fit.
-MOST_NUMBERS = 16
+MANY_QUERIES = (22223, 10000, 3000, 1000, 300, 100)
+NUM_INPUTS = 6
+# What is counted: four and eight points per level, locations, and offsets from reference points.
+COUNTED = (("detr-encoder", "none"), ("detr-encoder", "points"), ("bevformer-sca", "points"))
 
 
 class Candidate(NamedTuple):
@@ -51,222 +47,178 @@ class Candidate(NamedTuple):
 
     queries: int
     warps: int
-    parts: int
+    channel_blocks: int
+
+    def form(self, kernel: str, call: Call) -> tuning.Form:
+        """The form that it means for a call; `kernel` is "queries" or "points"."""
+        return tuning.Form.make(kernel, tuning.row_words(call.value)[0], *self)
 
 
 def candidates(
-    name: str, width: int, dtype: torch.dtype, *, warps: Iterable[int] = WARPS
+    kernel: str, width: int, dtype: torch.dtype, warps: Sequence[int] = (2, 4, 8)
 ) -> list[Candidate]:
     """What is tried for rows of `width` bytes."""
-    if name.endswith("points"):
-        return [Candidate(q, w, 0) for q, w in itertools.product((1, 2, 4, 8), (1, 2, 4))]
-    found = []
-    for count, parts, loads in itertools.product(warps, PARTS, (1, 2)):
-        # A thread loads 16 bytes of a part at once, from one row or two.
-        queries = loads * count * 32 * 16 * parts // width
-        # Two threads at least for a part: below a sector, 32 bytes, nothing is read.
-        fits = queries * width // dtype.itemsize // (count * 32) <= MOST_NUMBERS
-        if fits and (parts == 1 or width // parts >= 32) and 1 <= queries <= 128:
-            found.append(Candidate(queries, count, parts))
-    return found
+    if kernel == "points":
+        return [Candidate(q, w, 1) for q, w in itertools.product((1, 2, 4, 8), (1, 2, 4))]
+    tried = []
+    for count, blocks, loads in itertools.product(warps, (1, 2, 4, 8, 16), (1, 2)):
+        # A thread loads 16 bytes of a block at once, from one row or two.
+        queries = loads * count * 32 * 16 * blocks // width
+        # Two threads at least for a block: below a sector, 32 bytes, nothing is read.
+        fits = queries * width // dtype.itemsize // (count * 32) <= MAX_ELEMENTS
+        if fits and (blocks == 1 or width // blocks >= 32) and 1 <= queries <= 128:
+            tried.append(Candidate(queries, count, blocks))
+    return tried
 
 
-def workload_of(base: str, width: int, dtype: torch.dtype) -> Workload:
+def resize(name: str, width: int, dtype: torch.dtype) -> Workload:
     """A workload with rows of `width` bytes, and as many channels in all as the original has."""
-    workload = WORKLOADS[base]
-    channels, size = workload.num_heads * workload.head_dim, width // dtype.itemsize
-    return workload._replace(head_dim=size, num_heads=max(1, channels // size))
+    workload = WORKLOADS[name]
+    channels, head_dim = workload.num_heads * workload.head_dim, width // dtype.itemsize
+    return workload._replace(head_dim=head_dim, num_heads=max(1, channels // head_dim))
 
 
-def plan_of(
-    name: str, candidate: Candidate, call: Call | FusedCall, *, in_order: bool = True
-) -> Plan | GradientPlan:
-    """The call, or its backward, as this candidate would compute it."""
-    words, _ = launch.words_of(call.value)
-    form = tuning.form(name, words, *candidate)
-    if name.startswith(FORWARD):
-        return launch.plan(call, form)
-    *looks, _, _ = launch.points_of(call).shape
-    grad_output = call.value.new_empty(*looks[:2], looks[2] * call.value.shape[3])
-    wanted = Wanted(True, False, True, True)
-    return backward.gradient_plan(call, wanted, grad_output, form, in_order=in_order)
-
-
-def kernels_of(
-    name: str, candidate: Candidate, call: Call | FusedCall, dtype: torch.dtype
-) -> list[compile.Kernel]:
-    """The kernel that the candidates are of, backward with both ways to sum up the value's gradient."""
-    plans = [plan_of(name, candidate, call, in_order=in_order) for in_order in (True, False)]
-    if name.startswith(FORWARD):
-        return [compile.forward_kernel(plans[0], dtype, torch.float32)]
-    return [compile.backward_kernels(plan, dtype, torch.float32)[0] for plan in plans]
-
-
-def best_by_count(name: str, bits: str, width: int) -> Candidate:
-    """Of a kernel for many queries, whose instructions do not depend on the number of warps."""
+def best_by_count(direction: str, bits: str, width: int) -> Candidate:
+    """The best kernel for many queries: the number of warps does not change its instructions."""
     dtype, scores = DTYPES[bits], {}
     calls = [
-        compile.call_of(workload_of(case, width, dtype), dtype, kind) for case, kind in COUNTED
+        compile.make_call(resize(case, width, dtype), dtype, reference)
+        for case, reference in COUNTED
     ]
-    for candidate in candidates(name, width, dtype, warps=(4,)):
-        found = [
-            compile.read(kernel)
-            for call in calls
-            for kernel in kernels_of(name, candidate, call, dtype)
-        ]
-        # One that has no room is better than one that spills.
-        most = MOST_REGISTERS[name.split("_")[0]]
-        crowded = sum(max(0, reading.registers - most) for reading in found)
-        per_sample = sum(reading.per_sample for reading in found) / len(found)
-        spills = sum(reading.spills for reading in found)
-        scores[candidate] = (spills, crowded, per_sample, candidate.queries)
-        print(f"{name}, {bits}, {width} bytes: {tuple(candidate)} {per_sample:.2f} instructions a "
-              f"sample, registers {[one.registers for one in found]}, spills {spills}", flush=True)  # fmt: skip
+    for candidate in candidates("queries", width, dtype, warps=(4,)):
+        readings = []
+        for call in calls:
+            form = candidate.form("queries", call)
+            if direction == "forward":
+                plan = forward_plan(call, form)
+                readings.append(compile.read(compile.forward_source(plan, dtype, torch.float32)))
+                continue
+            for ordered in (True, False):
+                gradients = backward_plan(call, GRADIENTS, form, ordered=ordered)
+                source = compile.backward_sources(gradients, dtype, torch.float32)[0]
+                readings.append(compile.read(source))
+        # One that leaves no room for other programs is better than one that spills.
+        excess = sum(max(0, one.registers - MAX_REGISTERS[direction]) for one in readings)
+        per_sample = sum(one.per_sample for one in readings) / len(readings)
+        spills = sum(one.spills for one in readings)
+        scores[candidate] = (spills, excess, per_sample, candidate.queries)
+        registers = [one.registers for one in readings]
+        print(f"{direction}, {bits}, {width} bytes: {tuple(candidate)} {per_sample:.2f} instructions "
+              f"per sample, registers {registers}, spills {spills}", flush=True)  # fmt: skip
     return min(scores, key=lambda candidate: scores[candidate])
 
 
-def runs_of(workload: Workload, dtype: torch.dtype, clock: Clock) -> list[tuple[Call, list[Any]]]:
-    """A call and its tensors on the device, several times over."""
-    found = []
-    for seed in range(SETS):
-        inputs = draw(workload, dtype=dtype, uniform=False, seed=seed)
-        tensors = [tensor.to(clock.device) for tensor in inputs[:3]]
-        call = understand(*tensors, compile.options_of(workload))
-        found.append((call, tensors))
-    return found
+def time_plan(
+    direction: str, workload: Workload, dtype: torch.dtype, kernel: str, candidate: Candidate,
+    *, ordered: bool | None = None,
+) -> float:  # fmt: skip
+    """Microseconds of one call, on inputs that together do not fit the L2; infinite where it fails."""
+    runs = []
+    for seed in range(NUM_INPUTS):
+        inputs = [one.cuda() for one in draw(workload, dtype=dtype, seed=seed)]
+        call = parse_call(inputs[0], workload.shapes, *inputs[1:3], num_points=workload.points)
+        form = candidate.form(kernel, call)
+        if direction == "forward":
+            plan = forward_plan(call, form)
+            runs.append(lambda plan=plan, call=call: plan.run(call))
+        else:
+            gradients = backward_plan(call, GRADIENTS, form, ordered=ordered)
+            runs.append(lambda plan=gradients, call=call, grad=inputs[3]: plan.run(grad, call))
+    try:
+        total = do_bench_cudagraph(lambda: [run() for run in runs], return_mode="median")
+    except Exception as error:
+        print(f"{direction} {kernel} {tuple(candidate)}: {type(error).__name__}: {error}")
+        return math.inf
+    microseconds = 1e3 * float(total) / NUM_INPUTS
+    print(f"{direction} {kernel} {tuple(candidate)}, {dtype}, {workload.queries} queries of "
+          f"{workload.head_dim} channels: {microseconds:.2f} us", flush=True)  # fmt: skip
+    return microseconds
 
 
-def timed(
-    clock: Clock, workload: Workload, dtype: torch.dtype, plans: dict[str, Callable[[Call], Any]]
-) -> dict[str, float]:
-    """Microseconds of each plan, in turns; of those that run."""
-    calls = runs_of(workload, dtype, clock)
-    contenders: dict[str, list[Callable[[], object]]] = {}
-    for label, plan_for in plans.items():
-        plan = plan_for(calls[0][0])
-        contenders[label] = [_run_of(plan, tensors) for _, tensors in calls]
-    found, refused = replayed(clock, contenders, warm=False)
-    for label, reason in refused.items():
-        print(f"{label}: {reason}")
-    return {label: timing.median for label, timing in found.items()}
-
-
-def _run_of(plan: Plan | GradientPlan, tensors: list[Any]) -> Callable[[], object]:
-    value, points, weights = tensors
-    if isinstance(plan, Plan):
-        return lambda: launch.run(plan, value, points, weights, weights)
-    *queries, _, _, _ = points.shape
-    grad_output = torch.randn(*queries, points.shape[2] * value.shape[3], device=value.device)
-    grad_output = grad_output.to(value.dtype)
-    return lambda: backward.run(plan, grad_output, value, points, weights, weights)
-
-
-def _entries(name: str, entries: list[Candidate]) -> dict[str, Callable[[Call], Any]]:
-    """What the table's choice is between; few queries are too few points to be summed up in order."""
-    in_order = name.endswith("queries")
-    return {
-        f"{name} {tuple(one)}": functools.partial(plan_of, name, one, in_order=in_order)
-        for one in entries
-    }
-
-
-def best_by_time(clock: Clock, name: str, bits: str, width: int) -> Candidate:
-    """The candidate with the least time."""
+def best_by_time(direction: str, kernel: str, bits: str, width: int) -> Candidate:
+    """The candidate that takes the least time."""
     dtype = DTYPES[bits]
-    base = "detr-encoder" if name.endswith("queries") else "detr-decoder"
-    tried = candidates(name, width, dtype)
-    times = timed(clock, workload_of(base, width, dtype), dtype, _entries(name, tried))
-    for label, time in sorted(times.items(), key=lambda item: item[1]):
-        print(f"{label}, {bits}, {width} bytes: {time:.2f} us", flush=True)
-    best = min(times, key=lambda label: times[label])
-    return next(one for one in tried if f"{name} {tuple(one)}" == best)
+    workload = resize("detr-encoder" if kernel == "queries" else "detr-decoder", width, dtype)
+    # Few queries are too few points to be summed up in order.
+    ordered = kernel == "queries"
+    return min(
+        candidates(kernel, width, dtype),
+        key=lambda one: time_plan(direction, workload, dtype, kernel, one, ordered=ordered),
+    )
 
 
-def few_looks(clock: Clock, table: dict[str, Any]) -> int:
-    """The number of looks up to which `attend_points` is the faster one, in both dtypes."""
+def find_few_pairs(table: dict[str, Any]) -> int:
+    """The number of (query, head) pairs up to which the kernel for few queries is the faster one."""
     best = 0
     for queries in FEW_QUERIES:
         workload = WORKLOADS["detr-decoder"]._replace(num_queries=queries)
         for bits, dtype in DTYPES.items():
             width = str(workload.head_dim * dtype.itemsize)
-            plans: dict[str, Callable[[Call], Any]] = {}
-            for name in ("attend_points", "attend_queries"):
-                plans |= _entries(name, [Candidate(*table[name][bits][width])])
-            times = list(timed(clock, workload, dtype, plans).values())
-            print(f"{queries} queries, {dtype}: {plans.keys()} {times} us", flush=True)
-            if times[0] > times[1]:
+            few, many = (
+                time_plan(
+                    *("forward", workload, dtype, kernel),
+                    Candidate(*table[f"forward_{kernel}"][bits][width]),
+                )
+                for kernel in ("points", "queries")
+            )
+            if few > many:
                 return best
         best = queries * workload.num_heads
     return best
 
 
-def many_samples(clock: Clock, table: dict[str, Any]) -> int:
+def find_many_samples(table: dict[str, Any]) -> int:
     """The number of samples from which on the gradient of the value is faster summed up in order."""
-    found = 2**62
-    for queries in reversed(MANY_QUERIES):
+    best = 2**62
+    for queries in MANY_QUERIES:
         workload = WORKLOADS["detr-encoder"]._replace(num_queries=queries)
         for bits, dtype in DTYPES.items():
-            entry = Candidate(*table["differentiate_queries"][bits][str(32 * dtype.itemsize)])
-            times = timed(
-                clock,
-                workload,
-                dtype,
-                {
-                    str(in_order): functools.partial(
-                        plan_of, "differentiate_queries", entry, in_order=in_order
-                    )
-                    for in_order in (False, True)
-                },
+            entry = Candidate(*table["backward_queries"][bits][str(32 * dtype.itemsize)])
+            ordered, atomic = (
+                time_plan("backward", workload, dtype, "queries", entry, ordered=ordered)
+                for ordered in (True, False)
             )
-            print(f"{queries} queries, {dtype}, in order or not: {times} us", flush=True)
-            if times.get("True", math.inf) > times.get("False", 0):
-                return found
-        found = queries * workload.num_heads * sum(workload.points)
-    return found
+            if ordered > atomic:
+                return best
+        best = queries * workload.num_heads * sum(workload.points)
+    return best
 
 
 def main() -> None:
     """Finds the entries, prints them, and writes them if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--offline", action="store_true", help="count instructions, no card needed")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.tune", description=__doc__)
+    parser.add_argument("--offline", action="store_true", help="count instructions, without a card")
     parser.add_argument("--width", type=int, action="append", choices=WIDTHS, help="bytes of a row")
-    parser.add_argument("--work", choices=(FORWARD, BACKWARD), help="only forward or backward")
+    parser.add_argument("--direction", choices=DIRECTIONS, help="default: both")
     parser.add_argument("--write", action="store_true", help=f"write {tuning.TABLE.name}")
     arguments = parser.parse_args()
     table = json.loads(tuning.TABLE.read_text())
     widths = arguments.width or WIDTHS
-    works = [arguments.work] if arguments.work else [FORWARD, BACKWARD]
+    directions = [arguments.direction] if arguments.direction else DIRECTIONS
     if arguments.offline:
-        for work, bits, width in itertools.product(works, DTYPES, widths):
-            name = f"{work}_queries"
-            table[name][bits][str(width)] = list(best_by_count(name, bits, width))
+        for direction, bits, width in itertools.product(directions, DTYPES, widths):
+            entry = best_by_count(direction, bits, width)
+            table[f"{direction}_queries"][bits][str(width)] = list(entry)
         by = f"instructions counted, compiled for sm_{compile.TARGET.arch}; nothing measured"
     elif not torch.cuda.is_available():
         parser.error("this needs an NVIDIA GPU; without one there is --offline")
     else:
-        clock = Clock(torch.device("cuda"))
-        for work, of, bits, width in itertools.product(
-            works, ("queries", "points"), DTYPES, widths
-        ):
-            name = f"{work}_{of}"
-            table[name][bits][str(width)] = list(best_by_time(clock, name, bits, width))
-        if FORWARD in works:
-            table["few_looks"] = few_looks(clock, table)
-        if BACKWARD in works:
-            table["many_samples"] = many_samples(clock, table)
-        by = f"measured on {card(clock.device)['gpu']}, widths {', '.join(map(str, widths))}"
+        for direction, kernel in itertools.product(directions, ("queries", "points")):
+            for bits, width in itertools.product(DTYPES, widths):
+                entry = best_by_time(direction, kernel, bits, width)
+                table[f"{direction}_{kernel}"][bits][str(width)] = list(entry)
+        if "forward" in directions:
+            table["few_pairs"] = find_few_pairs(table)
+        if "backward" in directions:
+            table["many_samples"] = find_many_samples(table)
+        card = torch.cuda.get_device_name()
+        by = f"measured on {card}, widths {', '.join(map(str, widths))}"
     table["made_by"] = f"python -m benchmarks.gpu.tune: {by}"
-    text = printed(table)
+    text = json.dumps(table, indent=2)
+    text = re.sub(r"\[\s+(\d+),\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2, \3]", text) + "\n"
     print(text)
     if arguments.write:
         tuning.TABLE.write_text(text)
-
-
-def printed(table: dict[str, Any]) -> str:
-    """The table as JSON, an entry a line."""
-    text = json.dumps(table, indent=2)
-    on_one_line = re.sub(r"\[\s+(\d+),\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2, \3]", text)
-    return on_one_line + "\n"
 
 
 if __name__ == "__main__":

@@ -35,8 +35,8 @@ def blobs(seed: int, split: int, index: int, noise: float = 1.0) -> Volume:
         away, radius = np.sqrt(np.maximum(squared, 0)), rng.uniform(1.0, 2.0)
         draw(away, radius)
         covered |= away < radius + 1
-    centres, radii, wanted = [], [], rng.integers(1, 6)
-    while len(centres) < wanted:
+    centres, radii, num_blobs = [], [], rng.integers(1, 6)
+    while len(centres) < num_blobs:
         centre, radius = rng.uniform(2, extent - 3), rng.uniform(2.0, 3.5)
         away = np.sqrt((x - centre[0]) ** 2 + (y - centre[1]) ** 2 + (z - centre[2]) ** 2)
         if covered[away < radius + 1].any():  # they touch neither a tube nor one another
@@ -51,9 +51,11 @@ def blobs(seed: int, split: int, index: int, noise: float = 1.0) -> Volume:
     return volume.astype(np.float32), np.array(centres), np.array(radii)
 
 
-def rule_of_thumb(volume: np.ndarray, sigma: float = 1.75, least: float = 0.6) -> tuple[np.ndarray]:
-    """Returns where the Laplacian of Gaussian, which answers to balls, is highest: (x, y, z)."""
+def rule_of_thumb(
+    volume: np.ndarray, sigma: float = 1.75, threshold: float = 0.6
+) -> tuple[np.ndarray]:
+    """Returns where the Laplacian of Gaussian, which responds to balls, is highest: (x, y, z)."""
     # The numbers are the best of a small search on training volumes.
-    answer = -(sigma**2) * gaussian_laplace(volume, sigma)
-    spots = (answer == maximum_filter(answer, 5)) & (answer > least)
+    response = -(sigma**2) * gaussian_laplace(volume, sigma)
+    spots = (response == maximum_filter(response, 5)) & (response > threshold)
     return (np.argwhere(spots)[:, ::-1].astype(float),)

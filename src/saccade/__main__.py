@@ -1,4 +1,4 @@
-"""The console entry point. Works with torch alone: `saccade doctor` needs nothing else."""
+"""The console entry point. It needs torch only, as does `saccade doctor`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 _PLAIN_HELP = """usage: saccade [--help] [--version] doctor
 
-The other commands need more packages; pip install 'saccade[detect]' brings all of them.
+The other commands need more packages: pip install 'saccade[detect]'
   doctor   show what is installed and which kernel runs, and check its results
   detect   find objects in images and show where their queries looked
   explain  explain deformable attention step by step, for one query

@@ -18,7 +18,7 @@ from rich.progress import (
 
 import saccade
 from saccade import doctor as doctor_report
-from saccade.benchmark.command import app as bench
+from saccade.bench.command import app as bench
 from saccade.call import Interpolation, Padding
 from saccade.export.command import export
 from saccade.terminal import err, fail, need, out

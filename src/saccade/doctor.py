@@ -321,7 +321,7 @@ def _installation() -> Iterator[CheckResult]:
 
 
 def installed(name: str) -> bool:
-    """Whether a module can be imported, found out without importing it."""
+    """Whether a module can be imported; it is not imported."""
     if name in sys.modules:
         return sys.modules[name] is not None
     try:

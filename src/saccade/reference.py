@@ -253,7 +253,6 @@ def _maps(
 
 
 def _execute_maps(maps: _Maps, options: Options) -> Tensor:
-    batch_size, num_queries, num_heads = maps.locations.shape[:3]
     slices = []
     for queries in _query_slices(maps, options):
         total = None
@@ -267,9 +266,9 @@ def _execute_maps(maps: _Maps, options: Options) -> Tensor:
             attended = (level.weights[..., None] * sampled).sum(3)
             total = attended if total is None else total + attended
         assert total is not None
-        slices.append(total)
-    output = torch.cat(slices, 1).to(maps.value.dtype)  # [B, Q, M, D]
-    return output.reshape(batch_size, num_queries, num_heads * maps.value.shape[3])
+        slices.append(total.flatten(2))
+    # [B, Q, M * D]; not a view, which autograd would not let the caller edit in place.
+    return torch.cat(slices, 1).to(maps.value.dtype)
 
 
 def _execute_backward_maps(

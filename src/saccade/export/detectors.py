@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn.functional import pad
 
-from saccade.benchmark.timing import alternate
 from saccade.checks import check_option
 from saccade.export import formats
 from saccade.export.formats import SUFFIXES, Format, Run
 from saccade.export.verify import Comparison, compare, post_process
-from saccade.integrations.onnx import Lowering
 from saccade.integrations.exporter_logging import silence_exporters
+from saccade.integrations.onnx import Lowering
 from saccade.integrations.tracing import symbolic_sizes
+from saccade.timing import alternate
 from saccade.vision.detector import Detector
 
 # Backbones divide the sides of an image by powers of two up to this one.

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from saccade import doctor
-from saccade.integrations.onnx import Lowering, session_options, translations
 from saccade.integrations.exporter_logging import silence_exporters
+from saccade.integrations.onnx import Lowering, session_options, translations
 
 Run = Callable[..., tuple[Tensor, ...]]
 """Takes tensors in the order of the program's inputs, and returns the outputs."""

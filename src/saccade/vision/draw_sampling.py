@@ -271,17 +271,17 @@ def _legend(width: int, heads: int, longest: int) -> Image.Image:
     scratch = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     unit = _radius_of_one(longest)
     height = max(30, round(2 * unit * math.sqrt(0.3)) + 6)
-    items: list[tuple[str, str, float, Colour]] = [
+    entries: list[tuple[str, str, float, Colour]] = [
         ("disc", f"head {head}" if head == 0 else str(head), 7.0, colour)
         for head, colour in enumerate(colours(heads))
     ]
-    items += [
+    entries += [
         ("disc", text, unit * math.sqrt(weight), (200, 200, 200))
         for text, weight in (("attention weight 0.3", 0.3), ("0.1", 0.1), ("0.02", 0.02))
     ]
-    items += [("cross", "reference point", 8, PAPER), ("box", "detected box", 8, PAPER)]
+    entries += [("cross", "reference point", 8, PAPER), ("box", "detected box", 8, PAPER)]
     placed, x, y = [], 0.0, 0
-    for kind, text, radius, colour in items:
+    for kind, text, radius, colour in entries:
         length = 2 * radius + 8 + scratch.textlength(text, font=letters) + 16
         if x + length > width and x > 0:
             x, y = 0.0, y + height

@@ -1,1 +1,0 @@
-"""Benchmarks of the operator: the registry of workloads, the peers, the clock."""
