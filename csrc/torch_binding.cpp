@@ -1,5 +1,6 @@
 // The torch operators: memory, threads, registration. With parse_call.h the only file that knows
-// torch; compiled against PyTorch's stable ABI, so one binary serves torch 2.10 and everything later.
+// torch; compiled against PyTorch's stable ABI, so one binary serves torch 2.10 and everything
+// later.
 
 #if defined(__linux__)
 #include <sys/mman.h>
