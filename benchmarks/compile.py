@@ -87,7 +87,6 @@ def measure(
     milliseconds = {name: round(timing.milliseconds, 3) for name, timing in timings.items()}
     return {
         "milliseconds": milliseconds,
-        "rounds": {name: timing.rounds for name, timing in timings.items()},
         "compiled_is_faster": round(
             timings["eager"].milliseconds / timings["compiled"].milliseconds, 2
         ),

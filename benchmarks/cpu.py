@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from saccade.integrations.exporter_logging import silence_exporters
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
@@ -27,6 +26,7 @@ from saccade.bench.command import on_threads
 from saccade.bench.operator import Measurement, Skipped, compare
 from saccade.bench.report import save_plot, table, title, write_measurements
 from saccade.bench.workloads import WORKLOADS, Inputs, Workload
+from saccade.integrations.exporter_logging import silence_exporters
 from saccade.ops import native
 from saccade.terminal import out
 

@@ -130,15 +130,15 @@ def cell(work: Work, runtime: str) -> Outcomes:
         try:
             run = RUNTIMES[runtime](work)
         except Exception as error:
-            return dict.fromkeys(CALLS, _told(error))
+            return dict.fromkeys(CALLS, _describe_refusal(error))
         for call in CALLS:
             inputs = work.inputs(call)
             try:
-                expected, found = _tuple(work.module(*inputs)), _tuple(run(*inputs))
-                torch.testing.assert_close(found, expected, **work.target.tolerance)
+                expected, actual = _tuple(work.module(*inputs)), _tuple(run(*inputs))
+                torch.testing.assert_close(actual, expected, **work.target.tolerance)
                 outcomes[call] = "yes"
             except Exception as error:
-                outcomes[call] = _told(error)
+                outcomes[call] = _describe_refusal(error)
     return outcomes
 
 
@@ -146,11 +146,11 @@ def _tuple(outputs: Any) -> Tensors:
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
-def _told(error: Exception) -> str:
-    """The reason, without places in sources, paths and sizes of one case: it is told once."""
-    told = re.sub(r"\S*/(\w+\.\w+)", r"\1", summarize_error(error))
-    told = re.sub(r"(\w+Error: )+(understand, [\w.:]+, )?", r"\1", told)
-    return re.sub(r"\b\d{2,}\b", "n", told).replace("|", "/")[:160]
+def _describe_refusal(error: Exception) -> str:
+    """The reason, without places in sources, paths and sizes of one case, so that notes do not repeat."""
+    message = re.sub(r"\S*/(\w+\.\w+)", r"\1", summarize_error(error))
+    message = re.sub(r"(\w+Error: )+(\w+, [\w.:]+, )?", r"\1", message)
+    return re.sub(r"\b\d{2,}\b", "n", message).replace("|", "/")[:160]
 
 
 _WINDOWS = (
@@ -172,17 +172,19 @@ EXPLAINED = {
 NOT_RUN = "not run"
 
 
-def explained(target: str, told: str) -> str | None:
+def explained(target: str, message: str) -> str | None:
     """The explanation of an expected refusal; None: there is none."""
-    found = (text for (name, part), text in EXPLAINED.items() if name in target and part in told)
-    return next(found, None)
+    explanations = (
+        text for (name, part), text in EXPLAINED.items() if name in target and part in message
+    )
+    return next(explanations, None)
 
 
-def table(found: dict[str, dict[str, Outcomes]]) -> list[str]:
+def table(outcomes: dict[str, dict[str, Outcomes]]) -> list[str]:
     """A row for each target, a column for each runtime; below it why what is refused is."""
-    rows = ["| | " + " | ".join(RUNTIMES) + " |", "| --- |" + " --- |" * len(RUNTIMES)]
+    rows = ["| target | " + " | ".join(RUNTIMES) + " |", "| --- |" + " --- |" * len(RUNTIMES)]
     notes: list[str] = []
-    for target, by_runtime in found.items():
+    for target, by_runtime in outcomes.items():
         cells = [
             _in_a_cell(target, by_runtime[name], notes) if name in by_runtime else NOT_RUN
             for name in RUNTIMES
@@ -193,7 +195,7 @@ def table(found: dict[str, dict[str, Outcomes]]) -> list[str]:
     return [
         *rows,
         "",
-        *(f"{n}. {told}" for n, told in enumerate(notes, 1)),
+        *(f"{n}. {message}" for n, message in enumerate(notes, 1)),
         "",
         f"With {versions}.",
     ]
@@ -202,15 +204,15 @@ def table(found: dict[str, dict[str, Outcomes]]) -> list[str]:
 def _in_a_cell(target: str, outcomes: Outcomes, notes: list[str]) -> str:
     """What is refused, by reason, or "yes"; a reason that is new is added to the notes."""
     refused: dict[str, list[str]] = {}
-    for call, told in outcomes.items():
-        if told != "yes":
-            refused.setdefault(explained(target, told) or told, []).append(call)
+    for call, message in outcomes.items():
+        if message != "yes":
+            refused.setdefault(explained(target, message) or message, []).append(call)
     if not refused:
         return "yes"
-    notes += [told for told in refused if told not in notes]
+    notes += [message for message in refused if message not in notes]
     return "; ".join(
-        f"no{'' if 'same' in calls else ' ' + ' or '.join(calls)} ({notes.index(told) + 1})"
-        for told, calls in refused.items()
+        f"no{'' if 'same' in calls else ' ' + ' or '.join(calls)} ({notes.index(message) + 1})"
+        for message, calls in refused.items()
     )
 
 
@@ -226,17 +228,17 @@ def _in_a_process(target: str, runtimes: tuple[str, ...], seconds: int) -> dict[
         except subprocess.TimeoutExpired:
             ended = f"not finished after {seconds // 60} minutes"
         printed.seek(0)
-        found = dict(json.loads(line) for line in printed if line.startswith('["'))
-    missing = [runtime for runtime in runtimes if runtime not in found]
+        outcomes = dict(json.loads(line) for line in printed if line.startswith('["'))
+    missing = [runtime for runtime in runtimes if runtime not in outcomes]
     # The first that is missing ended the process; those after it were not tried.
-    untold = {name: dict.fromkeys(CALLS, ended if name == missing[0] else "") for name in missing}
-    return {**found, **untold}
+    untried = {name: dict.fromkeys(CALLS, ended if name == missing[0] else "") for name in missing}
+    return {**outcomes, **untried}
 
 
 def _all(keep: Path | None, only: list[str]) -> dict[str, dict[str, Outcomes]]:
-    found = json.loads(keep.read_text()) if keep and keep.exists() else {}
+    outcomes = json.loads(keep.read_text()) if keep and keep.exists() else {}
     for target in only:
-        row = found.setdefault(target, {})
+        row = outcomes.setdefault(target, {})
         for runtimes, seconds in GROUPS.items():
             left = tuple(runtime for runtime in runtimes if not any(row.get(runtime, {}).values()))
             while left:
@@ -245,8 +247,8 @@ def _all(keep: Path | None, only: list[str]) -> dict[str, dict[str, Outcomes]]:
                     print(target, runtime, row[runtime], file=sys.stderr, flush=True)
                 left = tuple(runtime for runtime in left if not any(row[runtime].values()))
             if keep:
-                keep.write_text(json.dumps(found, indent=1))
-    return {target: found[target] for target in TARGETS if target in found}
+                keep.write_text(json.dumps(outcomes, indent=1))
+    return {target: outcomes[target] for target in TARGETS if target in outcomes}
 
 
 def _cells(target: str, runtimes: list[str]) -> Iterator[tuple[str, Outcomes]]:
@@ -264,17 +266,21 @@ def main() -> None:
     parser.add_argument("--kept", action="store_true", help="try nothing, show what was kept")
     parser.add_argument("--only", nargs="+", default=list(TARGETS), metavar="TARGET")
     parser.add_argument("--cells", nargs="+", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.cells:
-        for runtime, outcomes in _cells(given.cells[0], given.cells[1:]):
+    arguments = parser.parse_args()
+    if arguments.cells:
+        for runtime, outcomes in _cells(arguments.cells[0], arguments.cells[1:]):
             print("\n" + json.dumps([runtime, outcomes]), flush=True)
         return
-    kept = json.loads(given.keep.read_text()) if given.kept else _all(given.keep, given.only)
+    kept = (
+        json.loads(arguments.keep.read_text())
+        if arguments.kept
+        else _all(arguments.keep, arguments.only)
+    )
     lines = "\n".join(table({name: kept.get(name, {}) for name in TARGETS})) + "\n"
     print(lines)
-    if given.write:
+    if arguments.write:
         page = PAGE.read_text()
-        PAGE.write_text(MARKED.sub(lambda found: found[1] + lines + found[2], page))
+        PAGE.write_text(MARKED.sub(lambda mark: mark[1] + lines + mark[2], page))
 
 
 if __name__ == "__main__":

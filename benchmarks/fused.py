@@ -66,9 +66,6 @@ def measure_workload(name: str, seconds: float) -> list[Row]:
     return _fused_rows(WORKLOADS[name], seconds)
 
 
-# --- fused against unfused --------------------------------------------------------------------------
-
-
 def _fused_rows(workload: Workload, seconds: float) -> list[Row]:
     random = torch.Generator().manual_seed(0)
     shapes, points = workload.shapes, workload.points
@@ -134,17 +131,13 @@ def _measure(
         timings = alternate(functions, seconds)
         ours = timings[next(iter(variants))].milliseconds
         for variant, timing in timings.items():
-            ratio = timing.milliseconds / ours
-            note = notes.get(variant, "")
-            rows.append(_row(name, direction, variant, ratio, timing.milliseconds, note))
+            ratio, ms = (
+                float(f"{timing.milliseconds / ours:.4g}"),
+                float(f"{timing.milliseconds:.5g}"),
+            )
+            threads, note = torch.get_num_threads(), notes.get(variant, "")
+            rows.append(Row(name, direction, threads, variant, ratio, ms, note))
     return rows
-
-
-def _row(
-    name: str, direction: str, variant: str, ratio: float, milliseconds: float, note: str
-) -> Row:
-    rounded = float(f"{ratio:.4g}"), float(f"{milliseconds:.5g}")
-    return Row(name, direction, torch.get_num_threads(), variant, *rounded, note)
 
 
 def _call(function: Function, inputs: Sequence[Tensor], backward: bool) -> Callable[[], Tensor]:

@@ -29,7 +29,7 @@ from saccade.timing import alternate
 
 LOWERINGS = ("grid_sample", "gather", "native")
 SIZES = {"512 x 512": (512, 512), "800 x 1333": (800, 1333)}
-"""Of the images, (height, width)."""
+"""The images, (height, width) by name."""
 
 
 class Layer(nn.Module):
@@ -175,7 +175,6 @@ def measure(
         "tokens": expected.shape[1],
         "threads": threads,
         "milliseconds": milliseconds,
-        "rounds": {name: timing.rounds for name, timing in timings.items()},
         "native_is_faster_than": {
             name: round(milliseconds[name] / milliseconds["native"], 2)
             for name in milliseconds

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import json
 import math
 import random
 import statistics
@@ -36,11 +37,8 @@ WORST = 5
 """How many of the slowest shapes are named."""
 DIRECTIONS = ("forward", "forward + backward")
 METHOD = (
-    "float32, model-like locations; every shape by itself, its output and the gradients of locations "
-    "and weights compared with the definition, then forward and forward + backward in turns, medians "
-    "of rounds of some 10 ms of calls: warm caches, memory kept by the process. Bandwidth: the lines of "
-    "64 bytes that the value rows read lie in, B Q M P 4 rows of D itemsize bytes, over the time; "
-    "forward + backward: three times these and once the value"
+    "float32, model-like locations, warm caches, memory kept by the process; medians. Bandwidth: the lines of "
+    "64 bytes that the value rows read lie in over the time; with backward three times these and the value"
 )
 
 
@@ -62,7 +60,7 @@ class ShapeMeasurement(NamedTuple):
         return self.head_dim % 16 == 0
 
     def bandwidth(self, direction: str) -> float:
-        """Of one of `DIRECTIONS`."""
+        """The bandwidth in one of `DIRECTIONS`."""
         return self.forward_bandwidth if direction == DIRECTIONS[0] else self.both_bandwidth
 
 
@@ -180,75 +178,38 @@ def measure_shape(workload: Workload, seconds: float) -> ShapeMeasurement:
     )
 
 
-class Summary(NamedTuple):
-    """One direction of all shapes."""
-
-    direction: str
-    median: float
-    """GB/s."""
-    worst_ratio: float
-    """How far the worst is below the median: median / worst."""
-    worst_ratio_of_full_vectors: float
-    """The same among the shapes whose head_dim fills vectors: their median / their worst."""
-    worst: list[str]
-    """The slowest shapes, the worst first."""
-
-
-def summarise(figures: Sequence[ShapeMeasurement]) -> list[Summary]:
-    """For each direction the median, and the worst by name."""
-    summaries = []
-    for direction in DIRECTIONS:
-        ordered = sorted(figures, key=lambda figure: figure.bandwidth(direction))
-        every = [figure.bandwidth(direction) for figure in figures]
-        full = [figure.bandwidth(direction) for figure in figures if figure.fills_vectors]
-        summaries.append(
-            Summary(
-                direction,
-                float(f"{statistics.median(every):.3g}"),
-                float(f"{statistics.median(every) / min(every):.3g}"),
-                float(f"{statistics.median(full or every) / min(full or every):.3g}"),
-                [f"{figure.name}: {figure.shape}" for figure in ordered[:WORST]],
-            )
-        )
-    return summaries
+def summarise(shapes: Sequence[ShapeMeasurement], direction: str) -> dict[str, object]:
+    """The median bandwidth in GB/s, how far the worst is below it, and the slowest shapes by name."""
+    ordered = sorted(shapes, key=lambda shape: shape.bandwidth(direction))
+    every = [shape.bandwidth(direction) for shape in ordered]
+    full = [shape.bandwidth(direction) for shape in ordered if shape.fills_vectors] or every
+    return {
+        "direction": direction,
+        "median": float(f"{statistics.median(every):.3g}"),
+        "worst_ratio": float(f"{statistics.median(every) / every[0]:.3g}"),
+        "worst_ratio_of_full_vectors": float(f"{statistics.median(full) / full[0]:.3g}"),
+        "worst": [f"{shape.name}: {shape.shape}" for shape in ordered[:WORST]],
+    }
 
 
 def save_plot(shapes: Sequence[ShapeMeasurement], path: Path) -> None:
-    """Draws bandwidth against work; the worst shapes have a ring and their rank.
-
-    Raises:
-        ValueError: matplotlib does not know the format of the file.
-    """
+    """Draws bandwidth against work; the worst shapes carry their rank."""
     from matplotlib.figure import Figure
 
-    groups = {
-        "random, other head_dim": "#b0b0b0",
-        "random, head_dim a multiple of 16": "#009e73",
-        "workloads": "#0072b2",
-    }
     figure = Figure(figsize=(12, 5), layout="constrained")
     for panel, direction in zip(figure.subplots(1, 2), DIRECTIONS, strict=True):
-        for rank, (label, colour) in enumerate(groups.items()):
-            some = [one for one in shapes if _group(one) == rank]
-            x, y = [one.megabytes for one in some], [one.bandwidth(direction) for one in some]
-            panel.scatter(x, y, s=16, color=colour, label=label, zorder=2 + rank)
-        median = statistics.median(one.bandwidth(direction) for one in shapes)
-        panel.axhline(median, color="black", linewidth=1, label=f"median, {median:.3g} GB/s")
-        worst = sorted(shapes, key=lambda one: one.bandwidth(direction))[:WORST]
-        for rank, one in enumerate(worst, 1):
-            point = (one.megabytes, one.bandwidth(direction))
-            panel.scatter(*point, s=70, facecolors="none", edgecolors="#d55e00", zorder=5)
-            panel.annotate(str(rank), point, xytext=(6, -3), textcoords="offset points")
+        ordered = sorted(shapes, key=lambda one: one.bandwidth(direction))
+        x, y = [one.megabytes for one in ordered], [one.bandwidth(direction) for one in ordered]
+        fills = ["#0072b2" if one.fills_vectors else "#b0b0b0" for one in ordered]
+        panel.scatter(x, y, s=16, color=fills)
+        panel.axhline(statistics.median(y), color="black", linewidth=1)
+        for rank in range(min(WORST, len(shapes))):
+            panel.annotate(f" {rank + 1}", (x[rank], y[rank]), color="#d55e00")
         panel.set(title=direction, xscale="log", yscale="log", ylabel="effective bandwidth, GB/s")
-        panel.set_xlabel("value rows read by the forward, MB")
-        panel.legend(fontsize=8)
+        panel.set_xlabel("value rows read, MB; blue: head_dim a multiple of 16; line: median")
     figure.suptitle(f"{machine()['processor']}, {torch.get_num_threads()} threads", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-
-
-def _group(shape: ShapeMeasurement) -> int:
-    return int(shape.fills_vectors) if shape.name.startswith("random-") else 2
 
 
 def main() -> None:
@@ -267,20 +228,9 @@ def main() -> None:
         workloads = [WORKLOADS[name] for name in arguments.case or WORKLOADS]
         workloads += random_workloads(arguments.shapes, arguments.seed)
         shapes = [measure_shape(workload, arguments.seconds) for workload in workloads]
-        summaries = summarise(shapes)
-        for one in summaries:
-            print(
-                f"{one.direction}: the worst shape is {one.worst_ratio:.1f} × below the median of "
-                f"{one.median:.3g} GB/s ({one.worst_ratio_of_full_vectors:.1f} × among those whose "
-                f"head_dim is a multiple of 16); the slowest:",
-                *one.worst,
-                sep="\n  ",
-            )
-        head = {
-            "method": METHOD,
-            "threads": torch.get_num_threads(),
-            "summary": [summary._asdict() for summary in summaries],
-        }
+        summaries = [summarise(shapes, direction) for direction in DIRECTIONS]
+        print(json.dumps(summaries, indent=1))
+        head = {"method": METHOD, "threads": torch.get_num_threads(), "summary": summaries}
         rows = {"shapes": [shape._asdict() for shape in shapes]}
         write(arguments.output, "python -m benchmarks.sweep", head, rows)
         if arguments.plot:

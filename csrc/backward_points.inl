@@ -64,7 +64,7 @@ void compute_dots(const Plan& plan, Corners<T>& corners, const Tile& tile, const
     const int64_t num_points = level.num_points;
     T* dots = corners.weights(level, slice);
     const T* grad = grads;
-    for_each_pair_of_level(
+    for_each_level_pair(
         plan, level, rows, tile, corners.rows(level, slice), true,
         [&](const LevelRows<const S>& level_rows, const S* first, const int32_t* point_rows)
             SACCADE_INLINE_LAMBDA {

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <tuple>
 #include <vector>
 
 namespace saccade {
@@ -36,11 +37,8 @@ struct Level {
   int64_t num_lines() const { return depth * height; }
   int64_t num_rows() const { return num_lines() * width; }
 
-  bool operator==(const Level& other) const {
-    return depth == other.depth && height == other.height && width == other.width &&
-           first_row == other.first_row && first_point == other.first_point &&
-           num_points == other.num_points;
-  }
+  auto tied() const { return std::tie(depth, height, width, first_row, first_point, num_points); }
+  bool operator==(const Level& other) const { return tied() == other.tied(); }
 };
 
 struct Call {
@@ -75,16 +73,12 @@ struct Call {
   // The second stage knows points of up to four corners in one slice: in a volume a point is two.
   int64_t num_slices() const { return spatial_dims == 3 ? 2 : 1; }
 
-  bool operator==(const Call& other) const {
-    return spatial_dims == other.spatial_dims && batch_size == other.batch_size &&
-           num_positions == other.num_positions && num_heads == other.num_heads &&
-           value_heads == other.value_heads && head_dim == other.head_dim &&
-           total_points == other.total_points && num_references == other.num_references &&
-           references_are_boxes == other.references_are_boxes && softmax == other.softmax &&
-           interpolation == other.interpolation && padding == other.padding &&
-           coordinates == other.coordinates && storage == other.storage && levels == other.levels &&
-           first_queries == other.first_queries && reference_index == other.reference_index;
+  auto tied() const {
+    return std::tie(spatial_dims, batch_size, num_positions, num_heads, value_heads, head_dim,
+                    total_points, num_references, references_are_boxes, softmax, interpolation,
+                    padding, coordinates, storage, levels, first_queries, reference_index);
   }
+  bool operator==(const Call& other) const { return tied() == other.tied(); }
 };
 
 }  // namespace saccade

@@ -55,19 +55,19 @@ SACCADE_INLINE void prefetch_rows(const LevelRows<const S>& level, const S* firs
 // first row for the pair's head; `point_rows` goes on from pair to pair. With `fetch`, rows of
 // levels that are fetched_ahead are prefetched.
 template <class S, class Run>
-SACCADE_INLINE void for_each_pair_of_level(const Plan& plan, const PlannedLevel& level,
-                                           const HeadRows<S>& rows, const Tile& tile,
-                                           const int32_t* point_rows, bool fetch, Run run) {
+SACCADE_INLINE void for_each_level_pair(const Plan& plan, const PlannedLevel& level,
+                                        const HeadRows<S>& rows, const Tile& tile,
+                                        const int32_t* point_rows, bool fetch, Run run) {
   const LevelRows<const S> level_rows = rows_to_read(plan, level, rows);
   const int64_t total_points = plan.call.total_points, head_dim = plan.call.head_dim;
   const int64_t num_points = level.num_points, num_queries = tile.num_queries;
-  const int64_t end_of_fetches = fetch && level.fetched_ahead ? num_queries - kRowQueriesAhead : 0;
+  const int64_t fetch_end = fetch && level.fetched_ahead ? num_queries - kRowQueriesAhead : 0;
   const auto loop = [&](auto num_heads) SACCADE_INLINE_LAMBDA {
     const int64_t ahead = kRowQueriesAhead * num_heads * total_points;
     for (int64_t query = 0; query < num_queries; ++query) {
       const S* first = level_rows.first;
       for (int64_t head = 0; head < num_heads; ++head) {
-        if (query < end_of_fetches) {
+        if (query < fetch_end) {
           prefetch_rows(level_rows, first, point_rows + ahead, num_points, head_dim);
         }
         run(level_rows, first, point_rows);
@@ -90,14 +90,14 @@ void blend_chunk(const Plan& plan, const Corners<T>& corners, const Tile& tile,
     const auto run = [&](auto block, int64_t slot, int64_t channel) SACCADE_INLINE_LAMBDA {
       const T* weights = corners.weights(level, slice);
       T* sums = first_sums + slot;
-      for_each_pair_of_level(plan, level, rows, tile, corners.rows(level, slice), slot == 0,
-                             [&](const LevelRows<const S>& level_rows, const S* first,
-                                 const int32_t* point_rows) SACCADE_INLINE_LAMBDA {
-                               blend<S, T, decltype(block)>(level_rows, first + channel, point_rows,
-                                                            weights, num_points, sums, head_dim);
-                               weights += 4 * total_points;
-                               sums += sums_stride;
-                             });
+      for_each_level_pair(plan, level, rows, tile, corners.rows(level, slice), slot == 0,
+                          [&](const LevelRows<const S>& level_rows, const S* first,
+                              const int32_t* point_rows) SACCADE_INLINE_LAMBDA {
+                            blend<S, T, decltype(block)>(level_rows, first + channel, point_rows,
+                                                         weights, num_points, sums, head_dim);
+                            weights += 4 * total_points;
+                            sums += sums_stride;
+                          });
     };
     for_blocks<T, 4>(head_dim, run);
   });

@@ -17,6 +17,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -81,6 +82,44 @@ struct Arguments {
   }
   const char* weights_name() const { return softmax ? "attention_logits" : "attention_weights"; }
 };
+
+// The same as the schema has them. An option is added here and in src/saccade/ops/schema.py.
+#define SACCADE_ARGUMENTS                                                              \
+  "Tensor value, SymInt[] spatial_shapes, Tensor points, Tensor weights, "             \
+  "Tensor? reference_points, int[]? reference_index, bool softmax, int[] num_points, " \
+  "str interpolation, str padding, str coordinates, SymInt[]? queries_per_map"
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+// In torch_binding.cpp, which needs to know only that there are such arguments.
+Tensor run_forward(const Arguments& arguments);
+Gradients run_backward(const Tensor& grad_output, const Arguments& arguments,
+                       const std::vector<bool>& output_mask);
+
+// What torch calls, with the arguments one by one.
+inline Tensor deformable_attention(const Tensor& value, const Ints& spatial_shapes,
+                                   const Tensor& points, const Tensor& weights,
+                                   const std::optional<Tensor>& reference_points,
+                                   const std::optional<Ints>& reference_index, bool softmax,
+                                   const Ints& num_points, const StringArgument& interpolation,
+                                   const StringArgument& padding, const StringArgument& coordinates,
+                                   const std::optional<Ints>& queries_per_map) {
+  return run_forward({value, spatial_shapes, points, weights, reference_points, reference_index,
+                      softmax, num_points, interpolation, padding, coordinates, queries_per_map});
+}
+
+inline Gradients deformable_attention_backward(
+    const Tensor& grad_output, const Tensor& value, const Ints& spatial_shapes,
+    const Tensor& points, const Tensor& weights, const std::optional<Tensor>& reference_points,
+    const std::optional<Ints>& reference_index, bool softmax, const Ints& num_points,
+    const StringArgument& interpolation, const StringArgument& padding,
+    const StringArgument& coordinates, const std::optional<Ints>& queries_per_map,
+    const std::vector<bool>& output_mask) {
+  return run_backward(grad_output,
+                      {value, spatial_shapes, points, weights, reference_points, reference_index,
+                       softmax, num_points, interpolation, padding, coordinates, queries_per_map},
+                      output_mask);
+}
 
 template <class Sizes>
 std::string format_list(const Sizes& sizes) {

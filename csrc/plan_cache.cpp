@@ -22,43 +22,25 @@ int64_t estimate_bytes(const Call& call) {
   return static_cast<int64_t>(sizeof(Plan)) + 8 * elements;
 }
 
-class Hash {
- public:
-  void add(int64_t element) {
-    // The 64-bit step of FNV-1a, by whole elements.
-    hash_ = (hash_ ^ static_cast<uint64_t>(element)) * 1099511628211u;
-    hash_ ^= hash_ >> 29;
-  }
-  uint64_t get() const { return hash_; }
-
- private:
-  uint64_t hash_ = 14695981039346656037u;
-};
-
+// Of the sizes: options are left to the comparison, since few of them occur with the same sizes.
 uint64_t get_hash(const Call& call, int64_t num_threads) {
-  Hash hash;
-  hash.add(num_threads);
-  hash.add(call.batch_size);
-  hash.add(call.num_heads);
-  hash.add(call.value_heads);
-  hash.add(call.head_dim);
-  hash.add(call.num_references);
-  hash.add(static_cast<int64_t>(call.storage) + 8 * static_cast<int64_t>(call.interpolation) +
-           64 * static_cast<int64_t>(call.padding) + 512 * static_cast<int64_t>(call.coordinates) +
-           4096 * call.softmax + 8192 * call.references_are_boxes);
+  uint64_t hash = 0;
+  const auto add = [&](int64_t element) {
+    hash = (hash ^ static_cast<uint64_t>(element)) * 0x9e3779b97f4a7c15u;
+    hash ^= hash >> 32;
+  };
+  add(num_threads);
+  add(call.num_heads);
+  add(call.head_dim);
   for (const Level& level : call.levels) {
-    hash.add(level.depth);
-    hash.add(level.height);
-    hash.add(level.width);
-    hash.add(level.num_points);
+    add(level.height);
+    add(level.width);
+    add(level.num_points);
   }
   for (const int64_t query : call.first_queries) {
-    hash.add(query);
+    add(query);
   }
-  for (const int32_t index : call.reference_index) {
-    hash.add(index);
-  }
-  return hash.get();
+  return hash;
 }
 
 bool matches(const Plan& plan, const Call& call, int64_t num_threads) {

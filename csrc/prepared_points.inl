@@ -103,7 +103,7 @@ class PreparedPoints {
       for (int64_t head = 0; head < num_heads; ++head) {
         // Whole vectors are written: what they write too much is the next pair's, written later.
         if (softmax) {
-          softmax_of_pair(weight, attention, total_points);
+          softmax_pair(weight, attention, total_points);
         } else {
           copy_vectors(attention, weight, total_points);
         }

@@ -34,11 +34,11 @@ constexpr T inverse_factorial(int n) {
 // e to the power of x, which must not be above 0. Results too small to have all their digits (below
 // e^-87 = 2e-38, for double e^-708 = 3e-308) are 0.
 template <class T>
-SACCADE_INLINE Vector<T> exp_of_negative(Vector<T> x) {
+SACCADE_INLINE Vector<T> exp_nonpositive(Vector<T> x) {
   typedef Vector<T> V;
   typedef Exponential<T> E;
   typedef typename E::Bits Bits;
-  typedef typename VectorOf<Bits, kWidth<T>>::type BitsVector;
+  typedef typename VectorType<Bits, kWidth<T>>::type BitsVector;
   // x = n ln 2 + r. The sum with 1.5 * 2^fraction is rounded to a whole number, which is then in
   // its lowest bits.
   const V magic = splat<T>(T(3) * static_cast<T>(Bits(1) << (E::kFraction - 1)));
@@ -126,7 +126,7 @@ void softmax_in_groups(T* weights, int64_t num_pairs, int64_t total_points) {
     constexpr int G = decltype(group)::value;
     for (int64_t i = 0; i < num_pairs * total_points; i += kWidth<T>) {
       const Vector<T> logits = load(weights + i);
-      const Vector<T> powers = exp_of_negative<T>(logits - maximum_across<T, G>(logits));
+      const Vector<T> powers = exp_nonpositive<T>(logits - maximum_across<T, G>(logits));
       store(weights + i, powers / sum_across<T, G>(powers));
     }
   });
@@ -134,7 +134,7 @@ void softmax_in_groups(T* weights, int64_t num_pairs, int64_t total_points) {
 
 // From the logits of one pair to its weights. Whole vectors are read and written.
 template <class T>
-SACCADE_INLINE void softmax_of_pair(const T* logits, T* weights, int64_t total_points) {
+SACCADE_INLINE void softmax_pair(const T* logits, T* weights, int64_t total_points) {
   typedef Vector<T> V;
   constexpr int W = kWidth<T>;
   const V lowest = splat<T>(-std::numeric_limits<T>::infinity());
@@ -145,7 +145,7 @@ SACCADE_INLINE void softmax_of_pair(const T* logits, T* weights, int64_t total_p
   max = maximum_across<T, W>(max);
   for (int64_t i = 0; i < total_points; i += W) {
     const V below = select_within_row<T>(load(logits + i), i, total_points, lowest) - max;
-    const V powers = exp_of_negative<T>(below);
+    const V powers = exp_nonpositive<T>(below);
     store(weights + i, powers);
     sum += powers;
   }

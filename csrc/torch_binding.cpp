@@ -1,5 +1,6 @@
-// The torch operators: schemas, memory, threads. With parse_call.h the only file that knows torch;
-// compiled against PyTorch's stable ABI, so one binary serves torch 2.10 and everything later.
+// The torch operators: memory, threads, registration. With parse_call.h the only file that knows
+// torch; compiled against PyTorch's stable ABI, so one binary serves torch 2.10 and everything
+// later.
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -114,6 +115,8 @@ class ContiguousPoints {
   PointInputs inputs_;
 };
 
+}  // namespace
+
 Tensor run_forward(const Arguments& arguments) {
   const std::shared_ptr<const Plan> plan_owner = plan_call(arguments);
   const Plan& plan = *plan_owner;
@@ -130,6 +133,8 @@ Tensor run_forward(const Arguments& arguments) {
   });
   return output;
 }
+
+namespace {
 
 // What stands for a gradient that is not needed.
 Tensor make_empty_gradient(const Tensor& tensor) { return empty({0}, tensor.scalar_type()); }
@@ -208,7 +213,7 @@ PointGradientTensors run_backward_points(const Plan& plan, const Arguments& argu
   return {points, weights, references};
 }
 
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+}  // namespace
 
 Gradients run_backward(const Tensor& grad_output, const Arguments& arguments,
                        const std::vector<bool>& output_mask) {
@@ -253,28 +258,7 @@ Gradients run_backward(const Tensor& grad_output, const Arguments& arguments,
   return gradients;
 }
 
-Tensor deformable_attention(const Tensor& value, const Ints& spatial_shapes, const Tensor& points,
-                            const Tensor& weights, const std::optional<Tensor>& reference_points,
-                            const std::optional<Ints>& reference_index, bool softmax,
-                            const Ints& num_points, const StringArgument& interpolation,
-                            const StringArgument& padding, const StringArgument& coordinates,
-                            const std::optional<Ints>& queries_per_map) {
-  return run_forward({value, spatial_shapes, points, weights, reference_points, reference_index,
-                      softmax, num_points, interpolation, padding, coordinates, queries_per_map});
-}
-
-Gradients deformable_attention_backward(
-    const Tensor& grad_output, const Tensor& value, const Ints& spatial_shapes,
-    const Tensor& points, const Tensor& weights, const std::optional<Tensor>& reference_points,
-    const std::optional<Ints>& reference_index, bool softmax, const Ints& num_points,
-    const StringArgument& interpolation, const StringArgument& padding,
-    const StringArgument& coordinates, const std::optional<Ints>& queries_per_map,
-    const std::vector<bool>& output_mask) {
-  return run_backward(grad_output,
-                      {value, spatial_shapes, points, weights, reference_points, reference_index,
-                       softmax, num_points, interpolation, padding, coordinates, queries_per_map},
-                      output_mask);
-}
+namespace {
 
 std::string cpu_isa() { return active_kernels().name; }
 
@@ -292,11 +276,6 @@ void set_cpu_isa(const StringArgument& name) { set_active_kernels(std::string(na
 }  // namespace saccade
 
 // A test holds these schemas equal to those of src/saccade/ops/schema.py.
-#define SACCADE_ARGUMENTS                                                              \
-  "Tensor value, SymInt[] spatial_shapes, Tensor points, Tensor weights, "             \
-  "Tensor? reference_points, int[]? reference_index, bool softmax, int[] num_points, " \
-  "str interpolation, str padding, str coordinates, SymInt[]? queries_per_map"
-
 STABLE_TORCH_LIBRARY(saccade, library) {
   library.def("deformable_attention(" SACCADE_ARGUMENTS ") -> Tensor");
   library.def("deformable_attention_backward(Tensor grad_output, " SACCADE_ARGUMENTS

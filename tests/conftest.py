@@ -169,7 +169,7 @@ def summed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     """Both ways to sum up the gradient of the value, by the GPU kernels for many queries."""
     with table(monkeypatch, few_pairs=-1, **summing(request.param)) as ran:
         yield request.param
-        plans = [plan for plan in gpu_plans() if getattr(plan, "wanted", [False])[0]]
+        plans = [plan for plan in gpu_plans() if getattr(plan, "output_mask", [False])[0]]
         ways = {plan.kernel.constants.GRAD_VALUE for plan in plans}
     assert "backward_queries_kernel" in ran
     assert ways == {request.param}

@@ -168,21 +168,21 @@ def run_fused(case: FusedCase, inputs: tuple[Tensor, ...], grad_output: Tensor) 
 
 
 @st.composite
-def fused_calls(draw, *, most_queries, most_of_a_map, most_points, most_maps, most_heads):
+def fused_calls(draw, *, max_queries, max_ragged_queries, max_points, max_maps, max_heads):
     """Fused calls of any kind, in float64, up to the sizes named."""
     spatial_dims = draw(st.integers(1, 3))
     shape = st.tuples(*[st.integers(1, (30, 9, 5)[spatial_dims - 1])] * spatial_dims)
     levels = draw(st.integers(1, 3))
-    batch_size = draw(st.integers(0, most_maps))
-    counts = st.lists(st.integers(0, most_of_a_map), min_size=batch_size, max_size=batch_size)
-    points = st.integers(1, most_points)
+    batch_size = draw(st.integers(0, max_maps))
+    counts = st.lists(st.integers(0, max_ragged_queries), min_size=batch_size, max_size=batch_size)
+    points = st.integers(1, max_points)
     return FusedCase(
         shapes=draw(st.lists(shape, min_size=levels, max_size=levels)),
         num_points=draw(st.lists(points, min_size=levels, max_size=levels)),
         batch_size=batch_size,
-        num_queries=draw(st.integers(0, most_queries)),
+        num_queries=draw(st.integers(0, max_queries)),
         queries_per_map=draw(st.none() | counts),
-        num_heads=draw(st.integers(1, most_heads)),
+        num_heads=draw(st.integers(1, max_heads)),
         head_dim=draw(st.integers(1, 40)),
         shared_head=draw(st.booleans()),
         references=draw(st.sampled_from([1, "levels", 2, 9])),

@@ -95,6 +95,7 @@ def test_explain_walks_through_the_worked_example_in_80_columns() -> None:
     assert max(map(len, result.stdout.splitlines())) <= 80
 
 
+@pytest.mark.slow
 def test_explain_moves_the_reference_point_and_draws(tmp_path) -> None:
     pytest.importorskip("matplotlib")
     result = invoke("explain", "--reference", "1.3", "-0.6", "--out", tmp_path / "explain.png")

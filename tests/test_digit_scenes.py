@@ -64,6 +64,7 @@ def run_training(output, **options):
     return (output / "model" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_training_resumes_to_the_same_weights(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "VALIDATION_SCENES", 2)
     threads = torch.get_num_threads()
@@ -107,6 +108,7 @@ def test_training_runs_through_saccade(tmp_path, monkeypatch):
     assert len(calls) >= 4 * (config.encoder_layers + config.decoder_layers)
 
 
+@pytest.mark.slow
 def test_shipped_model_is_small_and_as_good_as_promised():
     files = list(MODEL.iterdir())
     assert sum(file.stat().st_size for file in files) <= 4e6

@@ -205,6 +205,7 @@ def test_a_perfect_blob_answer_has_the_least_loss_and_the_full_score():
     assert blobs.f1(blobs.find(Oracle(), drawn)[0], drawn) == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("freeze", [False, True])
 @pytest.mark.parametrize(
     ("module", "finder"), [(beats, "BeatFinder"), (blobs, "BlobFinder")], ids=["beats", "blobs"]

@@ -196,6 +196,7 @@ def test_wrong_files_are_named(tmp_path) -> None:
         load_inputs(tmp_path / "list.pt", module)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [multi_scale, single_scale])
 def test_the_image_of_a_module_is_written(make, tmp_path) -> None:
     pytest.importorskip("matplotlib")

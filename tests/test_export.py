@@ -9,6 +9,7 @@ from export_helpers import CASES
 from saccade.integrations.tracing import symbolic_sizes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_exported_saved_and_loaded(name, tmp_path):
     target = CASES[name]

@@ -100,7 +100,8 @@ def export(detector, path, to="torch", **options):
     return export_detector(detector, to, path, image=IMAGE, seconds=0, **options)
 
 
-@pytest.mark.slow
+# The command below writes the same detector as ONNX.
+@pytest.mark.nightly
 def test_a_program_that_takes_any_batch_and_resolution(detector, tmp_path):
     path = tmp_path / "new" / "detr.pt2"
     result = export(detector, path)

@@ -42,16 +42,9 @@ def test_compiled():
         assert_same_detections(compiled(pixels), model(pixels))
 
 
-# tests/test_export_command.py exports a detector with grid_sample, and under `make test-all` as a plugin.
-@pytest.mark.parametrize(
-    "lowering",
-    [
-        pytest.param("grid_sample", marks=pytest.mark.nightly),
-        "gather",
-        pytest.param("plugin", marks=pytest.mark.nightly),
-        pytest.param("native", marks=pytest.mark.nightly),
-    ],
-)
+# `make test` exports whole detectors to ONNX in tests/test_export_command.py.
+@pytest.mark.nightly
+@pytest.mark.parametrize("lowering", ["grid_sample", "gather", "plugin", "native"])
 def test_in_onnx(lowering, tmp_path):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")

@@ -251,7 +251,7 @@ def test_strides_do_not_matter(name):
         assert all(map(torch.equal, *results)), backend
 
 
-CALLS = fused_calls(most_queries=90, most_of_a_map=60, most_points=9, most_maps=3, most_heads=4)
+CALLS = fused_calls(max_queries=90, max_ragged_queries=60, max_points=9, max_maps=3, max_heads=4)
 
 
 SETTINGS = {

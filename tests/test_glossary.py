@@ -43,7 +43,7 @@ NAMES = [
     Rule("key_of|as_ints|in_layout", "cache_key, to_ints, flatten_levels", CODE),
     Rule("FusedCall|FUSED|PLAIN", "Call: there is one operator", PRODUCT),
     Rule(r"of_\w+", "what it holds: elements_per_query, level_size", CODE),
-    Rule(r"(?!state_dict_|one_)\w+_of", "a verb: get_…, find_…, make_…", CODE),
+    Rule(r"(?!state_dict_|(?:all|any|none|one)_)\w+_of", "a verb: get_…, find_…, make_…", CODE),
     Rule("found", "what it holds: size, module, shape; at worst `result`", PRODUCT),
     Rule("place|places", "offset, index", PRODUCT),
     Rule("numbers", "elements, channels, values", ("csrc", *TRITON)),

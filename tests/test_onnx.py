@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import itertools
 from pathlib import Path
 
 import helpers
@@ -66,7 +67,7 @@ def daily(*lowerings):
 
 # --- the matrix: every lowering, every batch, another resolution ---------------------------------
 
-LOCATIONS = [{}, {"value_heads": 1}, {"masked": True}]
+LOCATIONS = [{}, {"value_heads": 1, "masked": True}]
 # Softmax and reference points are independent.
 OFFSETS = [
     {"references": 1, "softmax": True},
@@ -85,10 +86,17 @@ OFFSETS = [
     {"references": 1},
     {"references": 2, "boxes": True, "coordinates": "normalized_corners"},
 ]
+# Each list has both combinations that no public function has: softmax with locations, weights with offsets.
+OFFSETS_PER_LOWERING = {
+    "grid_sample": [OFFSETS[index] for index in (3, 5, 6, 9)],
+    "gather": [OFFSETS[index] for index in (2, 4, 7, 8)],
+    "plugin": [OFFSETS[index] for index in (6, 8)],
+    "native": [OFFSETS[index] for index in (0, 1, 7, 9)],
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize("lowering", daily("grid_sample"))
 def test_locations_at_every_batch_and_resolution(lowering):
     model = Operator(*LOCATIONS)
     check_at_every_size(model, export(model, draw(2, 5, SHAPES[2]), lowering), lowering)
@@ -105,10 +113,11 @@ def test_locations_at_every_batch_and_resolution(lowering):
     ],
 )
 def test_offsets_and_softmax_at_every_batch_and_resolution(lowering, node):
-    model = Operator(*OFFSETS)
+    calls = OFFSETS if helpers.ALL else OFFSETS_PER_LOWERING[lowering]
+    model = Operator(*calls)
     program = export(model, draw(2, 5, SHAPES[2]), lowering)
     own = [(node.domain, node.op_type) for node in program.model_proto.graph.node if node.domain]
-    assert own == ([node] * len(OFFSETS) if node else [])
+    assert own == ([node] * len(calls) if node else [])
     # A softmax of logits that are not finite would be NaN; other tests have non-finite locations.
     check_at_every_size(model, program, lowering, finite=True)
 
@@ -140,21 +149,30 @@ OPTIONS = [
     {"interpolation": "nearest", "padding": "border"},
     {"coordinates": "normalized_corners"},
 ]
-# Every lowering and every dimension once; the whole matrix under `make test-all`.
-OPTION_CASES = [("grid_sample", 2), ("gather", 3), ("plugin", 1), ("native", 2)]
-OPTION_CASES += [
-    pytest.param(lowering, spatial_dims, marks=pytest.mark.nightly)
-    for lowering in LOWERINGS
-    for spatial_dims in (1, 2, 3)
-    if (lowering, spatial_dims) not in [("plugin", 3), *OPTION_CASES]
-]
+# Every lowering, every dimension and every option once; the whole matrix under `make test-all`.
+DAILY_OPTIONS = {
+    ("grid_sample", 2): [OPTIONS[index] for index in (0, 3, 5, 6)],
+    ("gather", 3): OPTIONS[1:3],
+    ("plugin", 1): [OPTIONS[index] for index in (0, 4)],
+    ("native", 2): OPTIONS,
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("lowering", "spatial_dims"), OPTION_CASES)
+@pytest.mark.parametrize(
+    ("lowering", "spatial_dims"),
+    [
+        pytest.param(*case, marks=() if case in DAILY_OPTIONS else pytest.mark.nightly)
+        for case in itertools.product(LOWERINGS, (1, 2, 3))
+        if case != ("plugin", 3)
+    ],
+)
 def test_options_in_every_dimension(lowering, spatial_dims):
-    # All of them on images, and of each kind one on lines and volumes.
-    model = Operator(*(OPTIONS if spatial_dims == 2 else OPTIONS[:3]))
+    # All of them on images, and one of each kind on lines and volumes.
+    calls = OPTIONS if spatial_dims == 2 else OPTIONS[:3]
+    if not helpers.ALL:
+        calls = DAILY_OPTIONS[lowering, spatial_dims]
+    model = Operator(*calls)
     program = export(model, draw(2, 5, SHAPES[spatial_dims]), lowering)
     check_at_every_size(model, program, lowering, spatial_dims)
 
@@ -257,7 +275,7 @@ def test_float64_is_float64_throughout(lowering):
     assert_equal(runner(*example), model(*example), tolerance=1e-12)
 
 
-@pytest.mark.parametrize("lowering", ["plugin", "native"])
+@pytest.mark.parametrize("lowering", ["plugin", pytest.param("native", marks=pytest.mark.nightly)])
 def test_float64_is_refused_by_nodes_in_float32(lowering):
     example = draw(2, 5, SHAPES[2], dtype=torch.float64)
     with pytest.raises(torch.onnx.errors.OnnxExporterError, match="a float64 value: the lowering"):
@@ -270,7 +288,7 @@ def test_float64_is_refused_by_nodes_in_float32(lowering):
 @pytest.mark.slow
 def test_gather_has_five_axes_at_most_and_no_grid_sample():
     # Without the call with an axis for the levels: the caller's own tensor has six axes there.
-    model = Operator({"num_points": POINTS}, *OFFSETS[2:3], {"softmax": True, "value_heads": 1})
+    model = Operator({"softmax": True, "value_heads": 1}, OFFSETS[2])
     graph = onnx.shape_inference.infer_shapes(
         export(model, draw(2, 5, SHAPES[2]), "gather").model_proto, data_prop=True
     ).graph

@@ -48,7 +48,14 @@ def check_call(monkeypatch, call, kernel, summed):
     return ran
 
 
-@pytest.mark.parametrize("seed", some(range(600), 60))
+def few_quick(cases, count):
+    """All cases, of which the first `count` belong to `make test-quick`."""
+    cases = [case if isinstance(case, tuple) else (case,) for case in cases]
+    slow = (pytest.param(*case, marks=pytest.mark.slow) for case in cases[count:])
+    return [*(pytest.param(*case) for case in cases[:count]), *slow]
+
+
+@pytest.mark.parametrize("seed", few_quick(some(range(600), 48), 4))
 def test_drawn_calls(monkeypatch, seed):
     options = draw_options(seed)
     ran = check_call(monkeypatch, draw_call(seed), options["kernel"], options["summed"])
@@ -75,6 +82,7 @@ SIZES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [("queries", "sorted"), ("points", "atomic")], ids="-".join)
 @pytest.mark.parametrize("name", SIZES)
 def test_sizes(monkeypatch, name, way):
@@ -114,7 +122,9 @@ RULES = [
 ]
 
 
-@pytest.mark.parametrize(("shapes", "interpolation", "padding", "coordinates"), some(RULES, 20))
+@pytest.mark.parametrize(
+    ("shapes", "interpolation", "padding", "coordinates"), few_quick(some(RULES, 20), 3)
+)
 def test_options_by_scalar_loops(kernel, shapes, interpolation, padding, coordinates):
     case = Case(
         shapes=shapes, num_points=2, num_queries=4, num_heads=1, head_dim=2, batch_size=1,
@@ -132,7 +142,9 @@ FUSED_RULES = itertools.product(
 )
 
 
-@pytest.mark.parametrize(("shapes", "boxes", "coordinates", "ragged"), some(FUSED_RULES, 10))
+@pytest.mark.parametrize(
+    ("shapes", "boxes", "coordinates", "ragged"), few_quick(some(FUSED_RULES, 10), 2)
+)
 def test_fused_by_scalar_loops(kernel, shapes, boxes, coordinates, ragged):
     case = FusedCase(
         shapes=shapes, num_points=2, num_queries=3, num_heads=1, head_dim=2,
@@ -143,6 +155,7 @@ def test_fused_by_scalar_loops(kernel, shapes, boxes, coordinates, ragged):
     torch.testing.assert_close(case.call(*inputs), fused_loops(case, *inputs), rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", ["zeros", "border"])
 @pytest.mark.parametrize("interpolation", ["linear", "nearest", "discrete"])
 def test_exactly_on_edges_and_centres(kernel, interpolation, padding):
@@ -255,6 +268,7 @@ def test_the_last_pixel_of_a_map_that_is_wider_than_floats_are_exact(kernel):
     assert (saccade.reference.deformable_attention(*arguments, padding="border") == 1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", ["zeros", "border"])
 @pytest.mark.parametrize("shapes", [[(7,), (2,)], [(6, 7), (3, 4)], [(2, 3, 4)]])
 def test_what_is_not_finite_as_in_the_reference(monkeypatch, shapes, padding):
@@ -321,6 +335,7 @@ def test_powers_do_not_overflow(kernel):
     torch.testing.assert_close(actual, torch.full_like(actual, 2e38))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", some(range(40), 4))
 def test_offsets_counted_in_64_bits(monkeypatch, seed):
     from saccade.backends.triton import ordered_sum

@@ -44,6 +44,7 @@ SMALL = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shapes", [[(3,)], [(2, 3)], pytest.param([(2, 1, 2)], marks=pytest.mark.nightly)]
 )
@@ -57,6 +58,7 @@ def test_gradcheck(summed, shapes):
     assert torch.autograd.gradcheck(case.call, leaves, nondet_tol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [5, 8])
 def test_precision(way, head_dim, dtype):
@@ -92,6 +94,7 @@ def test_points_that_take_no_part_get_no_gradient_whatever_their_box_is(way):
     assert_close(actual, run_reference(call, grad_output))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", ["none", "boxes"])
 def test_only_the_gradients_that_are_wanted(way, reference):
     call = draw_call(4, **SMALL, reference=reference, softmax=True)
@@ -154,6 +157,7 @@ def test_the_operator_itself_checks_the_gradient_of_the_output(change, message):
             backward(change(grad_output), *arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", [[True, True, True, True], [False, True, False, False]])
 def test_opcheck(way, mask):
     call = draw_call(6, **SMALL | {"dtype": torch.bfloat16}, reference="points", softmax=True)
@@ -165,6 +169,7 @@ def test_opcheck(way, mask):
     )
 
 
+@pytest.mark.slow
 def test_second_derivatives_are_those_of_the_reference(summed):
     case = FusedCase(
         shapes=[(3, 4)], boxes=True, num_queries=2, num_heads=1, batch_size=1, head_dim=2,
@@ -221,6 +226,7 @@ def assert_all_close(actual, expected, **tolerance):
         torch.testing.assert_close(got, want, **tolerance)
 
 
+@pytest.mark.slow
 def test_layer_as_on_the_cpu(layer):
     actual = train(*layer)
     with saccade.use_backend("reference"):
@@ -228,6 +234,7 @@ def test_layer_as_on_the_cpu(layer):
     assert_all_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_layer_with_checkpoints(layer):
     module, inputs = layer
     actual = train(module, inputs, lambda *a: checkpoint(module, *a, use_reentrant=False))
@@ -241,6 +248,7 @@ def test_layer_compiled(layer):
     assert_all_close(train(module, inputs, compiled), train(module, inputs))
 
 
+@pytest.mark.slow
 def test_layer_under_autocast(layer):
     module, inputs = layer
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -252,6 +260,7 @@ def test_layer_under_autocast(layer):
         assert (got - want).abs().max() <= 0.1 * want.abs().max() + 1e-3
 
 
+@pytest.mark.slow
 def test_layer_with_distributed_data_parallel(layer, tmp_path):
     if not torch.distributed.is_available():
         pytest.skip("this torch has no torch.distributed")

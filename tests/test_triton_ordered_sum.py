@@ -68,6 +68,7 @@ CALLS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("kernel", FEW_PAIRS)
 def test_bitwise_equal_in_whatever_order_programs_run(name, kernel, monkeypatch):
@@ -136,6 +137,7 @@ def test_points_in_the_margin_and_outside(in_order):
     check(call)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ragged", [None, [2, 0, 5, 1]])
 @pytest.mark.parametrize("max_bytes", [1, 9_000])
 def test_maps_in_groups(in_order, ragged, max_bytes, monkeypatch):

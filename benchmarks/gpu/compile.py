@@ -201,20 +201,20 @@ def _without_labels(lines: list[str]) -> list[str]:
 def _machine_code(cubin: bytes) -> list[str]:
     """Instructions, and labels that end with a colon."""
     text = _tool(triton.knobs.nvidia.nvdisasm.path, "-c", cubin)
-    found = []
+    lines = []
     for line in text.splitlines():
         if label := re.match(r"^(\.L_x_\d+:)", line):
-            found.append(label.group(1))
+            lines.append(label.group(1))
         elif instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?)\s*;", line):
-            found.append(instruction.group(1))
-    return found
+            lines.append(instruction.group(1))
+    return lines
 
 
 def _registers(cubin: bytes) -> int:
     usage = _tool(triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin)
-    found = re.search(r"REG:(\d+)", usage)
-    assert found, usage
-    return int(found.group(1))
+    usage_match = re.search(r"REG:(\d+)", usage)
+    assert usage_match, usage
+    return int(usage_match.group(1))
 
 
 def _tool(program: str, option: str, cubin: bytes) -> str:

@@ -79,7 +79,7 @@ def resize(name: str, width: int, dtype: torch.dtype) -> Workload:
 
 
 def best_by_count(direction: str, bits: str, width: int) -> Candidate:
-    """Of the kernel for many queries, whose instructions do not depend on the number of warps."""
+    """The best kernel for many queries: the number of warps does not change its instructions."""
     dtype, scores = DTYPES[bits], {}
     calls = [
         compile.make_call(resize(case, width, dtype), dtype, reference)

@@ -30,16 +30,16 @@ SACCADE_INLINE DoubleVector round_even(DoubleVector v) {
   return halves(v, [](float64x2_t half) { return vrndnq_f64(half); });
 }
 
-SACCADE_INLINE float32x4_t load_half(const Half* from) {
-  return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(from))));
+SACCADE_INLINE float32x4_t load_half(const Half* source) {
+  return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(source))));
 }
 SACCADE_INLINE uint16x4_t half_bits(float32x4_t v) { return vreinterpret_u16_f16(vcvt_f16_f32(v)); }
 
-SACCADE_INLINE float32x4_t repeat_four(const float* from) {
-  return float32x4_t{from[0], from[1], from[2], from[3]};
+SACCADE_INLINE float32x4_t repeat_four(const float* source) {
+  return float32x4_t{source[0], source[1], source[2], source[3]};
 }
-SACCADE_INLINE DoubleVector repeat_four(const double* from) {
-  return DoubleVector{from[0], from[1], from[2], from[3]};
+SACCADE_INLINE DoubleVector repeat_four(const double* source) {
+  return DoubleVector{source[0], source[1], source[2], source[3]};
 }
 
 constexpr bool kPicks = false;
@@ -48,7 +48,7 @@ constexpr std::size_t kMinMaskedBytes = 64;  // no masked loads and stores
 
 // Nothing goes past the caches here.
 template <class N>
-SACCADE_INLINE void stream(void* to, const void* from, N) {
-  std::memcpy(to, from, N::value);
+SACCADE_INLINE void stream(void* target, const void* source, N) {
+  std::memcpy(target, source, N::value);
 }
 SACCADE_INLINE void end_streams() {}

@@ -1,4 +1,4 @@
-// No particular instruction set: four numbers at a time in whatever the compiler's target has.
+// No particular instruction set: four elements at a time, with the compiler's default target.
 
 constexpr int kFloatWidth = 4;
 constexpr int kDoubleWidth = 4;
@@ -42,18 +42,18 @@ SACCADE_INLINE float half_to_float(Half half) {
   } else if (magnitude >= 0x0400) {
     bits = (magnitude << 13) + ((127 - 15) << 23);
   } else {  // subnormal: a multiple of 2^-24
-    const float number = float(magnitude) * 0x1p-24f;
-    std::memcpy(&bits, &number, sizeof bits);
+    const float value = float(magnitude) * 0x1p-24f;
+    std::memcpy(&bits, &value, sizeof bits);
   }
   bits |= sign;
-  float number;
-  std::memcpy(&number, &bits, sizeof number);
-  return number;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
 }
 
-SACCADE_INLINE Half float_to_half(float number) {
+SACCADE_INLINE Half float_to_half(float value) {
   uint32_t bits;
-  std::memcpy(&bits, &number, sizeof bits);
+  std::memcpy(&bits, &value, sizeof bits);
   const uint32_t sign = bits >> 16 & 0x8000;
   bits &= 0x7fffffff;
   uint32_t half;
@@ -74,9 +74,9 @@ SACCADE_INLINE Half float_to_half(float number) {
   return Half{uint16_t(sign | half)};
 }
 
-SACCADE_INLINE FloatVector load_half(const Half* from) {
-  return FloatVector{half_to_float(from[0]), half_to_float(from[1]), half_to_float(from[2]),
-                     half_to_float(from[3])};
+SACCADE_INLINE FloatVector load_half(const Half* source) {
+  return FloatVector{half_to_float(source[0]), half_to_float(source[1]), half_to_float(source[2]),
+                     half_to_float(source[3])};
 }
 
 typedef uint16_t HalfBits __attribute__((vector_size(8)));
@@ -86,11 +86,11 @@ SACCADE_INLINE HalfBits half_bits(FloatVector v) {
                   float_to_half(v[3]).bits};
 }
 
-SACCADE_INLINE FloatVector repeat_four(const float* from) {
-  return FloatVector{from[0], from[1], from[2], from[3]};
+SACCADE_INLINE FloatVector repeat_four(const float* source) {
+  return FloatVector{source[0], source[1], source[2], source[3]};
 }
-SACCADE_INLINE DoubleVector repeat_four(const double* from) {
-  return DoubleVector{from[0], from[1], from[2], from[3]};
+SACCADE_INLINE DoubleVector repeat_four(const double* source) {
+  return DoubleVector{source[0], source[1], source[2], source[3]};
 }
 
 constexpr bool kPicks = false;
@@ -99,7 +99,7 @@ constexpr std::size_t kMinMaskedBytes = 64;  // no masked loads and stores
 
 // Nothing goes past the caches here.
 template <class N>
-SACCADE_INLINE void stream(void* to, const void* from, N) {
-  std::memcpy(to, from, N::value);
+SACCADE_INLINE void stream(void* target, const void* source, N) {
+  std::memcpy(target, source, N::value);
 }
 SACCADE_INLINE void end_streams() {}

@@ -4,9 +4,9 @@
 //
 // INPUT.raw holds the normalized pixels as float32, [batch, 3, height, width].
 
+#include <ATen/ATen.h>
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
-#include <torch/torch.h>
 
 #include <charconv>
 #include <cstdlib>
@@ -42,7 +42,7 @@ double parse_score(const char* name, const char* text) {
   return number;
 }
 
-torch::Tensor read_pixels(const char* path, int64_t batch, int64_t height, int64_t width) {
+at::Tensor read_pixels(const char* path, int64_t batch, int64_t height, int64_t width) {
   std::ifstream file(path, std::ios::binary | std::ios::ate);
   if (!file) {
     throw std::runtime_error(std::string("INPUT.raw: cannot be read: ") + path);
@@ -56,7 +56,7 @@ torch::Tensor read_pixels(const char* path, int64_t batch, int64_t height, int64
             << " in " << path;
     throw std::runtime_error(message.str());
   }
-  torch::Tensor pixels = torch::empty({batch, 3, height, width});
+  at::Tensor pixels = at::empty({batch, 3, height, width});
   file.seekg(0);
   file.read(static_cast<char*>(pixels.data_ptr()), static_cast<std::streamsize>(pixels.nbytes()));
   return pixels;
@@ -70,7 +70,7 @@ void detect(int argc, char** argv) {
     throw std::runtime_error(std::string("NATIVE_LIBRARY: ") + dlerror());
   }
   const int64_t batch = parse_positive("BATCH", argv[4]);
-  const torch::Tensor pixels =
+  const at::Tensor pixels =
       read_pixels(argv[3], batch, parse_positive("HEIGHT", argv[5]), parse_positive("WIDTH", argv[6]));
   const double min_score = argc > 7 ? parse_score("MIN_SCORE", argv[7]) : 0.5;
 
@@ -78,8 +78,8 @@ void detect(int argc, char** argv) {
     throw std::runtime_error(std::string("PACKAGE.pt2: cannot be read: ") + argv[1]);
   }
   torch::inductor::AOTIModelPackageLoader model(argv[1]);
-  const std::vector<torch::Tensor> outputs = model.run({pixels});
-  const torch::Tensor scores = outputs.at(0).sigmoid(), boxes = outputs.at(1);
+  const std::vector<at::Tensor> outputs = model.run({pixels});
+  const at::Tensor scores = outputs.at(0).sigmoid(), boxes = outputs.at(1);
   std::cout.precision(8);
   for (int64_t image = 0; image < batch; ++image) {
     for (int64_t query = 0; query < scores.size(1); ++query) {

@@ -16,7 +16,7 @@ import torch
 import saccade
 from saccade.integrations import extensions
 
-# Before mmcv.ops is imported, which wants its compiled module and will not do without. Nothing is compiled.
+# Called before mmcv.ops is imported, which needs its compiled module. Nothing is compiled.
 extensions.install("mmcv._ext")
 
 import mmdet  # noqa: E402
@@ -27,7 +27,7 @@ CONFIG = "deformable_detr/deformable-detr_r50_16xb2-50e_coco.py"
 
 
 def main() -> None:
-    """Finds objects with each of the two, and tells how the results and the times compare."""
+    """Finds objects with and without Saccade, and prints how the results and the times compare."""
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("picture", nargs="?", default=SCENE)
     arguments.add_argument(
@@ -46,7 +46,7 @@ def main() -> None:
                 torch.nn.init.normal_(parameter, std=0.05)
 
     print(saccade.patch(model))
-    # Of each decoder layer: the scores and boxes of all queries, before the best are chosen.
+    # For each decoder layer the scores and boxes of all queries, before the best are chosen.
     predicted: list[torch.Tensor] = []
     model.bbox_head.register_forward_hook(lambda head, given, output: predicted.extend(output))
 
@@ -57,14 +57,16 @@ def main() -> None:
             change(model)
             predicted.clear()
             begin = time.perf_counter()
-            found = inference_detector(model, str(chosen.picture)).pred_instances
-            if turn > 0:  # the first is slower in other parts
+            detections = inference_detector(model, str(chosen.picture)).pred_instances
+            if turn > 0:  # the first round is slower, in other parts
                 seconds[name].append(time.perf_counter() - begin)
             outputs[name] = list(predicted)
 
     pairs = zip(outputs["mmcv"], outputs["saccade"], strict=True)
     difference = max(float((before - after).abs().max()) for before, after in pairs)
-    print(f"{len(found)} boxes; scores and boxes of all queries differ by {difference:.1g} at most")
+    print(
+        f"{len(detections)} boxes; scores and boxes of all queries differ by {difference:.1g} at most"
+    )
     times = {name: statistics.median(taken) for name, taken in seconds.items()}
     each = ", ".join(f"{name} {taken:.2f} s" for name, taken in times.items())
     print(f"a picture: {each}: {times['mmcv'] / times['saccade']:.2f} times as fast")

@@ -21,7 +21,7 @@ SCENE = Path(__file__).resolve().parent.parent / "digit_scenes/scenes/scene_0.pn
 
 
 def main() -> None:
-    """Finds objects with each of the two, and tells how the results and the times compare."""
+    """Finds objects with and without Saccade, and prints how the results and the times compare."""
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("picture", nargs="?", type=Path, default=SCENE)
     arguments.add_argument("--weights", help="a checkpoint of RF-DETR; without it, random numbers")
@@ -36,23 +36,23 @@ def main() -> None:
             if name.endswith(("sampling_offsets.weight", "attention_weights.weight")):
                 torch.nn.init.normal_(parameter, std=0.05)
     picture = Image.open(chosen.picture).convert("RGB")
-    # Random weights are sure of nothing.
+    # With random weights all scores are low.
     threshold = 0.5 if chosen.weights else 0.0
 
     model = detector.model.model
     print(saccade.patch(model))
 
     # The two take turns, so that whatever else this machine does slows down both.
-    found, seconds = {}, {"as published": [], "on saccade": []}
+    results, seconds = {}, {"as published": [], "on saccade": []}
     for turn in range(chosen.rounds + 1):
         for name, change in (("as published", saccade.unpatch), ("on saccade", saccade.patch)):
             change(model)
             begin = time.perf_counter()
-            found[name] = detector.predict(picture, threshold=threshold)
-            if turn > 0:  # the first is slower in other parts
+            results[name] = detector.predict(picture, threshold=threshold)
+            if turn > 0:  # the first round is slower, in other parts
                 seconds[name].append(time.perf_counter() - begin)
 
-    before, after = found["as published"], found["on saccade"]
+    before, after = results["as published"], results["on saccade"]
     boxes = abs(before.xyxy - after.xyxy).max(initial=0)
     scores = abs(before.confidence - after.confidence).max(initial=0)
     print(f"{len(after)} boxes, the same to {boxes:.1g} pixels; their scores to {scores:.1g}")

@@ -22,7 +22,7 @@ SCENE = Path(__file__).resolve().parent.parent / "digit_scenes/scenes/scene_0.pn
 
 
 def main() -> None:
-    """Finds objects with each of the two, and tells how the results and the times compare."""
+    """Finds objects with and without Saccade, and prints how the results and the times compare."""
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("picture", nargs="?", type=Path, default=SCENE)
     arguments.add_argument("--model", default=DEFAULT_MODEL, help="a name on the hub, or a folder")
@@ -38,20 +38,20 @@ def main() -> None:
     print(saccade.patch(model))
 
     # The two take turns, so that whatever else this machine does slows down both.
-    found, seconds = {}, {"transformers": [], "saccade": []}
+    detections, seconds = {}, {"transformers": [], "saccade": []}
     for turn in range(chosen.rounds + 1):
         for name, change in (("transformers", saccade.unpatch), ("saccade", saccade.patch)):
             change(model)
             begin = time.perf_counter()
             with torch.inference_mode():
                 outputs = model(**inputs)
-            if turn > 0:  # the first is slower in other parts
+            if turn > 0:  # the first round is slower, in other parts
                 seconds[name].append(time.perf_counter() - begin)
-            (found[name],) = processor.post_process_object_detection(
+            (detections[name],) = processor.post_process_object_detection(
                 outputs, threshold=0.5, target_sizes=sizes
             )
 
-    before, after = found["transformers"], found["saccade"]
+    before, after = detections["transformers"], detections["saccade"]
     print(f"{len(after['boxes'])} objects in {chosen.picture.name}:")
     for label, score, box in zip(after["labels"], after["scores"], after["boxes"], strict=True):
         name = model.config.id2label[label.item()]

@@ -90,8 +90,8 @@ def alternate(
 
 def _summarize(times: list[float], calls: int) -> Timing:
     quartile = statistics.quantiles(times, n=4)[2] if len(times) > 1 else times[0]
-    in_ms = (1e3 * seconds for seconds in (statistics.median(times), min(times), quartile))
-    return Timing(*in_ms, len(times), calls)
+    median, minimum = statistics.median(times), min(times)
+    return Timing(1e3 * median, 1e3 * minimum, 1e3 * quartile, len(times), calls)
 
 
 def _time(function: Callable[[], object], calls: int = 1) -> float:

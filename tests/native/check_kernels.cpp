@@ -1,10 +1,9 @@
 // Random calls of every kernel that this processor runs, compared with loops in double, without
-// torch: to be built for other processors and run under emulation, and with sanitizers. All tensors
-// are their own allocations, so that a sanitizer sees the first byte read or written outside of
-// one.
+// torch: to be built for other processors and run under emulation, with other compilers and with
+// sanitizers. All tensors lie between guard pages (see guarded.h).
 //
-// Usage: check_kernels [number of calls]; prints the largest error of each kernel and storage type,
-// exits with 1 if one is too large.
+// Usage: check_kernels [number of calls [instruction set]]; prints the largest error of each kernel
+// and storage type, exits with 1 if one is too large.
 
 #include <algorithm>
 #include <cmath>
@@ -12,33 +11,16 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <new>
 #include <random>
-#include <type_traits>
+#include <string>
 #include <vector>
 
+#include "guarded.h"
 #include "kernels.h"
 #include "random_call.h"
 #include "stored.h"
 
 namespace {
-
-// Memory that begins with a cache line, as torch's does: results may then go past the caches.
-template <class T>
-struct Aligned {
-  typedef T value_type;
-  Aligned() = default;
-  template <class U>
-  Aligned(const Aligned<U>&) {}
-  T* allocate(std::size_t count) {
-    return static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(64)));
-  }
-  void deallocate(T* memory, std::size_t) { ::operator delete(memory, std::align_val_t(64)); }
-  bool operator==(const Aligned&) const { return true; }
-  bool operator!=(const Aligned&) const { return false; }
-};
-template <class T>
-using Lines = std::vector<T, Aligned<T>>;
 
 struct Results {
   std::vector<double> output, grad_value, grad_references, grad_points, grad_weights;
@@ -188,7 +170,7 @@ double decode(BFloat16 element) { return Stored<BFloat16>::decode(element); }
 
 // The largest difference relative to the largest expected element; NaN if one is NaN.
 template <class S>
-double difference(const Lines<S>& actual, const std::vector<double>& expected) {
+double difference(const Guarded<S>& actual, const std::vector<double>& expected) {
   double max_error = 0, scale = 1;
   for (size_t i = 0; i < expected.size(); ++i) {
     const double error = std::fabs(decode(actual[i]) - expected[i]);
@@ -219,11 +201,11 @@ double check(const RandomCall<S>& random, const saccade::Kernels& kernels) {
   S poison;
   std::memset(&poison, 0xff, sizeof poison);  // NaN in every storage type
   const T nan = std::numeric_limits<T>::quiet_NaN();
-  Lines<S> output(expected.output.size(), poison);
-  Lines<S> grad_value(expected.grad_value.size(), poison);
-  Lines<T> grad_points(random.locations.size(), nan);
-  Lines<T> grad_weights(random.weights.size(), nan);
-  Lines<T> grad_references_per_head(expected.grad_references.size() * call.num_heads, nan);
+  Guarded<S> output(expected.output.size(), poison);
+  Guarded<S> grad_value(expected.grad_value.size(), poison);
+  Guarded<T> grad_points(random.locations.size(), nan);
+  Guarded<T> grad_weights(random.weights.size(), nan);
+  Guarded<T> grad_references_per_head(expected.grad_references.size() * call.num_heads, nan);
   const saccade::PointGradients gradients = {
       call.has_references() ? grad_references_per_head.data() : nullptr, grad_points.data(),
       grad_weights.data()};
@@ -241,7 +223,7 @@ double check(const RandomCall<S>& random, const saccade::Kernels& kernels) {
     kernels.backward_points(plan, value, random.grad_output.data(), inputs, gradients, begin, end);
   });
   // The caller of the kernels sums over heads.
-  Lines<T> grad_references(expected.grad_references.size(), 0);
+  Guarded<T> grad_references(expected.grad_references.size(), 0);
   const int64_t elements_per_query = call.num_references * call.reference_size();
   for (size_t i = 0; i < grad_references_per_head.size(); ++i) {
     const int64_t query = i / (elements_per_query * call.num_heads);
@@ -261,10 +243,10 @@ double check(const RandomCall<S>& random, const saccade::Kernels& kernels) {
 }
 
 template <class S>
-bool check_all(int64_t num_calls) {
+bool check_all(const std::vector<std::string>& isas, int64_t num_calls) {
   bool passed = true;
-  for (const std::string& name : saccade::available_kernels()) {
-    saccade::set_active_kernels(name);
+  for (const std::string& isa : isas) {
+    saccade::set_active_kernels(isa);
     generator.seed(7);
     double max_error = 0;
     for (int64_t i = 0; i < num_calls; ++i) {
@@ -272,8 +254,9 @@ bool check_all(int64_t num_calls) {
       max_error = std::isnan(error) || error > max_error ? error : max_error;
       if (std::isnan(error)) break;
     }
-    std::printf("%s %s: largest relative error %.3g in %lld calls\n", name.c_str(), Stored<S>::name,
+    std::printf("%s %s: largest relative error %.3g in %lld calls\n", isa.c_str(), Stored<S>::name,
                 max_error, static_cast<long long>(num_calls));
+    std::fflush(stdout);
     passed = passed && max_error <= Stored<S>::tolerance;
   }
   return passed;
@@ -283,7 +266,9 @@ bool check_all(int64_t num_calls) {
 
 int main(int argc, char** argv) {
   const int64_t num_calls = argc > 1 ? std::atoll(argv[1]) : 300;
-  const bool passed[] = {check_all<float>(num_calls), check_all<double>(num_calls),
-                         check_all<Half>(num_calls), check_all<BFloat16>(num_calls)};
+  const std::vector<std::string> isas =
+      argc > 2 ? std::vector<std::string>{argv[2]} : saccade::available_kernels();
+  const bool passed[] = {check_all<float>(isas, num_calls), check_all<double>(isas, num_calls),
+                         check_all<Half>(isas, num_calls), check_all<BFloat16>(isas, num_calls)};
   return std::all_of(std::begin(passed), std::end(passed), [](bool one) { return one; }) ? 0 : 1;
 }

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "guarded.h"
 #include "kernels.h"
 #include "stored.h"
 
@@ -32,10 +33,10 @@ struct RandomCall {
   typedef Compute<S> T;
   Plan plan;
   int64_t row_padding;  // unused elements between the rows of the value
-  std::vector<S> value, grad_output;
+  Guarded<S> value, grad_output;
   // What the kernel must arrive at, and the tensors that it starts from where these differ.
-  std::vector<T> locations, weights;
-  std::vector<T> references, offsets, logits;
+  Guarded<T> locations, weights;
+  Guarded<T> references, offsets, logits;
 
   const Call& call() const { return plan.call; }
   saccade::PointInputs inputs() const {
@@ -114,7 +115,7 @@ void draw_points(RandomCall<S>& random) {
                        T(1e9),
                        T(-0.0),
                        T(3e15)};
-  const auto fill = [&](std::vector<T>& elements, int64_t count, double low, double high) {
+  const auto fill = [&](Guarded<T>& elements, int64_t count, double low, double high) {
     elements.resize(count);
     for (T& element : elements)
       element = integer(0, 30) ? static_cast<T>(real(low, high)) : extreme[integer(0, 7)];

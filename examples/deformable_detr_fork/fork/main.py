@@ -1,4 +1,4 @@
-"""A training script as a fork has one: it finds the square in a noisy picture. It knows no Saccade."""
+"""A training script as in a fork: a model finds the square in a noisy picture. Saccade is not mentioned."""
 
 import time
 
@@ -10,12 +10,12 @@ SIZE = 64
 
 
 def pictures(count, generator):
-    """Noise with a bright square of 9 pixels in it, and where its centre is (0 … 1)."""
+    """Noise with a bright square of 9 pixels in it, and the square's centre (0 … 1)."""
     centres = torch.randint(8, SIZE - 8, (count, 2), generator=generator)
-    found = 0.5 * torch.randn(count, 1, SIZE, SIZE, generator=generator)
-    for picture, (x, y) in zip(found, centres.tolist(), strict=True):
+    noisy = 0.5 * torch.randn(count, 1, SIZE, SIZE, generator=generator)
+    for picture, (x, y) in zip(noisy, centres.tolist(), strict=True):
         picture[:, y - 4 : y + 5, x - 4 : x + 5] += 1
-    return found, (centres + 0.5) / SIZE
+    return noisy, (centres + 0.5) / SIZE
 
 
 class Finder(nn.Module):
@@ -31,19 +31,19 @@ class Finder(nn.Module):
         self.steps = nn.ModuleList(nn.Linear(width, 2) for _ in range(2))
 
     def forward(self, picture):
-        """Where the centre is, [N, 2]."""
+        """The centre of the square, [N, 2]."""
         fine = self.fine(picture)
         levels = [fine, self.coarse(fine)]
         shapes = torch.tensor([level.shape[-2:] for level in levels], device=picture.device)
         starts = torch.cat([shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]])
         flat = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], 1)
         query = self.query.expand(len(picture), -1, -1)
-        place = picture.new_zeros(*query.shape[:2], 2)  # before the sigmoid: the middle
+        position = picture.new_zeros(*query.shape[:2], 2)  # before the sigmoid: the middle
         for layer, norm, step in zip(self.layers, self.norms, self.steps, strict=True):
-            reference = place.sigmoid()[:, :, None].expand(-1, -1, len(levels), -1)
+            reference = position.sigmoid()[:, :, None].expand(-1, -1, len(levels), -1)
             query = norm(query + layer(query, reference, flat, shapes, starts))
-            place = place + step(query)
-        return place.mean(1).sigmoid()
+            position = position + step(query)
+        return position.mean(1).sigmoid()
 
 
 def main():

@@ -103,9 +103,9 @@ def bench(
     out.print(f"{report.METHOD}\n", style="dim")
     results: list[Measurement | Skipped] = []
     has_failed = False
-    steps = product(
-        threads or [None], dtype or ["float32"], case or WORKLOADS, [False, True] if backward else [False]
-    )  # fmt: skip
+    directions = [False, True] if backward else [False]
+    numbers: list[int | None] = list(threads) if threads else [None]
+    steps = product(numbers, dtype or ["float32"], case or WORKLOADS, directions)
     for number, dtype_name, name, with_backward in steps:
         try:
             with on_threads(number):

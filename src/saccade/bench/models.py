@@ -156,8 +156,7 @@ MODELS = {
         ),
         # LW-DETR has one map; its default configuration has no factors.
         "LW-DETR S": Model(
-            *("lw-detr", "LwDetr", "640 x 640", _SQUARE),
-            config={"projector_scale_factors": [1.0]},
+            *("lw-detr", "LwDetr", "640 x 640", _SQUARE), config={"projector_scale_factors": [1.0]}
         ),
         "DEIMv2": Model("deimv2", "Deimv2", "640 x 640", _SQUARE, config=_NO_DENOISING),
         "D-FINE L": Model(
@@ -232,15 +231,17 @@ def measure(model: Any, seconds: float) -> ModelMeasurement:
     for hook in hooks:
         hook.remove()
     eager, ours = timings["eager"].milliseconds, timings["patched"].milliseconds
-    medians = (statistics.median(some) for some in shares.values())
-    rounded = (float(f"{one:.4g}") for one in (eager / ours, eager, ours, *medians))
     return ModelMeasurement(
         model.name,
         model.input,
-        *rounded,
-        attention_modules=len(hooks) // 2,
-        largest_difference=float(f"{difference:.2g}"),
-        rounds=timings["eager"].rounds,
+        float(f"{eager / ours:.3g}"),
+        float(f"{eager:.4g}"),
+        float(f"{ours:.4g}"),
+        float(f"{statistics.median(shares['eager']):.3g}"),
+        float(f"{statistics.median(shares['patched']):.3g}"),
+        len(hooks) // 2,
+        float(f"{difference:.2g}"),
+        timings["eager"].rounds,
     )
 
 

@@ -185,7 +185,9 @@ class Truth:
         if backward:
             mask = (False, True, True, False)
             grads = reference.execute_backward(grad_output[:, self.queries], call, mask)
-            self.expected |= {"grad_locations": grads[1], "grad_weights": grads[2]}
+            for name, grad in zip(("grad_locations", "grad_weights"), grads[1:3], strict=True):
+                assert grad is not None
+                self.expected[name] = grad
         # That of the value depends on all queries: it is compared between the baselines.
         self.grad_value: Tensor | None = None
 

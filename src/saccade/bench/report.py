@@ -6,7 +6,7 @@ import datetime
 import json
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ def machine_line() -> str:
 
 
 def write(
-    path: Path, command: str, head: dict[str, Any], rows: dict[str, Sequence[dict[str, Any]]]
+    path: Path, command: str, head: dict[str, Any], rows: Mapping[str, Sequence[dict[str, Any]]]
 ) -> None:
     """Writes a JSON file: command, date, machine and `head`; then the rows, one per line, for `diff`."""
     head = {

@@ -20,7 +20,7 @@ from saccade.checks import check_device, format_shape
 FORWARD = "deformable_attention"
 BACKWARD = "deformable_attention_backward"
 
-# csrc/torch_binding.cpp defines the same; a test compares them, and the fields of `Arguments`.
+# csrc/parse_call.h has the same; a test compares them, and the fields of `Arguments`.
 _ARGUMENTS = (
     "Tensor value, SymInt[] spatial_shapes, Tensor points, Tensor weights, Tensor? reference_points, "
     "int[]? reference_index, bool softmax, int[] num_points, str interpolation, str padding, "

@@ -127,11 +127,11 @@ def _find_rows(value, grad_value, grad_output, block, num_positions, C: tl.const
 
 
 @triton.jit
-def _corner_products(sums, rows, grad_rows, grad, first_word, channels, found, MASKED: tl.constexpr,
+def _corner_products(sums, rows, grad_rows, grad, first_word, channels, samples, MASKED: tl.constexpr,
                      WHOLE: tl.constexpr, C: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
-    """Adds to `sums`, a tuple of [..., BLOCK_CHANNELS] per corner, the products of `grad` and the row at
-    the corner; with WHOLE rows the result is their sum over the channels [...], which leaves registers to
-    the next corner.
+    """The products of `grad` and the row at each corner, added to `sums`, a tuple of [..., BLOCK_CHANNELS]
+    per corner; with WHOLE rows instead their sums over the channels, a tuple of [...], which leaves registers
+    to the next corner.
 
     `grad` is the gradient of the output at `channels`, as `load_words`. Where GRAD_VALUE is "atomic" it is
     also added, weighted, to the rows of `grad_rows`. A corner outside is neither read nor written.
@@ -141,13 +141,13 @@ def _corner_products(sums, rows, grad_rows, grad, first_word, channels, found, M
     HEAD_WORDS: tl.constexpr = C.HEAD_WORDS
     ROW: tl.constexpr = C.VALUE_HEADS * C.HEAD_WORDS
     GRAD_ROW: tl.constexpr = C.VALUE_HEADS * C.HEAD_DIM
-    row = lower_row(found.cells, C)  # [...]
+    row = lower_row(samples.cells, C)  # [...]
     first = rows + (row * ROW + first_word)  # [...]
     first_element = 2 * first_word if PACKED_BF16 else first_word
     grad_first = grad_rows + (row * GRAD_ROW + first_element)  # [...]
     products = ()
     for index in tl.static_range(NUM_CORNERS):
-        corner = find_corner(first, found.cells, index, ROW, C)
+        corner = find_corner(first, samples.cells, index, ROW, C)
         inside = tl.expand_dims(corner.inside, -1)  # [..., 1]
         if C.GRAD_POINTS or C.GRAD_WEIGHTS or C.GRAD_LOCATIONS:
             mask = inside
@@ -166,8 +166,10 @@ def _corner_products(sums, rows, grad_rows, grad, first_word, channels, found, M
                 product = tl.sum(product, len(product.shape) - 1)  # [...]
             products = products + (product,)
         if C.GRAD_VALUE == "atomic":
-            corner = find_corner(grad_first, found.cells, index, GRAD_ROW, C)
-            amount = corner.weight * found.weight if NUM_CORNERS > 1 else found.weight  # [...]
+            corner = find_corner(grad_first, samples.cells, index, GRAD_ROW, C)
+            amount = samples.weight  # [...]
+            if NUM_CORNERS > 1:
+                amount = corner.weight * amount
             amount = tl.expand_dims(amount, -1)
             if PACKED_BF16:
                 amounts = tl.interleave(amount * grad[0], amount * grad[1])
@@ -243,7 +245,7 @@ def backward_queries_kernel(
         points_of_level = select_constant(LEVEL_POINTS, level)
         for step in range(0, points_of_level, POINTS_PER_STEP):
             for point in tl.static_range(POINTS_PER_STEP):
-                found = find_point(
+                samples = find_point(
                     inputs, block.queries, block.in_range, first_point + step + point, level,
                     points_of_level, softmax, C, dtype
                 )  # fmt: skip
@@ -262,7 +264,7 @@ def backward_queries_kernel(
                             grad = load_words(address, mask, PACKED_BF16, dtype)
                         if DOTS or C.GRAD_VALUE == "atomic":
                             added = _corner_products(
-                                products, rows, grad_rows, grad, first, channels, found,
+                                products, rows, grad_rows, grad, first, channels, samples,
                                 NUM_SLICES * SLICE > HEAD_WORDS, False, C, dtype
                             )  # fmt: skip
                             if DOTS:
@@ -271,19 +273,19 @@ def backward_queries_kernel(
                     dots = ()  # of [BLOCK_QUERIES]
                     for corner in tl.static_range(NUM_CORNERS):
                         dots = dots + (tl.sum(products[corner], 1),)
-                    grad_weight, grad_location = point_gradients(dots, found.cells, found.weight, C)
+                    grad_weight, grad_location = point_gradients(dots, samples, C)
                     if C.GRAD_WEIGHTS:
-                        target = gradients.attention_weights + found.offset
+                        target = gradients.attention_weights + samples.offset
                         grad_weight = grad_weight.to(grad_attention_weights.dtype.element_ty)
-                        tl.store(target, grad_weight, mask=found.in_range)
+                        tl.store(target, grad_weight, mask=samples.in_range)
                     if C.GRAD_LOCATIONS:
-                        store_coordinates(gradients.locations, grad_location, found, C)
+                        store_coordinates(gradients.locations, grad_location, samples, C)
                     if C.GRAD_POINTS:
                         if C.REFERENCE != "none":
-                            grad_location = offset_gradients(grad_location, found.steps)
-                        store_coordinates(gradients.points, grad_location, found, C)
+                            grad_location = offset_gradients(grad_location, samples.steps)
+                        store_coordinates(gradients.points, grad_location, samples, C)
                 if C.GRAD_VALUE == "sorted":
-                    store_record(gradients.keys, gradients.records, found, first_key, num_keys, C)
+                    store_record(gradients.keys, gradients.records, samples, first_key, num_keys, C)
         first_point += points_of_level
         positions = num_cells(sizes, level, 0, C)
         rows += positions * C.VALUE_HEADS * C.HEAD_WORDS
@@ -320,7 +322,7 @@ def backward_points_kernel(
         grad_points, grad_weights, grad_attention_weights, grad_locations, keys, records, block, C
     )
     rows = _find_rows(value, grad_value, grad_output, block, num_positions, C)
-    found = find_points(inputs, block.queries, block.in_range, C, dtype)
+    samples = find_points(inputs, block.queries, block.in_range, C, dtype)
 
     if DOTS or C.GRAD_VALUE == "atomic":
         channels = tl.arange(0, BLOCK_CHANNELS)  # [BLOCK_CHANNELS]
@@ -329,32 +331,32 @@ def backward_points_kernel(
         )  # [BLOCK_QUERIES, 1, 1]
         mask = tl.expand_dims(tl.expand_dims(block.in_range, -1), -1) & (channels < HEAD_WORDS)
         grad = load_words(output_row + channels, mask, PACKED_BF16, dtype)
-        first_row = level_start(sizes, found.level, 0, C)  # [BLOCK_POINTS]
+        first_row = level_start(sizes, samples.level, 0, C)  # [BLOCK_POINTS]
         dots = _corner_products(
             (), rows.value + first_row * (C.VALUE_HEADS * C.HEAD_WORDS),
             rows.grad_value + first_row * (C.VALUE_HEADS * C.HEAD_DIM), grad,
-            tl.zeros((BLOCK_POINTS,), tl.int32), channels, found, BLOCK_CHANNELS > HEAD_WORDS,
+            tl.zeros((BLOCK_POINTS,), tl.int32), channels, samples, BLOCK_CHANNELS > HEAD_WORDS,
             True, C, dtype
         )  # of [BLOCK_QUERIES, BLOCK_POINTS]  # fmt: skip
     if DOTS:
-        grad_weight, grad_location = point_gradients(dots, found.cells, found.weight, C)
+        grad_weight, grad_location = point_gradients(dots, samples, C)
         if C.GRAD_LOCATIONS:
-            store_coordinates(gradients.locations, grad_location, found, C)
+            store_coordinates(gradients.locations, grad_location, samples, C)
         if C.GRAD_POINTS:
             if C.REFERENCE != "none":
-                grad_location = offset_gradients(grad_location, found.steps)
-            store_coordinates(gradients.points, grad_location, found, C)
+                grad_location = offset_gradients(grad_location, samples.steps)
+            store_coordinates(gradients.points, grad_location, samples, C)
         if C.GRAD_WEIGHTS:
             if C.SOFTMAX:
-                contribution = found.weight * grad_weight  # [BLOCK_QUERIES, BLOCK_POINTS]
+                contribution = samples.weight * grad_weight  # [BLOCK_QUERIES, BLOCK_POINTS]
                 total = tl.expand_dims(tl.sum(contribution, 1), 1)  # [BLOCK_QUERIES, 1]
-                grad_weight = contribution - found.weight * total
+                grad_weight = contribution - samples.weight * total
             grad_weight = grad_weight.to(grad_weights.dtype.element_ty)
-            tl.store(gradients.weights + found.offset, grad_weight, mask=found.in_range)
+            tl.store(gradients.weights + samples.offset, grad_weight, mask=samples.in_range)
     if C.GRAD_VALUE == "sorted":
         first_key = first_key_of_head(block.map_index, block.head, sizes, C)
-        first_key = first_key + level_start(sizes, found.level, 1, C)  # [BLOCK_POINTS]
-        store_record(gradients.keys, gradients.records, found, first_key, num_keys, C)
+        first_key = first_key + level_start(sizes, samples.level, 1, C)  # [BLOCK_POINTS]
+        store_record(gradients.keys, gradients.records, samples, first_key, num_keys, C)
 
 
 KERNELS = {"queries": backward_queries_kernel, "points": backward_points_kernel}
@@ -364,8 +366,8 @@ REFERENCE_BLOCK_QUERIES = 32
 REFERENCE_MAX_BLOCK_POINTS = 16
 
 
-class Wanted(NamedTuple):
-    """The operator's `output_mask`: whether each gradient is wanted."""
+class OutputMask(NamedTuple):
+    """The operator's `output_mask`: whether each gradient is computed."""
 
     value: bool
     points: bool
@@ -380,7 +382,7 @@ class BackwardPlan(NamedTuple):
     groups: list[MapGroup]
     sizes: tuple[int, ...]
     num_positions: int
-    wanted: Wanted
+    output_mask: OutputMask
     compute_dtype: torch.dtype
     has_attention_weight_buffer: bool
     """Whether the gradient of the softmax's output is stored before that of the logits."""
@@ -389,26 +391,26 @@ class BackwardPlan(NamedTuple):
     sum_references: Kernel | None
 
     def run(self, grad_output: Tensor, call: Call) -> tuple[Tensor, ...]:
-        """The gradients of value, points, weights and reference_points; empty where not wanted."""
+        """The gradients of value, points, weights and reference_points; empty where the mask is False."""
         value, points, weights, reference_points = call_tensors(call)
         (grad_output,) = make_readable((grad_output,))
         if self.kernel.constants.PACKED_BF16:
             grad_output, value = align_to_words(grad_output), align_to_words(value)
-        wanted, dtype = self.wanted, self.compute_dtype
+        mask, dtype = self.output_mask, self.compute_dtype
         unused = grad_output  # in the place of what a kernel does not touch
         grad_value = grad_points = grad_weights = grad_attention_weights = grad_locations = unused
-        if wanted.value and self.ordered_sum is None:
+        if mask.value and self.ordered_sum is None:
             # Summed up in 32 bits at least, whatever the value's dtype.
             grad_value = torch.zeros_like(value, dtype=dtype)
-        elif wanted.value:
+        elif mask.value:
             grad_value = torch.empty_like(value)
-        if wanted.points:
+        if mask.points:
             grad_points = torch.empty_like(points)
-        if wanted.weights:
+        if mask.weights:
             grad_weights = grad_attention_weights = torch.empty_like(weights)
             if self.has_attention_weight_buffer:
                 grad_attention_weights = torch.empty_like(weights, dtype=dtype)
-        if wanted.reference_points:
+        if mask.reference_points:
             grad_locations = torch.empty_like(points, dtype=dtype)
         tensors = (
             *(grad_points, grad_weights, grad_attention_weights, grad_locations, grad_output),
@@ -421,7 +423,7 @@ class BackwardPlan(NamedTuple):
                     break
                 self._run_group(
                     group,
-                    grad_value[group.maps] if wanted.value else unused,
+                    grad_value[group.maps] if mask.value else unused,
                     value[group.maps],
                     [tensor.flatten(0, 1)[group.queries] for tensor in tensors],
                 )
@@ -438,9 +440,9 @@ class BackwardPlan(NamedTuple):
                     (num_queries,),
                 )
         return (
-            grad_value.to(value.dtype) if wanted.value else value.new_empty(0),
-            grad_points if wanted.points else points.new_empty(0),
-            grad_weights if wanted.weights else weights.new_empty(0),
+            grad_value.to(value.dtype) if mask.value else value.new_empty(0),
+            grad_points if mask.points else points.new_empty(0),
+            grad_weights if mask.weights else weights.new_empty(0),
             grad_references,
         )
 
@@ -504,13 +506,13 @@ def backward_plan(
             tuning.prefers_ordered_sum(math.prod(pairs) * num_points, value.shape[0] * map_cells)
             and max(workspaces, default=0) <= plan.MAX_WORKSPACE_BYTES
         )
-    wanted = Wanted(*output_mask)
-    ordered = wanted.value and (ordered or torch.are_deterministic_algorithms_enabled())
+    mask = OutputMask(*output_mask)
+    ordered = mask.value and (ordered or torch.are_deterministic_algorithms_enabled())
     constants = constants._replace(
-        GRAD_VALUE="sorted" if ordered else "atomic" if wanted.value else "none",
-        GRAD_POINTS=wanted.points,
-        GRAD_WEIGHTS=wanted.weights,
-        GRAD_LOCATIONS=wanted.reference_points,
+        GRAD_VALUE="sorted" if ordered else "atomic" if mask.value else "none",
+        GRAD_POINTS=mask.points,
+        GRAD_WEIGHTS=mask.weights,
+        GRAD_LOCATIONS=mask.reference_points,
     )
     groups = group_maps(call, form.queries, workspaces if ordered else [0] * len(workspaces))
     ordered_sum = None
@@ -518,7 +520,7 @@ def backward_plan(
         max_maps = max((group.maps.stop - group.maps.start for group in groups), default=0)
         ordered_sum = OrderedSum.make(constants, options.spatial_shapes, max_maps)
     sum_references = None
-    if wanted.reference_points:
+    if mask.reference_points:
         sum_references = Kernel(
             sum_references_kernel,
             ReferenceConstants(
@@ -538,7 +540,7 @@ def backward_plan(
         groups,
         encode_sizes(options.spatial_shapes),
         value.shape[1],
-        wanted,
+        mask,
         torch.float64 if value.dtype == torch.float64 else torch.float32,
         options.softmax and form.kernel == "queries",
         ordered_sum,

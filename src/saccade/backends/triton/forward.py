@@ -279,7 +279,7 @@ def forward_queries_kernel(
         points_of_level = select_constant(LEVEL_POINTS, level)
         for step in range(0, points_of_level, POINTS_PER_STEP):
             for point in tl.static_range(POINTS_PER_STEP):
-                found = find_point(
+                samples = find_point(
                     inputs, block.queries, block.in_range, first_point + step + point, level,
                     points_of_level, softmax, C, dtype
                 )  # fmt: skip
@@ -287,9 +287,9 @@ def forward_queries_kernel(
                 for channel_block in tl.static_range(NUM_CHANNEL_BLOCKS):
                     sampled = sampled + _sample(
                         rows, first_channel(block.queries, channel_block, C), channels,
-                        found.cells, num_words, NUM_SLICES * SLICE > HEAD_WORDS, C, dtype
+                        samples.cells, num_words, NUM_SLICES * SLICE > HEAD_WORDS, C, dtype
                     )  # fmt: skip
-                sums = _add_scaled(sums, tl.expand_dims(found.weight, -1), sampled)
+                sums = _add_scaled(sums, tl.expand_dims(samples.weight, -1), sampled)
         first_point += points_of_level
         rows += num_cells(sizes, level, 0, C) * ROW
 
@@ -316,15 +316,15 @@ def forward_points_kernel(
         value, block.map_index, block.head, num_positions, ROW, HEAD_WORDS, PACKED_BF16
     )
 
-    found = find_points(inputs, block.queries, block.in_range, C, dtype)
-    first_row = level_start(sizes, found.level, 0, C)  # [BLOCK_POINTS]
+    samples = find_points(inputs, block.queries, block.in_range, C, dtype)
+    first_row = level_start(sizes, samples.level, 0, C)  # [BLOCK_POINTS]
     sampled = _sample(
         rows + first_row * ROW, tl.zeros((BLOCK_POINTS,), tl.int32), tl.arange(0, BLOCK_CHANNELS),
-        found.cells, HEAD_WORDS, BLOCK_CHANNELS > HEAD_WORDS, C, dtype
+        samples.cells, HEAD_WORDS, BLOCK_CHANNELS > HEAD_WORDS, C, dtype
     )  # of [BLOCK_QUERIES, BLOCK_POINTS, BLOCK_CHANNELS]  # fmt: skip
     sums = ()  # of [BLOCK_QUERIES, BLOCK_CHANNELS]
     for part in tl.static_range(len(sampled)):
-        sums = sums + (tl.sum(tl.expand_dims(found.weight, -1) * sampled[part], 1),)
+        sums = sums + (tl.sum(tl.expand_dims(samples.weight, -1) * sampled[part], 1),)
     _store_output(output, block, sums, HEAD_WORDS, C)
 
 

@@ -55,8 +55,8 @@ class Cells(NamedTuple):
     size: Any
 
 
-class Points(NamedTuple):
-    """A block of points."""
+class Samples(NamedTuple):
+    """A block of points with their attention weights."""
 
     offset: Any
     """[...], the index of the point among those of the program's (query, head) pairs."""
@@ -359,7 +359,7 @@ def find_softmax_terms(logits, offset, in_range, C: tl.constexpr, dtype: tl.cons
 @triton.jit
 def find_point(inputs, queries, in_range, point, level, points_of_level, softmax, C: tl.constexpr,
                dtype: tl.constexpr):  # fmt: skip
-    """One point of each query, as `Points` of [BLOCK_QUERIES]; `softmax` is empty or `SoftmaxTerms`."""
+    """One point of each query, as `Samples` of [BLOCK_QUERIES]; `softmax` is empty or `SoftmaxTerms`."""
     REFERENCE_INDEX: tl.constexpr = C.REFERENCE_INDEX
     offset = queries * (C.NUM_HEADS * C.NUM_POINTS) + point  # [BLOCK_QUERIES]
     reference = queries * C.NUM_REFERENCES  # [BLOCK_QUERIES]
@@ -372,12 +372,12 @@ def find_point(inputs, queries, in_range, point, level, points_of_level, softmax
     weight = tl.load(inputs.weights + offset, mask=in_range, other=0).to(dtype)  # [BLOCK_QUERIES]
     if C.SOFTMAX:
         weight = tl.exp(weight - softmax.max_logit) * softmax.scale
-    return Points(offset, in_range, level, cells, steps, weight)
+    return Samples(offset, in_range, level, cells, steps, weight)
 
 
 @triton.jit
 def find_points(inputs, queries, query_in_range, C: tl.constexpr, dtype: tl.constexpr):
-    """All points of each query, as `Points` of [BLOCK_QUERIES, BLOCK_POINTS]."""
+    """All points of each query, as `Samples` of [BLOCK_QUERIES, BLOCK_POINTS]."""
     REFERENCE_INDEX: tl.constexpr = C.REFERENCE_INDEX
     LEVEL_OF_POINT: tl.constexpr = C.LEVEL_OF_POINT
     POINTS_OF_LEVEL: tl.constexpr = C.POINTS_OF_LEVEL
@@ -400,4 +400,4 @@ def find_points(inputs, queries, query_in_range, C: tl.constexpr, dtype: tl.cons
         weight = power * tl.expand_dims(1 / tl.sum(power, 1), 1)
     else:
         weight = tl.load(inputs.weights + offset, mask=in_range, other=0).to(dtype)
-    return Points(offset, in_range, level, cells, steps, weight)
+    return Samples(offset, in_range, level, cells, steps, weight)

@@ -35,7 +35,7 @@ def record_fields(spatial_dims):
 
 
 @triton.jit
-def point_gradients(dots, cells, weight, C: tl.constexpr):
+def point_gradients(dots, samples, C: tl.constexpr):
     """The gradients of each point's attention weight [...] and location, per axis [...], from the dot
     products, one [...] per corner.
 
@@ -44,6 +44,7 @@ def point_gradients(dots, cells, weight, C: tl.constexpr):
     SPATIAL_DIMS: tl.constexpr = C.SPATIAL_DIMS
     NUM_CORNERS: tl.constexpr = C.NUM_CORNERS
     LINEAR: tl.constexpr = C.INTERPOLATION == "linear"
+    cells, weight = samples.cells, samples.weight
     contributions = ()  # of [...], to the gradient of the weight
     weighted = ()  # of [...], dot products times the attention weight
     for index in tl.static_range(NUM_CORNERS):
@@ -78,19 +79,19 @@ def point_gradients(dots, cells, weight, C: tl.constexpr):
 
 
 @triton.jit
-def store_coordinates(pointer, coordinates, found, C: tl.constexpr):
+def store_coordinates(pointer, coordinates, samples, C: tl.constexpr):
     """Stores the coordinates of each point, per axis [...], side by side."""
     SPATIAL_DIMS: tl.constexpr = C.SPATIAL_DIMS
     dtype: tl.constexpr = pointer.dtype.element_ty
     if SPATIAL_DIMS == 2:
         # One store for both.
-        pairs = tl.expand_dims(pointer + found.offset * 2, -1) + tl.arange(0, 2)  # [..., 2]
+        pairs = tl.expand_dims(pointer + samples.offset * 2, -1) + tl.arange(0, 2)  # [..., 2]
         both = tl.join(coordinates[0], coordinates[1]).to(dtype)  # [..., 2]
-        tl.store(pairs, both, mask=tl.expand_dims(found.in_range, -1))
+        tl.store(pairs, both, mask=tl.expand_dims(samples.in_range, -1))
     else:
         for axis in tl.static_range(SPATIAL_DIMS):
-            address = pointer + (found.offset * SPATIAL_DIMS + axis)  # [...]
-            tl.store(address, coordinates[axis].to(dtype), mask=found.in_range)
+            address = pointer + (samples.offset * SPATIAL_DIMS + axis)  # [...]
+            tl.store(address, coordinates[axis].to(dtype), mask=samples.in_range)
 
 
 @triton.jit
@@ -106,7 +107,7 @@ def offset_gradients(grad_location, steps):
 
 
 @triton.jit
-def store_record(keys, records, found, first_key, num_keys, C: tl.constexpr):
+def store_record(keys, records, samples, first_key, num_keys, C: tl.constexpr):
     """Stores for the ordered sum the key of each point, which is the index of its cell counted with a
     margin of one cell before each axis, and its weight and fractions.
 
@@ -115,7 +116,7 @@ def store_record(keys, records, found, first_key, num_keys, C: tl.constexpr):
     SPATIAL_DIMS: tl.constexpr = C.SPATIAL_DIMS
     FIELDS: tl.constexpr = record_fields(SPATIAL_DIMS)
     LINEAR: tl.constexpr = C.INTERPOLATION == "linear"
-    cells = found.cells
+    cells = samples.cells
     cell = cells.lower[SPATIAL_DIMS - 1].to(tl.int64) + 1  # [...]
     takes_part = cells.lower_inside[SPATIAL_DIMS - 1]  # [...]
     if LINEAR:
@@ -127,10 +128,10 @@ def store_record(keys, records, found, first_key, num_keys, C: tl.constexpr):
             axis_takes_part = axis_takes_part | cells.upper_inside[axis]
         takes_part = takes_part & axis_takes_part
     key = tl.where(takes_part, first_key + cell, num_keys)  # [...]
-    tl.store(keys + found.offset, key.to(keys.dtype.element_ty), mask=found.in_range)
-    record = tl.expand_dims(records + found.offset * FIELDS, -1) + tl.arange(0, 2)  # [..., 2]
-    mask = tl.expand_dims(found.in_range, -1)
-    tl.store(record, tl.join(found.weight, cells.fraction[0]), mask=mask)
+    tl.store(keys + samples.offset, key.to(keys.dtype.element_ty), mask=samples.in_range)
+    record = tl.expand_dims(records + samples.offset * FIELDS, -1) + tl.arange(0, 2)  # [..., 2]
+    mask = tl.expand_dims(samples.in_range, -1)
+    tl.store(record, tl.join(samples.weight, cells.fraction[0]), mask=mask)
     if SPATIAL_DIMS > 1:
         last = cells.fraction[2] if SPATIAL_DIMS == 3 else cells.fraction[1]
         tl.store(record + 2, tl.join(cells.fraction[1], last), mask=mask)
