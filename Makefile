@@ -14,7 +14,7 @@ BUILD_TOOLS := scikit-build-core cmake ninja pathspec
 LIBRARY_SOURCES := $(wildcard $(shell git ls-files -co --exclude-standard src csrc 2>/dev/null)) \
   CMakeLists.txt pyproject.toml LICENSE README.md
 
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
+PYTEST := $(BIN)/python -m pytest -n 2
 
 CXX_FILES := csrc/*.cpp csrc/*.h csrc/*.inl csrc/simd/*.inl tests/native/*.cpp tests/native/*.h
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -173,6 +175,29 @@ def summed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         ways = {plan.kernel.constants.GRAD_VALUE for plan in plans}
     assert "backward_queries_kernel" in ran
     assert ways == {request.param}
+
+
+# Modules that share what takes long to make (compiled objects, an exported detector): one worker runs all
+# tests of a group. Marks of xdist_group are not enough: xdist 3.8 does not see them under pytest 9.2.
+GROUPS = {
+    "test_native_library": "native objects",
+    "test_instruction_counts": "native objects",
+    "test_triton_compiled": "compiled kernels",
+    "test_export_detections": "exported detector",
+    "test_export_cpp": "exported detector",
+}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Gives each worker one test after the other, but a whole group to the same worker."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class GroupScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return GROUPS.get(Path(nodeid.partition("::")[0]).stem, nodeid)
+
+    return GroupScheduling(config, log)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

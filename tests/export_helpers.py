@@ -6,7 +6,6 @@ import functools
 from pathlib import Path
 
 import helpers
-import pytest
 import torch
 from PIL import Image
 
@@ -24,8 +23,6 @@ from saccade.integrations.tracing import symbolic_sizes
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_DECODER_LAYERS = 2
-# Tests with this mark run on one worker of xdist, so that they share the exported detector.
-SHARES_DETECTOR = pytest.mark.xdist_group("embedded detector")
 SCENES = [ROOT / f"examples/digit_scenes/scenes/scene_{number}.png" for number in (0, 1)]
 
 

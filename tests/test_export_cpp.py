@@ -12,7 +12,6 @@ import torch
 from export_helpers import (
     CHANNELS_FIRST,
     ROOT,
-    SHARES_DETECTOR,
     assert_same_detections,
     detections,
     exported_detector,
@@ -25,7 +24,6 @@ from saccade.ops import native
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 pytestmark = [
     pytest.mark.slow,
-    SHARES_DETECTOR,
     pytest.mark.skipif(COMPILER is None, reason="AOTInductor and C++ need a C++ compiler"),
     pytest.mark.skipif(native.failure is not None, reason=f"no native library: {native.failure}"),
 ]

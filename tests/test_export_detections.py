@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from export_helpers import (
-    SHARES_DETECTOR,
     assert_same_detections,
     embedded_detector,
     exported_detector,
@@ -14,9 +13,10 @@ from export_helpers import (
 from saccade import doctor
 from saccade.export import formats
 
-pytestmark = [pytest.mark.slow, SHARES_DETECTOR]
+pytestmark = pytest.mark.slow
 
 
+@pytest.mark.nightly
 def test_exported():
     model, pixels, program = exported_detector()
     with torch.no_grad():

@@ -17,7 +17,7 @@ import re
 from pathlib import Path
 
 import pytest
-from test_native_library import build_program, check, shares_objects, tool
+from test_native_library import build_program, check, tool
 
 # Counted with g++ of this major version. Other compilers differ (clang 14 takes 0.8 to 0.9 of the
 # instructions) and get a wider margin.
@@ -56,7 +56,6 @@ def count(case: str, direction: str) -> int:
     return int(match[1])
 
 
-@shares_objects
 @pytest.mark.slow
 @pytest.mark.parametrize(("case", "direction"), RECORDED, ids=["-".join(name) for name in RECORDED])
 def test_instructions_of_a_small_call(case, direction):

@@ -24,9 +24,6 @@ PLAIN = ["plan", "plan_cache", "dispatch"]  # compiled for the baseline of the p
 FLAGS = ["-std=c++17", "-ffp-contract=off", "-w", "-Wno-psabi", "-I", str(ROOT / "csrc")]
 AS_THE_LIBRARY = ["-O3", "-fPIC"]
 
-# What is compiled once for several tests stays on one worker.
-shares_objects = pytest.mark.xdist_group("native-objects")
-
 
 def tool(*names: str) -> str:
     for name in names:
@@ -80,7 +77,6 @@ def build_program(program: str) -> Path:
     return link(tool("g++"), directory, AS_THE_LIBRARY, program, library_objects())
 
 
-@shares_objects
 @pytest.mark.slow
 def test_kernels_agree_with_loops_and_stay_within_their_tensors():
     printed = check(build_program("check_kernels"), "300" if helpers.ALL else "50")
@@ -88,7 +84,6 @@ def test_kernels_agree_with_loops_and_stay_within_their_tensors():
         assert f"{isa} float32" in printed
 
 
-@shares_objects
 @pytest.mark.slow
 def test_another_compiler_agrees(tmp_path):
     """Clang compiles one instruction set (under `make test-all`, every one) of the same program."""
@@ -103,7 +98,6 @@ def test_another_compiler_agrees(tmp_path):
         assert f"{isa} float64" in check(program, "100" if helpers.ALL else "20", isa)
 
 
-@shares_objects
 @pytest.mark.slow
 def test_vector_instructions_stay_in_their_kernels():
     """Code for an instruction set that a processor may lack lies only in the kernels dispatched to."""
