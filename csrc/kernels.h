@@ -1,8 +1,9 @@
 // The kernels of one instruction set, behind plain pointers, sizes and strides.
 //
 // For each head the operator is a sparse matrix, built on the fly from locations and weights, times
-// the value matrix. Every kernel therefore has two stages: *points* turns locations into rows of
-// the value and weights; *blend* (or, backwards, the dot products and the scatter) works on them.
+// the value matrix. Every kernel therefore has two stages: *points* turns locations into
+// corners, rows of the value with weights; *blend* (or, backwards, the dot products and the
+// scatter) works on them.
 #pragma once
 
 #include <cstdint>

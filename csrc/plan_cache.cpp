@@ -33,6 +33,7 @@ uint64_t get_hash(const Call& call, int64_t num_threads) {
   add(call.num_heads);
   add(call.head_dim);
   for (const Level& level : call.levels) {
+    add(level.depth);
     add(level.height);
     add(level.width);
     add(level.num_points);

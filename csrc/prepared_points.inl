@@ -76,7 +76,8 @@ class PreparedPoints {
                PointBuffers<T>& target) {
     // Copied from the plan, since the compiler must assume that what is written might alias it.
     const int64_t total_points = plan.call.total_points, num_heads = tile.num_heads;
-    const int64_t points_per_query = num_heads * total_points, coordinates = N * total_points;
+    const int64_t points_per_query = num_heads * total_points,
+                  coordinates_per_pair = N * total_points;
     const int64_t end = plan.call.total_queries() * plan.call.num_heads * total_points;
     const int64_t count = tile.num_queries * points_per_query;
     const bool has_references = plan.call.has_references(), softmax = plan.call.softmax;
@@ -108,16 +109,16 @@ class PreparedPoints {
           copy_vectors(attention, weight, total_points);
         }
         if (has_references) {
-          for (int64_t i = 0; i < coordinates; i += kWidth<T>) {
+          for (int64_t i = 0; i < coordinates_per_pair; i += kWidth<T>) {
             store(location + i, to_locations(references, load(point + i), step, i, boxes));
           }
         } else {
-          copy_vectors(location, point, coordinates);
+          copy_vectors(location, point, coordinates_per_pair);
         }
         weight += total_points;
         attention += total_points;
-        point += coordinates;
-        location += coordinates;
+        point += coordinates_per_pair;
+        location += coordinates_per_pair;
       }
     }
     std::fill_n(&target.locations[N * count], N * kWidth<T>, T(0));
@@ -236,16 +237,16 @@ class PreparedPoints {
   template <int N>
   void multiply_by_sizes(const Plan& plan, const PointReader<T>& reader, const Tile& tile,
                          T* grad) {
-    const int64_t coordinates = N * plan.call.total_points;
+    const int64_t coordinates_per_pair = N * plan.call.total_points;
     References<T> references(plan, reader);
     for (int64_t query = 0; query < tile.num_queries; ++query) {
       references.select_query(tile.first_query + query);
-      for (int64_t head = 0; head < tile.num_heads; ++head, grad += coordinates) {
-        for (int64_t i = 0; i < coordinates; i += kWidth<T>) {
+      for (int64_t head = 0; head < tile.num_heads; ++head, grad += coordinates_per_pair) {
+        for (int64_t i = 0; i < coordinates_per_pair; i += kWidth<T>) {
           const Vector<T> scaled = load(grad + i);
           // A point whose location is not finite has gradient 0, also where its box is infinite.
           const Vector<T> sizes = scaled != Vector<T>{} ? references.sizes(i) : Vector<T>{};
-          store(grad + i, select_within_row<T>(scaled * sizes, i, coordinates, scaled));
+          store(grad + i, select_within_row<T>(scaled * sizes, i, coordinates_per_pair, scaled));
         }
       }
     }
@@ -254,15 +255,15 @@ class PreparedPoints {
   template <int N>
   void sum_references(const Plan& plan, const PointReader<T>& reader, const Tile& tile,
                       const T* grad_locations, T* grad_references) {
-    const int64_t coordinates = N * plan.call.total_points;
+    const int64_t coordinates_per_pair = N * plan.call.total_points;
     const int64_t elements_per_pair = plan.call.num_references * plan.call.reference_size();
     const PointTable<T>& table = point_table<T>(plan);
     tile.for_each_pair(plan, [&](int64_t pair, int64_t row, int64_t) {
       T* const target = grad_references + row * elements_per_pair;
       std::fill_n(target, elements_per_pair, T(0));
-      const T* grad = grad_locations + pair * coordinates;
-      const T* offset = reader.points + row * coordinates;
-      for (int64_t i = 0; i < coordinates; ++i) {
+      const T* grad = grad_locations + pair * coordinates_per_pair;
+      const T* offset = reader.points + row * coordinates_per_pair;
+      for (int64_t i = 0; i < coordinates_per_pair; ++i) {
         T* const coordinate = target + table.reference_element[i];
         coordinate[0] += grad[i];
         if (plan.call.references_are_boxes && grad[i] != 0) {

@@ -219,12 +219,9 @@ class PackedRows {
  private:
   void pack(const S* source, int64_t stride, int64_t num_rows, int64_t first, int64_t head_dim) {
     constexpr int64_t kRowsAhead = 16;
-    const S* const last = source + (num_rows - 1) * stride;
-    const int64_t ahead = kRowsAhead * stride;
-    S* target = &packed_[first * head_dim];
-    for (int64_t row = 0; row < num_rows; ++row, source += stride, target += head_dim) {
-      prefetch(std::min(source + ahead, last), head_dim);
-      copy_elements(target, source, head_dim);
+    for (int64_t row = 0; row < num_rows; ++row) {
+      prefetch(source + std::min(row + kRowsAhead, num_rows - 1) * stride, head_dim);
+      copy_elements(&packed_[(first + row) * head_dim], source + row * stride, head_dim);
     }
   }
 

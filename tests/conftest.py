@@ -212,7 +212,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_report_header() -> str:
     kernels = ", ".join([*BACKENDS, TRITON if NO_TRITON is None else f"no Triton ({NO_TRITON})"])
-    return f"saccade: {saccade.which_backend()}; kernels under test: {kernels}"
+    nightly = "" if helpers.ALL else "; nightly tests run under make test-all"
+    return f"saccade: {saccade.which_backend()}; kernels under test: {kernels}{nightly}"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -27,11 +27,33 @@ ALL = os.environ.get("SACCADE_TEST_ALL", "0") not in ("", "0")
 
 
 def some(cases: Iterable[T], count: int) -> list[T]:
-    """`count` of the cases, drawn with a fixed seed; all of them under `make test-all`."""
+    """`count` of the cases, drawn with a fixed seed; all of them under `make test-all`.
+
+    Of cases that are tuples of options, those are preferred that hold pairs of options which no case
+    before holds, so that few cases hold every pair.
+    """
     cases = list(cases)
     if ALL or len(cases) <= count:
         return cases
-    return random.Random(0).sample(cases, count)
+    chance = random.Random(0)
+    chosen: list[int] = []
+    covered: set[Any] = set()
+    while len(chosen) < count:
+        remaining = [index for index in range(len(cases)) if index not in chosen]
+        drawn = chance.sample(remaining, min(len(remaining), 60))
+        best = max(drawn, key=lambda index: len(_pairs(cases[index]) - covered))
+        covered |= _pairs(cases[best])
+        chosen.append(best)
+    return [cases[index] for index in chosen]
+
+
+def _pairs(case: Any) -> set[Any]:
+    """The pairs of options of a case that is a tuple; else there are none."""
+    case = getattr(case, "values", case)  # of pytest.param
+    if not isinstance(case, tuple):
+        return set()
+    options = [(axis, repr(option)) for axis, option in enumerate(case)]
+    return set(itertools.combinations(options, 2))
 
 
 # Relative to the largest number of the expected tensor. float32: sums of some hundred products.

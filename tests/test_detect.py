@@ -316,7 +316,7 @@ def test_the_json_holds_the_detections(deformable_detr, tmp_path) -> None:
     (done,) = detect_images(deformable_detr, [tmp_path / "good.png"], tmp_path, 0.9)
     assert done.files is not None
     report = json.loads(done.files.json.read_text())
-    assert report["picture"] == str(tmp_path / "good.png")
+    assert report["image"] == str(tmp_path / "good.png")
     assert (report["width"], report["height"], report["threshold"]) == (96, 50, 0.9)
     assert report["backend"] == saccade.which_backend().name
     detections = deformable_detr.detect([open_image(tmp_path / "good.png")], 0.9)[0].detections

@@ -231,7 +231,7 @@ def test_the_command(invoke, folder, tmp_path, lowering):
     path, image = tmp_path / "detr.onnx", tmp_path / "image.png"
     IMAGE.save(image)
     result = invoke(
-        folder, "--to", "onnx", "--lowering", lowering, "--out", path, "--picture", image,
+        folder, "--to", "onnx", "--lowering", lowering, "--out", path, "--image", image,
         "--seconds", 0,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -278,7 +278,7 @@ def test_the_command_without_an_image_takes_the_scene(invoke, tmp_path, monkeypa
         (["--to", "tflite"], 2, "tflite"),
         (["--lowering", "magic"], 2, "magic"),
         (["no-such-folder"], 2, "neither a folder nor the id of a model"),
-        (["--picture", "no-such.png"], 2, "no-such.png does not exist"),
+        (["--image", "no-such.png"], 2, "no-such.png does not exist"),
         (["--out", "."], 2, "--out: expected a file, got the folder ."),
         (["--to", "aoti", "--lowering", "gather"], 2, "--lowering: expected with --to onnx only"),
         (["--to", "torch", "--out", "model.onnx"], 1, "ends with .pt2"),

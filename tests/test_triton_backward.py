@@ -15,7 +15,14 @@ from conftest import FEW_PAIRS, NO_TRITON, WITH_TRITON, gpu_plans, summing, tabl
 from fused_helpers import FusedCase
 from helpers import Case, assert_16_bit_is_as_good_as_naive, assert_same
 from torch.utils.checkpoint import checkpoint
-from triton_helpers import assert_close, draw_call, draw_grad_output, run_kernels, run_reference
+from triton_helpers import (
+    assert_close,
+    draw_call,
+    draw_grad_output,
+    run_backward_kernels,
+    run_kernels,
+    run_reference,
+)
 
 import saccade
 from saccade import call as call_cache
@@ -105,8 +112,7 @@ def test_only_the_gradients_that_are_wanted(way, reference):
         if not any(mask) or (mask[3] and reference == "none"):
             continue
         call_cache._cache.clear()
-        arguments = schema.to_arguments(call)
-        gradients = backward(grad_output, *arguments, list(mask))
+        gradients = run_backward_kernels(call, grad_output, list(mask))
         want = [
             one if kept else one.new_empty(0) for one, kept in zip(expected[1:], mask, strict=True)
         ]

@@ -1,6 +1,6 @@
 """Blobs: a grid of queries learns to find balls among tubes in a noisy volume.
 
-    python train.py --picture blobs.png
+    python train.py --image blobs.png
 
 Like nodules between the vessels of a lung: a slice can show both as discs, and the third direction
 tells them apart. Queries start on an even grid, look at the volume through three-dimensional
@@ -185,7 +185,7 @@ def main(
     held_out: Annotated[int, typer.Option(help="Held-out volumes to score.")] = 400,
     freeze_offsets: Annotated[bool, typer.Option(help="Look at the references only.")] = False,
     image_path: Annotated[
-        Path | None, typer.Option("--picture", help="PNG to draw a held-out volume to.")
+        Path | None, typer.Option("--image", help="PNG to draw a held-out volume to.")
     ] = None,
 ) -> None:
     """Trains on drawn volumes and scores held-out ones before and after."""

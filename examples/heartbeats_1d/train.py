@@ -1,6 +1,6 @@
 """Heartbeats: a small set of queries learns to find and to name the beats of a simulated ECG.
 
-    python train.py --picture heartbeats.png
+    python train.py --image heartbeats.png
 
 Queries start on an even grid, look at the signal at two rates through one-dimensional deformable
 attention, and move layer by layer to the beats they find.
@@ -203,7 +203,7 @@ def main(
     held_out: Annotated[int, typer.Option(help="Held-out windows to score.")] = 400,
     freeze_offsets: Annotated[bool, typer.Option(help="Look at the references only.")] = False,
     image_path: Annotated[
-        Path | None, typer.Option("--picture", help="PNG to draw a held-out window to.")
+        Path | None, typer.Option("--image", help="PNG to draw a held-out window to.")
     ] = None,
 ) -> None:
     """Trains on simulated windows and scores held-out ones before and after."""

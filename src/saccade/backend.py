@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,18 +103,44 @@ def use_backend(name: str) -> Iterator[None]:
         raise ValueError(
             f"name: expected one of {', '.join(available)} on this machine, got {name!r}"
         )
-    previous_reference = _reference_library is not None
-    # Choosing the reference does not read the instruction set: a wrong SACCADE_CPU_ISA must not prevent it.
-    previous_isa = None if name == "reference" else native.isa()
+    choice = _Choice(name)
+    _choices.append(choice)
     try:
-        _override_kernels(name == "reference")
-        if name != "reference":
-            native.set_isa(name.removeprefix("cpu-"))
+        with _lock:
+            _apply_choices()
         yield
     finally:
-        _override_kernels(previous_reference)
-        if previous_isa is not None:
-            native.set_isa(previous_isa)
+        # Not necessarily the last one: blocks of two threads may overlap.
+        with _lock:
+            _choices.remove(choice)
+            _apply_choices()
+
+
+class _Choice:
+    """A block of `use_backend` that is in force."""
+
+    def __init__(self, name: str) -> None:
+        self.isa = None if name == "reference" else name.removeprefix("cpu-")
+
+
+_lock = threading.Lock()
+_choices: list[_Choice] = []
+# The instruction set to go back to, while a choice replaces it.
+_default_isa: str | None = None
+
+
+def _apply_choices() -> None:
+    """Puts the last choice into force, or the default where there is none."""
+    global _default_isa
+    isas = [choice.isa for choice in _choices if choice.isa is not None]
+    # The reference alone does not read the instruction set: a wrong SACCADE_CPU_ISA must not prevent it.
+    if isas and _default_isa is None:
+        _default_isa = native.isa()
+    if _default_isa is not None:
+        native.set_isa(isas[-1] if isas else _default_isa)
+    if not isas:
+        _default_isa = None
+    _override_kernels(bool(_choices) and _choices[-1].isa is None)
 
 
 def _override_kernels(by_reference: bool) -> None:

@@ -3,7 +3,7 @@
 `parse_call` turns everything that a caller may write (spatial shapes as a sequence or a tensor, points per
 level or flat, one number of points or a list) into one `Call`, which every backend executes. Each error
 names the argument, what was expected and what came. The checks take longer than a small kernel, and a
-model calls with few different sizes, so what they found is kept in one cache.
+model calls with few different sizes, so their results are kept in one cache.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Call(NamedTuple):
 
 
 class _Recipe(NamedTuple):
-    """What the checks found out about calls of certain sizes."""
+    """The result of the checks of calls with certain sizes."""
 
     options: Options
     level_axis: int | None  # of points and weights, where levels and points have an axis each
@@ -118,19 +118,25 @@ def parse_call(
         TypeError: an argument is not of the kind that the signature names.
         ValueError: a shape, dtype, device or option does not fit; the message names the argument.
     """
-    key = _cache_key(
-        value, spatial_shapes, points, weights, reference_points, num_points, reference_index,
-        queries_per_map, softmax, batch_axis, interpolation, padding, coordinates,
-    )  # fmt: skip
+    request = _Request(
+        value=value,
+        spatial_shapes=spatial_shapes,
+        points=points,
+        weights=weights,
+        reference_points=reference_points,
+        num_points=num_points,
+        reference_index=reference_index,
+        queries_per_map=queries_per_map,
+        softmax=bool(softmax),
+        batch_axis=batch_axis,
+        interpolation=interpolation,
+        padding=padding,
+        coordinates=coordinates,
+    )
+    key = _cache_key(request)
     recipe = _cache.get(key) if key is not None else None
     if recipe is None:
-        recipe = _check(
-            _Request(
-                value, spatial_shapes, points, weights, reference_points, num_points,
-                reference_index, queries_per_map, softmax, batch_axis, interpolation, padding,
-                coordinates,
-            )
-        )  # fmt: skip
+        recipe = _check(request)
         if key is not None:
             if len(_cache) >= MAX_CACHED:
                 _cache.clear()
@@ -151,79 +157,6 @@ def drop_batch_axis(output: Tensor, call: Call) -> Tensor:
     return output if call.options.queries_per_map is None else output[0]
 
 
-# Only arguments of exactly these types are part of a key: 1.0 and True equal 1 but are not sizes, and an
-# instance of a subclass may change, or compare as it likes.
-_INT, _STR, _ROWS = {int}, {str}, {tuple, list, torch.Size}
-
-
-def _cache_key(
-    value: Tensor,
-    spatial_shapes: SpatialShapes,
-    points: Tensor,
-    weights: Tensor,
-    reference_points: Tensor | None,
-    num_points: int | Sequence[int] | None,
-    reference_index: Sequence[int] | None,
-    queries_per_map: Sequence[int] | Tensor | None,
-    softmax: bool,
-    batch_axis: bool,
-    interpolation: str,
-    padding: str,
-    coordinates: str,
-) -> Hashable | None:
-    """Everything that the checks look at; None where a call has to be checked every time."""
-    if (
-        not type(value) is type(points) is type(weights) is Tensor
-        or {type(interpolation), type(padding), type(coordinates)} != _STR
-        # A traced size is more than its number.
-        or torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-    ):
-        return None
-    try:
-        rows = spatial_shapes.tolist() if type(spatial_shapes) is Tensor else spatial_shapes
-        if (
-            type(rows) not in _ROWS
-            or not {*map(type, rows)} <= _ROWS
-            or not {*map(type, itertools.chain.from_iterable(rows))} <= _INT
-        ):
-            return None
-        if reference_points is None:
-            reference = None
-        elif type(reference_points) is Tensor:
-            reference = (
-                reference_points.shape, reference_points.dtype, reference_points.layout,
-                reference_points.device,
-            )  # fmt: skip
-        else:
-            return None
-        key = (
-            value.shape, value.dtype, value.layout, value.device,
-            points.shape, points.dtype, points.layout, points.device,
-            weights.shape, weights.dtype, weights.layout, weights.device,
-            reference, tuple(map(tuple, rows)),
-            num_points
-            if num_points is None or type(num_points) is int
-            else _plain_ints(num_points),
-            None if reference_index is None else _plain_ints(reference_index),
-            None if queries_per_map is None else _plain_ints(queries_per_map),
-            softmax, batch_axis, interpolation, padding, coordinates,
-        )  # fmt: skip
-        hash(key)
-    except (RuntimeError, TypeError):
-        # A nested tensor has no shape, a meta tensor no numbers, a symbolic size no hash; or an argument
-        # is not made of plain numbers.
-        return None
-    return key
-
-
-def _plain_ints(numbers: Any) -> tuple[int, ...]:
-    """The numbers as part of a key; a TypeError unless they are a list or a tuple of int."""
-    if type(numbers) not in _ROWS or not {*map(type, numbers)} <= _INT:
-        raise TypeError
-    return tuple(numbers)
-
-
 class _Request(NamedTuple):
     """The arguments of `parse_call` as the caller wrote them."""
 
@@ -240,6 +173,72 @@ class _Request(NamedTuple):
     interpolation: Interpolation
     padding: Padding
     coordinates: Coordinates
+
+
+# Only arguments of exactly these types are part of a key: 1.0 and True equal 1 but are not sizes, and an
+# instance of another subclass may change, or compare as it likes.
+_INT, _STR, _ROWS = {int}, {str}, {tuple, list, torch.Size}
+_TENSORS = {Tensor, torch.nn.Parameter}
+
+
+def _cache_key(request: _Request) -> Hashable | None:
+    """Everything that the checks look at; None where a call has to be checked every time."""
+    value, points, weights = request.value, request.points, request.weights
+    reference_points, num_points = request.reference_points, request.num_points
+    interpolation, padding, coordinates = (
+        request.interpolation, request.padding, request.coordinates
+    )  # fmt: skip
+    if (
+        not {type(value), type(points), type(weights)} <= _TENSORS
+        or {type(interpolation), type(padding), type(coordinates)} != _STR
+        # A traced size is more than its number.
+        or torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+    ):
+        return None
+    try:
+        rows = request.spatial_shapes
+        if type(rows) is Tensor:
+            rows = rows.tolist()
+        if (
+            type(rows) not in _ROWS
+            or not {*map(type, rows)} <= _ROWS
+            or not {*map(type, itertools.chain.from_iterable(rows))} <= _INT
+        ):
+            return None
+        reference = None
+        if reference_points is not None:
+            if type(reference_points) not in _TENSORS:
+                return None
+            reference = (
+                reference_points.shape, reference_points.dtype, reference_points.layout,
+                reference_points.device,
+            )  # fmt: skip
+        key = (
+            value.shape, value.dtype, value.layout, value.device,
+            points.shape, points.dtype, points.layout, points.device,
+            weights.shape, weights.dtype, weights.layout, weights.device,
+            reference, tuple(map(tuple, rows)),
+            num_points
+            if num_points is None or type(num_points) is int
+            else _plain_ints(num_points),
+            None if request.reference_index is None else _plain_ints(request.reference_index),
+            None if request.queries_per_map is None else _plain_ints(request.queries_per_map),
+            request.softmax, request.batch_axis, interpolation, padding, coordinates,
+        )  # fmt: skip
+        hash(key)
+    except (RuntimeError, TypeError):
+        # A nested tensor has no shape, a meta tensor no numbers, a symbolic size no hash; or an argument
+        # is not made of plain numbers.
+        return None
+    return key
+
+
+def _plain_ints(numbers: Any) -> tuple[int, ...]:
+    """The numbers as part of a key; a TypeError unless they are a list or a tuple of int."""
+    if type(numbers) not in _ROWS or not {*map(type, numbers)} <= _INT:
+        raise TypeError
+    return tuple(numbers)
 
 
 def _check(request: _Request) -> _Recipe:
@@ -307,14 +306,14 @@ def _check(request: _Request) -> _Recipe:
             f"got {request.reference_index!r}"
         )
     options = Options(
-        tuple(shapes),
-        tuple(num_points),
-        request.interpolation,
-        request.padding,
-        request.coordinates,
-        request.softmax,
-        index,
-        None if queries_per_map is None else tuple(queries_per_map),
+        spatial_shapes=tuple(shapes),
+        num_points=tuple(num_points),
+        interpolation=request.interpolation,
+        padding=request.padding,
+        coordinates=request.coordinates,
+        softmax=request.softmax,
+        reference_index=index,
+        queries_per_map=None if queries_per_map is None else tuple(queries_per_map),
     )
     level_axis = leading + 1 if points.dim() == leading + 4 else None
     return _Recipe(options, level_axis, ragged and not request.batch_axis, {})

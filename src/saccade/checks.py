@@ -91,9 +91,8 @@ def apply_value_padding_mask(value: Tensor, value_padding_mask: Tensor) -> Tenso
 
 def check_option(name: str, option: object, literal: Any) -> None:
     """Raises a ValueError unless `option` is one of the strings of a Literal type."""
-    choices = (
-        literal.__args__
-    )  # not typing.get_args, which takes as long as all other checks of an option
+    # typing.get_args would take as long as all other checks of an option.
+    choices = literal.__args__
     if not isinstance(option, str) or option not in choices:
         got = repr(option) if isinstance(option, str | int | None) else type(option).__name__
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {got}")

@@ -260,7 +260,7 @@ def _execute_maps(maps: _Maps, options: Options) -> Tensor:
             # z(p), what each point reads: [B, q, M, K, D]
             sampled = sum(
                 corner.weight[..., None] * _gather(level.value, corner)
-                for corner in _corners(level, options)
+                for corner in corners(level.locations, level.shape, options)
             )
             # Summed over the points of this level: [B, q, M, D]
             attended = (level.weights[..., None] * sampled).sum(3)
@@ -289,7 +289,7 @@ def _execute_backward_maps(
         for index, level in enumerate(_levels(maps, options, queries)):
             grad_weight = torch.zeros_like(level.weights)  # [B, q, M, K]
             grad_location = torch.zeros_like(level.locations)  # [B, q, M, K, N]
-            for corner in _corners(level, options):
+            for corner in corners(level.locations, level.shape, options):
                 if value_mask:
                     scattered = (corner.weight * level.weights)[..., None] * grad
                     grad_levels[index] = _scatter(grad_levels[index], corner, scattered)
@@ -354,16 +354,6 @@ def _levels(maps: _Maps, options: Options, queries: slice) -> Iterator[_Level]:
     for value, shape, locations, weights in levels:
         # Converted before it is gathered from, so that its gradient is summed in the compute dtype.
         yield _Level(value.to(dtype), shape, locations, weights)
-
-
-def _corners(level: _Level, options: Options) -> Iterator[Corner]:
-    return corners(
-        level.locations,
-        level.shape,
-        options.interpolation,
-        options.padding,
-        options.coordinates,
-    )
 
 
 def _batch_and_head(value: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from saccade.call import Coordinates, Interpolation, Padding
+from saccade.call import Coordinates, Interpolation, Options, Padding
 from saccade.checks import parse_reference_index
 
 # Pixels of an axis: a number, or a tensor of numbers.
@@ -152,6 +152,11 @@ def pixel_position(
     return position
 
 
+def clamp_position(position: Tensor, size: int) -> Tensor:
+    """The position along an axis, clamped to the centres of the first and the last of `size` pixels."""
+    return position.clamp(0, _last_pixel(size, position.dtype))
+
+
 def clamp_sizes(shape: Sequence[int], padding: Padding) -> list[int | None]:
     """For each axis of a location, the number of pixels that positions are clamped to; None: never."""
     return [
@@ -191,10 +196,10 @@ def axis_cells(
     position = pixel_position(location, size, coordinates, shift)  # [...]
     slope = torch.ones_like(position) * _scale(size, coordinates)
     if clamp_size is not None:
-        last = _representable(clamp_size - 1, position.dtype)
         # As in grid_sample: no gradient at or beyond the centres of the border pixels.
-        inside = (position > 0) & (position < last)
-        position = torch.where(inside, position, position.detach().clamp(0, last))
+        clamped = clamp_position(position, clamp_size)
+        inside = (position > 0) & (position < _last_pixel(clamp_size, position.dtype))
+        position = torch.where(inside, position, clamped.detach())
         slope = torch.where(inside, slope, 0)
     # One distance stands for all beyond: infinity minus infinity would not be a number.
     near = (position > -margin) & (position < size - 1 + margin)
@@ -220,28 +225,22 @@ class Corner(NamedTuple):
     weight_gradient: Tensor  # [..., N] derivative of the weight by the location; 0 where outside
 
 
-def corners(
-    locations: Tensor,
-    shape: Sequence[int],
-    interpolation: Interpolation,
-    padding: Padding,
-    coordinates: Coordinates,
-) -> Iterator[Corner]:
+def corners(locations: Tensor, shape: Sequence[int], options: Options) -> Iterator[Corner]:
     """The corners of points on one level: the combinations of their cells along the axes.
 
     Args:
         locations (Tensor[..., N]): (x), (x, y) or (x, y, z) of each point.
         shape: (W), (H, W) or (D, H, W) of the level.
-        interpolation: as in `saccade.deformable_attention`.
-        padding: as in `saccade.deformable_attention`.
-        coordinates: as in `saccade.deformable_attention`.
+        options: those of the call.
     """
     finite = torch.isfinite(locations).all(-1)  # [...]
     axes = []
-    sizes = zip(reversed(shape), clamp_sizes(shape, padding), strict=True)
+    sizes = zip(reversed(shape), clamp_sizes(shape, options.padding), strict=True)
     for axis, (size, clamp_size) in enumerate(sizes):  # a location is (x, y), a shape is (H, W)
         location = torch.where(finite, locations[..., axis], 0)
-        axes.append(axis_cells(location, size, interpolation, coordinates, clamp_size))
+        axes.append(
+            axis_cells(location, size, options.interpolation, options.coordinates, clamp_size)
+        )
     for cells in itertools.product(*axes):
         inside, row, weight = finite, torch.zeros_like(finite, dtype=torch.int64), None
         for cell, size in zip(reversed(cells), shape, strict=True):
@@ -261,11 +260,11 @@ def corners(
         )
 
 
-def _representable(last: int, dtype: torch.dtype) -> float:
-    """The largest number of the dtype that is not above the last pixel."""
-    number = torch.tensor(last, dtype=dtype)
-    below = number.item() <= last  # compared as Python numbers, which are exact
-    return (number if below else number.nextafter(torch.zeros_like(number))).item()
+def _last_pixel(size: int, dtype: torch.dtype) -> float:
+    """The last of `size` pixels, or the largest number of the dtype below it where it has no number."""
+    last = torch.tensor(size - 1, dtype=dtype)
+    below = last.item() <= size - 1  # compared as Python numbers, which are exact
+    return (last if below else last.nextafter(torch.zeros_like(last))).item()
 
 
 def directions(count: int, spatial_dims: int) -> Tensor:

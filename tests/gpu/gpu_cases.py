@@ -241,7 +241,7 @@ def assert_close(actual: list[Tensor], expected: list[Tensor], tensors: list[Ten
         result, truth = result.cpu().double(), truth.double()
         scale = float(truth.nan_to_num(0, 0, 0).abs().max())
         rtol = torch.finfo(source.dtype).eps if source.dtype.itemsize == 2 else 0.0
-        # Beside that, half the distance of two subnormal numbers of 16 bits.
+        # Beside that, one step between two subnormal numbers of 16 bits.
         subnormal = torch.finfo(source.dtype).tiny * rtol
         atol = TOLERANCE[tensors[0].dtype] * max(scale, 1e-6) + subnormal
         torch.testing.assert_close(result, truth, rtol=rtol, atol=atol, equal_nan=True)

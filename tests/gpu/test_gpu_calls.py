@@ -35,7 +35,7 @@ def test_variants(variant):
     results = run_both_ways(variant, on_card, mask, grad_output.cuda())
     assert_close(results, expected, tensors)
     with deterministic():
-        first, again = (run_both_ways(variant, on_card, mask, grad_output.cuda()) for _ in "12")
+        first, again = (run_both_ways(variant, on_card, mask, grad_output.cuda()) for _ in range(2))
     assert_close(first, expected, tensors)
     for one, other in zip(first, again, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
@@ -49,7 +49,9 @@ def test_workloads(name, dtype):
     on_card = type(inputs)(*(tensor.cuda() for tensor in inputs))
     results = timed_call(BASELINES["saccade"].prepare(workload), on_card, backward=True)()
     assert not any(tensor.isnan().any() for tensor in results)
-    Truth(workload, inputs, backward=True).check("saccade", [tensor.cpu() for tensor in results])
+    truth = Truth(workload, inputs, backward=True)
+    truth.check("cpu", timed_call(BASELINES["saccade"].prepare(workload), inputs, backward=True)())
+    truth.check("saccade", [tensor.cpu() for tensor in results])
 
 
 @pytest.mark.parametrize("mode", ["fast", "deterministic"])

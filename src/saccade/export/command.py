@@ -55,7 +55,7 @@ def export(
     image_path: Annotated[
         Path | None,
         typer.Option(
-            "--picture",
+            "--image",
             metavar="IMAGE",
             help="The image to verify the file with; by default a scene that comes with Saccade.",
             show_default=False,

@@ -6,10 +6,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.overrides import has_torch_function_variadic
 
 from saccade import reference
-from saccade.ops.schema import BACKWARD, FORWARD, Arguments, split_backward_inputs
+from saccade.ops.schema import Arguments, get_operators, split_backward_inputs
 
 
 def needs_autograd(*tensors: Tensor | None) -> bool:
@@ -46,7 +47,7 @@ class DeformableAttention(torch.autograd.Function):
         needed = Arguments(*ctx.needs_input_grad[1:])  # the first input is the keyset
         output_mask = [bool(tensor) for tensor in needed.tensors]
         arguments = _with_tensors(ctx.arguments, ctx.saved_tensors)
-        operator = getattr(torch.ops.saccade, BACKWARD).default
+        _, operator = get_operators()
         if torch.compiler.is_compiling() or needs_autograd(grad_output, *arguments.tensors):
             results = operator(grad_output, *arguments, output_mask)
         else:
@@ -61,13 +62,16 @@ class DeformableAttention(torch.autograd.Function):
 
 def autograd_kernel(keyset: Any, *inputs: Any) -> Tensor:
     """What the dispatcher calls on its Autograd key."""
+    if forward_ad._current_level >= 0:
+        # The operator has a backward only, and would drop a tangent without an error.
+        return reference.execute(Arguments(*inputs).checked_call())
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
         return cast(Tensor, DeformableAttention.apply(keyset, *inputs))  # type: ignore[no-untyped-call]
     return _below_autograd(keyset, *inputs)
 
 
 def _below_autograd(keyset: Any, *inputs: Any) -> Tensor:
-    operator = getattr(torch.ops.saccade, FORWARD).default
+    operator, _ = get_operators()
     with torch._C._AutoDispatchBelowAutograd():
         return cast(Tensor, operator.redispatch(keyset & torch._C._after_autograd_keyset, *inputs))
 

@@ -34,14 +34,16 @@ def refusal(device: torch.device) -> str | None:
     return installation_refusal() or card_refusal(device)
 
 
-def forward(*arguments: Any) -> Tensor:
+def forward(value: Tensor, *arguments: Any) -> Tensor:
     """The operator for tensors on a GPU; the arguments are those of its schema."""
-    return _kernels(arguments[0].device)[0](*arguments)
+    kernel, _ = _kernels(value.device)
+    return kernel(value, *arguments)
 
 
 def backward(grad_output: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     """The backward operator for tensors on a GPU; the inputs are those of its schema."""
-    return _kernels(grad_output.device)[1](grad_output, *inputs)
+    _, kernel = _kernels(grad_output.device)
+    return kernel(grad_output, *inputs)
 
 
 @functools.cache

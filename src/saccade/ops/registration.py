@@ -32,6 +32,4 @@ def _register() -> torch.library.Library:
 # Registrations live as long as this object does.
 _library = _register()
 
-# The overloads themselves: looking one up takes as long as a small kernel.
-OPERATOR = torch.ops.saccade.deformable_attention.default
-BACKWARD_OPERATOR = torch.ops.saccade.deformable_attention_backward.default
+OPERATOR, BACKWARD_OPERATOR = schema.get_operators()

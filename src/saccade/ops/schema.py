@@ -7,15 +7,17 @@ and the CPU where there is no library.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from saccade import reference
 from saccade.call import Call, Coordinates, Interpolation, Options, Padding, parse_call
-from saccade.checks import check_device, format_shape
+from saccade.checks import check_device, check_shape, format_shape
 
 FORWARD = "deformable_attention"
 BACKWARD = "deformable_attention_backward"
@@ -68,19 +70,32 @@ class Arguments(NamedTuple):
     def call(self) -> Call:
         """The call that these arguments describe, without checks."""
         options = Options(
-            self._levels(),
-            tuple(self.num_points),
-            self.interpolation,
-            self.padding,
-            self.coordinates,
-            self.softmax,
-            None if self.reference_index is None else tuple(self.reference_index),
-            None if self.queries_per_map is None else tuple(self.queries_per_map),
+            spatial_shapes=self._levels(),
+            num_points=tuple(self.num_points),
+            interpolation=self.interpolation,
+            padding=self.padding,
+            coordinates=self.coordinates,
+            softmax=self.softmax,
+            reference_index=None if self.reference_index is None else tuple(self.reference_index),
+            queries_per_map=None if self.queries_per_map is None else tuple(self.queries_per_map),
         )
         return Call(self.value, self.points, self.weights, self.reference_points, options, {})
 
     def checked_call(self) -> Call:
-        """The call that these arguments describe, checked through the cache of `parse_call`."""
+        """The call that these arguments describe, checked through the cache of `parse_call`.
+
+        Raises:
+            TypeError, ValueError: as `parse_call`, and for the forms that only the public functions take.
+        """
+        if self.points.dim() != 5:
+            raise ValueError(
+                f"{self.points_name}: expected 5 axes [batch, queries, heads, points, spatial_dims], "
+                f"got {self.points.dim()} axes {format_shape(self.points)}"
+            )
+        if self.reference_points is not None and self.reference_index is None:
+            raise ValueError(
+                "reference_index: expected one number for each point with reference_points, got None"
+            )
         return parse_call(
             self.value,
             self._levels(),
@@ -111,19 +126,25 @@ def to_arguments(call: Call) -> Arguments:
     """A checked call as the arguments of the operator."""
     options = call.options
     return Arguments(
-        call.value,
-        [*itertools.chain.from_iterable(options.spatial_shapes)],
-        call.points,
-        call.weights,
-        call.reference_points,
-        options.reference_index,
-        options.softmax,
-        options.num_points,
-        options.interpolation,
-        options.padding,
-        options.coordinates,
-        options.queries_per_map,
+        value=call.value,
+        spatial_shapes=[*itertools.chain.from_iterable(options.spatial_shapes)],
+        points=call.points,
+        weights=call.weights,
+        reference_points=call.reference_points,
+        reference_index=options.reference_index,
+        softmax=options.softmax,
+        num_points=options.num_points,
+        interpolation=options.interpolation,
+        padding=options.padding,
+        coordinates=options.coordinates,
+        queries_per_map=options.queries_per_map,
     )
+
+
+@functools.cache
+def get_operators() -> tuple[Any, Any]:
+    """The overloads of the operator and of its backward; looking one up takes as long as a small kernel."""
+    return tuple(getattr(torch.ops.saccade, name).default for name in SCHEMAS)
 
 
 # --- the reference as the kernel of every device that has no other --------------------------------------
@@ -131,19 +152,40 @@ def to_arguments(call: Call) -> Arguments:
 
 def fallback(*arguments: Any) -> Tensor:
     """The operator by the reference."""
-    return reference.execute(Arguments(*arguments).call())
+    return reference.execute(Arguments(*arguments).checked_call())
 
 
 def backward_fallback(grad_output: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     """The backward operator by the reference."""
     arguments, output_mask = split_backward_inputs(inputs)
-    gradients = reference.execute_backward(grad_output, arguments.call(), output_mask)
+    call = arguments.checked_call()
+    check_backward_inputs(grad_output, call, output_mask)
+    gradients = reference.execute_backward(grad_output, call, output_mask)
     return tuple(
-        _empty(arguments.value if tensor is None else tensor)
+        _empty(arguments.points if tensor is None else tensor)
         if gradient is None
         else gradient.contiguous()
         for tensor, gradient in zip(arguments.tensors, gradients, strict=True)
     )
+
+
+def check_backward_inputs(grad_output: Tensor, call: Call, output_mask: Sequence[bool]) -> None:
+    """Raises a ValueError unless these inputs of the backward operator fit the call."""
+    value = call.value
+    check_shape(
+        "grad_output", grad_output, [*call.points.shape[:2], call.points.shape[2] * value.shape[3]]
+    )
+    if grad_output.dtype != value.dtype:
+        raise ValueError(
+            f"grad_output: expected the dtype of value, {value.dtype}, got {grad_output.dtype}"
+        )
+    check_device("grad_output", grad_output, value.device)
+    if len(output_mask) != 4:
+        raise ValueError(f"output_mask: expected 4 entries, got {len(output_mask)}")
+    if output_mask[3] and call.reference_points is None:
+        raise ValueError(
+            "output_mask: expected no gradient of reference_points without reference_points"
+        )
 
 
 def split_backward_inputs(inputs: Sequence[Any]) -> tuple[Arguments, Sequence[bool]]:
@@ -177,7 +219,7 @@ def backward_fake(grad_output: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     return tuple(
         tensor.new_empty(tensor.shape)
         if included and tensor is not None
-        else _empty(arguments.value if tensor is None else tensor)
+        else _empty(arguments.points if tensor is None else tensor)
         for tensor, included in zip(arguments.tensors, output_mask, strict=True)
     )
 

@@ -169,7 +169,8 @@ def _take_level_apart(
     for axis, (size, clamp_size) in enumerate(sizes):  # a location is (x, y), a shape is (H, W)
         position = sampling.pixel_position(locations[:, axis], size, coordinates)  # [P]
         if clamp_size is not None:
-            position = torch.where(finite, position.clamp(0, clamp_size - 1), position)
+            clamped = sampling.clamp_position(position, clamp_size)
+            position = torch.where(finite, clamped, position)
         positions.append(position)
         location = torch.where(finite, locations[:, axis], 0)
         axes.append(

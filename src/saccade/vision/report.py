@@ -67,13 +67,13 @@ def describe(
     """Describes the detections as plain data for JSON.
 
     Returns:
-        A dict with `picture` (the path of the image), `width` and `height` (pixels, upright), `model`,
+        A dict with `image` (its path), `width` and `height` (pixels, upright), `model`,
         `threshold`, `backend` and `detections`: a list of `label`, `label_id`, `score`, `box`
         ([x0, y0, x1, y1] in pixels of the upright image, 0 is its left or upper edge; boxes may
         extend beyond the edges) and `query`.
     """
     return {
-        "picture": str(image_path),
+        "image": str(image_path),
         "width": image.width,
         "height": image.height,
         "model": detector.name,

@@ -71,7 +71,7 @@ from saccade.backends.triton.rule_backward import (
 )
 from saccade.backends.triton.tuning import Form
 from saccade.call import Call
-from saccade.ops.schema import Arguments
+from saccade.ops.schema import check_backward_inputs, split_backward_inputs
 
 
 class Gradients(NamedTuple):
@@ -548,26 +548,11 @@ def backward_plan(
     )
 
 
-def _check_grad_output(grad_output: Tensor, call: Call) -> None:
-    value = call.value
-    shape = [*call.points.shape[:2], call.points.shape[2] * value.shape[3]]
-    if list(grad_output.shape) != shape:
-        raise ValueError(f"grad_output: expected {shape}, got {list(grad_output.shape)}")
-    if grad_output.dtype != value.dtype:
-        raise ValueError(
-            f"grad_output: expected the dtype of value, {value.dtype}, got {grad_output.dtype}"
-        )
-    if grad_output.device != value.device:
-        raise ValueError(
-            f"grad_output: expected a tensor on {value.device} like value, got {grad_output.device}"
-        )
-
-
 def backward(grad_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """`saccade::deformable_attention_backward` on a GPU; the arguments are those of the operator."""
-    *call_arguments, output_mask = arguments
-    call = Arguments(*call_arguments).checked_call()
-    _check_grad_output(grad_output, call)
+    call_arguments, output_mask = split_backward_inputs(arguments)
+    call = call_arguments.checked_call()
+    check_backward_inputs(grad_output, call, output_mask)
     deterministic = torch.are_deterministic_algorithms_enabled()
     key = ("triton backward", *output_mask, deterministic)
     planned: BackwardPlan | None = call.plans.get(key)
