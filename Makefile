@@ -1,6 +1,6 @@
 # make demo   set up, then find and explain the digits of a shipped scene
 # make test   set up, then run the tests (ten minutes on two cores)
-# make test-quick   those that take less than two seconds each, for the inner loop
+# make test-quick   those that take less than two seconds each, for the inner loop (under 90 seconds)
 # make test-all     everything: exhaustive grids, every package, whole models
 # make lint   formatting, style, types
 # make bench  the measurements of the README and the docs (half an hour; on a quiet machine)
@@ -49,6 +49,8 @@ bench: $(VENV)/.installed $(VENV)/.packages
 	$(BIN)/saccade bench models --seconds 20 --json benchmarks/results/models.json
 	$(BIN)/python -m benchmarks.packages
 	$(BIN)/python -m benchmarks.sweep --plot docs/images/sweep.png
+	$(BIN)/python -m benchmarks.onnx
+	$(BIN)/python -m benchmarks.compile
 	$(BIN)/python -m benchmarks.whole
 	$(BIN)/python -m benchmarks.tables --write
 

@@ -246,6 +246,30 @@ def test_a_refused_call_runs_on_the_reference(monkeypatch):
     assert [gradient.shape for gradient in gradients[2:]] == [(0,), (0,)]
 
 
+def test_blocks_of_two_threads_may_overlap():
+    default = saccade.which_backend()
+    first, second = saccade.use_backend("reference"), saccade.use_backend("reference")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert saccade.which_backend().name == "reference"
+    second.__exit__(None, None, None)
+    assert saccade.which_backend() == default
+
+
+def test_a_direct_call_keeps_the_tangent():
+    case = Case(dtype=torch.float64)
+    value, locations, weights = case.draw()
+    arguments = schema.to_arguments(case.parse(value, locations, weights))
+    tangent = torch.randn_like(value)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(value, tangent)
+        output = OPERATOR(*arguments._replace(value=dual))
+        result = torch.autograd.forward_ad.unpack_dual(output).tangent
+    # The operator is linear in the value.
+    torch.testing.assert_close(result, OPERATOR(*arguments._replace(value=tangent)))
+
+
 def test_transforms_that_only_the_reference_supports_are_named():
     with torch.autograd.forward_ad.dual_level():
         assert saccade.which_backend().name == "reference"

@@ -193,7 +193,7 @@ def test_memory_of_an_encoder(form):
     results = both()
     kept = sum(tensor.untyped_storage().nbytes() for tensor in results)
     peak = torch.cuda.max_memory_allocated() - before
-    # An ordered sum may use a workspace of 384 MB.
+    # An ordered sum may use a workspace of 384 MiB.
     assert peak <= kept + value.numel() * 4 + locations.numel() * 4 + (400 << 20)
 
 
