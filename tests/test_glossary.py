@@ -67,7 +67,7 @@ NAMES = [
 
 THINGS = (
     "level|call|point|row|head|query|thread|map|sample|picture|image|batch|pair|turn|look|case|block|"
-    "cell|line|stage|step"
+    "cell|line|stage|step|tile|program|axis|channel|element"
 )
 COUNTED = (
     "points?|one|once|numbers?|rows?|queries|locations?|weights?|instructions?|barriers?|tensors?|shapes?|"
@@ -198,8 +198,31 @@ def retired(name: str) -> Iterator[str]:
 
 @pytest.mark.parametrize("folder", [*CODE, *PAGES])
 def test_retired_words_stay_away(folder: str) -> None:
-    lines = [line for name in files() if name.startswith(folder) for line in retired(name)]
+    names = [name for name in files() if name.startswith(folder)]
+    assert names
+    lines = [line for name in names for line in retired(name)]
     assert not lines, "words that docs/glossary.md replaced:\n" + "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("rules", "retired_text"),
+    [
+        (NAMES, "understand_shapes"),
+        (NAMES, "MOST_POINTS"),
+        (NAMES, "found"),
+        (NAMES, "of_query"),
+        (NAMES, "size_of"),
+        (NAMES, "before_softmax"),
+        (PHRASES, "A missing library is no error."),
+        (PHRASES, "the caller, or whoever asks"),
+        (PHRASES, "It brings Triton along."),
+        (PHRASES, "4 points a level"),
+        (PHRASES, '"""Of a program."""'),
+    ],
+)
+def test_each_kind_of_rule_finds_its_words(rules: list[Rule], retired_text: str) -> None:
+    pattern = one_pattern(tuple(rules))
+    assert pattern.fullmatch(retired_text) if rules is NAMES else pattern.search(retired_text)
 
 
 def test_retired_files_stay_away() -> None:

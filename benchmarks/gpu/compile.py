@@ -132,7 +132,7 @@ def backward_sources(plan: BackwardPlan, value: torch.dtype, points: torch.dtype
     sources = [Source(plan.kernel, pointers, plan.sizes, _samples(plan.kernel))]
     if plan.ordered_sum is not None:
         pieces, rows = plan.ordered_sum.pieces, plan.ordered_sum.rows
-        indices = ("order", "first_points", "first_pieces", "cell_of_piece")
+        indices = ("order", "first_points", "first_pieces", "piece_cell")
         pointers = {"sums": compute, "grad_output": value, "records": compute}
         pointers |= dict.fromkeys(indices, torch.int64)
         sources.append(Source(pieces, pointers, (), pieces.constants.BLOCK_PIECES))

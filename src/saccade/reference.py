@@ -274,7 +274,7 @@ def _execute_maps(maps: _Maps, options: Options) -> Tensor:
 def _execute_backward_maps(
     grad_output: Tensor, maps: _Maps, options: Options, value_mask: bool, points_mask: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of value, locations and weights; one that is not asked for has any content."""
+    """The gradients of value, locations and weights; the content of one that is not computed is undefined."""
     dtype = compute_dtype(maps.value)
     batch_size, num_queries, num_heads = maps.locations.shape[:3]
     head_dim = maps.value.shape[3]

@@ -263,7 +263,7 @@ def _find_compiled(name: str) -> str | None:
 
 
 def _get_working_set(name: str) -> Any:
-    """The distributions that pkg_resources knows; None where nobody looks up the version of `name`.
+    """The distributions that pkg_resources knows; None unless a project looks up the version of `name` there.
 
     InternImage is the only project that does. Newer setuptools do not have pkg_resources: then
     InternImage cannot be imported.

@@ -195,7 +195,7 @@ def get_original(target: object) -> Any:
 
 
 def is_candidate(target: object) -> bool:
-    """Whether it may be the operator: it has parameters for a value and sampling locations."""
+    """Whether the object may be the operator: it has parameters for a value and sampling locations."""
     if get_original(target) is not None:
         return False
     names = _get_parameter_names(target)
@@ -237,7 +237,7 @@ def is_autograd_function(target: object) -> bool:
 
 
 def is_class(target: object) -> bool:
-    """Whether it is a class; by type(), because some objects answer isinstance() with a warning."""
+    """Whether the object is a class; decided by type(), because some objects answer isinstance() with a warning."""
     return issubclass(type(target), type)
 
 

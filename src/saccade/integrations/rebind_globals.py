@@ -76,7 +76,7 @@ def rebind_globals(
 
 
 def sets_globals(function: Any) -> bool:
-    """Whether a function assigns to globals of its file; in a copy of them nobody would see that."""
+    """Whether a function assigns to globals of its file; callers would not see that in a copy of the globals."""
     return any(
         instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL")
         for code in _iterate_codes(getattr(function, "__code__", None))

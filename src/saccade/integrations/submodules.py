@@ -72,7 +72,7 @@ def _is_called_by_subclass(module: nn.Module, owner: type, name: str) -> bool:
 
 
 def _is_operator(target: object) -> bool:
-    """Whether it may be the operator, or replaces it because its package is patched."""
+    """Whether the object may be the operator, or replaces it because its package is patched."""
     return is_candidate(target) or get_original(target) is not None
 
 
@@ -83,7 +83,7 @@ def patch_module(module: nn.Module) -> str | None:
         "" if the module now runs on Saccade, None if it does not use the operator, or the reason why it
         was left as it is.
     """
-    _drop_methods_of_the_class(module)
+    _drop_class_methods(module)
     if _is_patched(module):
         return ""
     uses = _find_uses(module)
@@ -122,7 +122,7 @@ _REPLICATE = mark(_replicate_for_data_parallel, nn.Module._replicate_for_data_pa
 
 def unpatch_module(module: nn.Module) -> str | None:
     """Undoes `patch_module`; returns the same."""
-    _drop_methods_of_the_class(module)
+    _drop_class_methods(module)
     if not _is_patched(module):
         operators = _list_operators(module, _find_uses(module))
         if not operators:
@@ -147,7 +147,7 @@ def _is_patched(module: nn.Module) -> bool:
     return any(get_original(value) is not None for value in vars(module).values())
 
 
-def _drop_methods_of_the_class(module: nn.Module) -> None:
+def _drop_class_methods(module: nn.Module) -> None:
     """Deletes attributes that are methods of the class: an unpickled copy of a patched model has them."""
     for name, value in list(vars(module).items()):
         if type(value) is MethodType and value.__self__ is module:

@@ -212,7 +212,7 @@ def draw_look(image: Image.Image, detection: Detection, view: View) -> Image.Ima
     pale = Image.blend(pale, Image.new("RGB", large, PAPER), 0.3)
     layer = Image.new("RGBA", large)
     draw = ImageDraw.Draw(layer)
-    unit = _radius_of_one(max(view.size)) * _SMOOTH
+    unit = _unit_radius(max(view.size)) * _SMOOTH
     look = detection.look
     palette = colours(look.weights.shape[0])
     points = [
@@ -240,7 +240,7 @@ def _clip(window: Rectangle, size: tuple[int, int]) -> Rectangle:
     return max(0, window[0]), max(0, window[1]), min(size[0], window[2]), min(size[1], window[3])
 
 
-def _radius_of_one(longest: int) -> float:
+def _unit_radius(longest: int) -> float:
     """Returns the radius of a marker with the attention weight 1; areas grow with the weights."""
     return max(16.0, longest / 18)
 
@@ -269,7 +269,7 @@ def _legend(width: int, heads: int, longest: int) -> Image.Image:
     """Draws the legend: the colours of the heads, the sizes of the weights, the other markers."""
     letters = font(14)
     scratch = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    unit = _radius_of_one(longest)
+    unit = _unit_radius(longest)
     height = max(30, round(2 * unit * math.sqrt(0.3)) + 6)
     entries: list[tuple[str, str, float, Colour]] = [
         ("disc", f"head {head}" if head == 0 else str(head), 7.0, colour)

@@ -18,7 +18,7 @@ class Outputs(NamedTuple):
     """The files written for one image."""
 
     detections: Path
-    looked: Path
+    looks: Path
     json: Path
 
 
@@ -106,6 +106,6 @@ def write_outputs(
         OSError: a file cannot be written.
     """
     draw_detections(image, result.detections).save(files.detections)
-    draw_looks(image, result, threshold).save(files.looked)
+    draw_looks(image, result, threshold).save(files.looks)
     report = describe(image_path, image, result, detector, threshold)
     files.json.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -47,7 +47,7 @@ from saccade.backends.triton.plan import (
     group_maps,
     make_constants,
     make_readable,
-    num_queries_of_maps,
+    map_num_queries,
 )
 from saccade.backends.triton.rule import (
     find_corner,
@@ -173,14 +173,14 @@ def _corner_products(sums, rows, grad_rows, grad, first_word, channels, samples,
             amount = tl.expand_dims(amount, -1)
             if PACKED_BF16:
                 amounts = tl.interleave(amount * grad[0], amount * grad[1])
-                elements_of_row = tl.arange(0, 2 * channels.shape[0])
+                row_elements = tl.arange(0, 2 * channels.shape[0])
             else:
                 amounts = amount * grad[0]  # [..., BLOCK_CHANNELS]
-                elements_of_row = channels
+                row_elements = channels
             mask = inside
             if MASKED:
-                mask = mask & (tl.expand_dims(first_element, -1) + elements_of_row < C.HEAD_DIM)
-            address = tl.expand_dims(corner.address, -1) + elements_of_row
+                mask = mask & (tl.expand_dims(first_element, -1) + row_elements < C.HEAD_DIM)
+            address = tl.expand_dims(corner.address, -1) + row_elements
             tl.atomic_add(address, amounts, mask=mask, sem="relaxed")
     return products
 
@@ -199,8 +199,9 @@ def backward_queries_kernel(
     sizes, num_queries, num_blocks, num_positions, first_map, first_query, num_keys,
     C: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_QUERIES queries of one head, point after point; rows in NUM_CHANNEL_BLOCKS blocks of
-    BLOCK_CHANNELS words, wider rows slice after slice.
+    """A program walks over the points of BLOCK_QUERIES queries of one head.
+
+    It reads rows in NUM_CHANNEL_BLOCKS blocks of BLOCK_CHANNELS words, and wider rows slice after slice.
     """
     dtype: tl.constexpr = compute_dtype(value.dtype.element_ty)
     DOTS: tl.constexpr = C.GRAD_POINTS or C.GRAD_WEIGHTS or C.GRAD_LOCATIONS
@@ -309,7 +310,10 @@ def backward_points_kernel(
     sizes, num_queries, num_blocks, num_positions, first_map, first_query, num_keys,
     C: tl.constexpr,
 ):  # fmt: skip
-    """All points of BLOCK_QUERIES queries of one head at once; BLOCK_POINTS holds them, a power of two."""
+    """A program takes all points of BLOCK_QUERIES queries of one head at once.
+
+    BLOCK_POINTS is the power of two that holds the points of a query.
+    """
     dtype: tl.constexpr = compute_dtype(value.dtype.element_ty)
     DOTS: tl.constexpr = C.GRAD_POINTS or C.GRAD_WEIGHTS or C.GRAD_LOCATIONS
     HEAD_WORDS: tl.constexpr = C.HEAD_WORDS
@@ -488,7 +492,7 @@ def backward_plan(
     if form is None:
         form = tuning.choose_for_call("backward", call)
     constants = make_constants(call, form)
-    num_queries = num_queries_of_maps(call)
+    num_queries = map_num_queries(call)
     map_cells = value.shape[2] * num_margin_cells(options.spatial_shapes)
     workspaces = [
         workspace_bytes(

@@ -239,8 +239,9 @@ def forward_queries_kernel(
     sizes, num_queries, num_blocks, num_positions, first_map, first_query,
     C: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_QUERIES queries of one head, point after point; rows in NUM_CHANNEL_BLOCKS blocks of
-    BLOCK_CHANNELS words. Of wider rows, in NUM_SLICES slices, a program takes one.
+    """A program walks over the points of BLOCK_QUERIES queries of one head.
+
+    It reads rows in NUM_CHANNEL_BLOCKS blocks of BLOCK_CHANNELS words, and one of NUM_SLICES slices of wider rows.
     """
     dtype: tl.constexpr = compute_dtype(value.dtype.element_ty)
     ROW: tl.constexpr = C.VALUE_HEADS * C.HEAD_WORDS
@@ -302,7 +303,10 @@ def forward_points_kernel(
     sizes, num_queries, num_blocks, num_positions, first_map, first_query,
     C: tl.constexpr,
 ):  # fmt: skip
-    """All points of BLOCK_QUERIES queries of one head at once; BLOCK_POINTS holds them, a power of two."""
+    """A program takes all points of BLOCK_QUERIES queries of one head at once.
+
+    BLOCK_POINTS is the power of two that holds the points of a query.
+    """
     dtype: tl.constexpr = compute_dtype(value.dtype.element_ty)
     ROW: tl.constexpr = C.VALUE_HEADS * C.HEAD_WORDS
     BLOCK_CHANNELS: tl.constexpr = C.BLOCK_CHANNELS

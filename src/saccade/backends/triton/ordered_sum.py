@@ -35,7 +35,7 @@ def sum_pieces_kernel(
     order,  # [points], the indices of the points, sorted by cell
     first_points,  # [cells + 1], the index in `order` of each cell's first point
     first_pieces,  # [cells + 1], the index of each cell's first piece
-    cell_of_piece,  # [pieces]
+    piece_cell,  # [pieces]
     num_pieces, num_keys,
     C: tl.constexpr,
 ):  # fmt: skip
@@ -50,7 +50,7 @@ def sum_pieces_kernel(
     piece = (pid // C.NUM_SLICES).to(tl.int64) * BLOCK_PIECES + tl.arange(0, BLOCK_PIECES)
     channels = (pid % C.NUM_SLICES) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     in_row = channels < C.HEAD_DIM  # [BLOCK_CHANNELS]
-    cell = tl.load(cell_of_piece + piece, mask=piece < num_pieces, other=num_keys)  # [BLOCK_PIECES]
+    cell = tl.load(piece_cell + piece, mask=piece < num_pieces, other=num_keys)  # [BLOCK_PIECES]
     exists = cell < num_keys  # [BLOCK_PIECES]
     first_piece = tl.load(first_pieces + cell, mask=exists, other=0)  # [BLOCK_PIECES]
     index = piece - first_piece  # [BLOCK_PIECES], in the cell
@@ -161,7 +161,7 @@ class OrderedSum(NamedTuple):
     cells_per_head: int
     """Cells of a map for each head of the value, each level with a margin of one before each axis."""
     key_dtype: torch.dtype
-    """The smallest that counts the cells of as many maps as are worked on together."""
+    """The smallest dtype that holds the number of cells of all maps of a group."""
     pieces: Kernel
     rows: Kernel
 
@@ -233,12 +233,12 @@ class OrderedSum(NamedTuple):
         # A cell's last piece may be short; there are no more short ones than cells, or than points.
         num_pieces = keys.numel() // PIECE_POINTS + min(num_keys, keys.numel())
         every_piece = torch.arange(num_pieces, device=keys.device)
-        cell_of_piece = torch.searchsorted(first_pieces[1:], every_piece, right=True)  # [pieces]
+        piece_cell = torch.searchsorted(first_pieces[1:], every_piece, right=True)  # [pieces]
         constants = self.pieces.constants
         sums = records.new_empty((num_pieces, constants.NUM_CORNERS, constants.HEAD_DIM))
         self.pieces.start(
             -(-num_pieces // constants.BLOCK_PIECES) * constants.NUM_SLICES,
-            (sums, grad_output, records, order, first_points, first_pieces, cell_of_piece),
+            (sums, grad_output, records, order, first_points, first_pieces, piece_cell),
             None,
             (num_pieces, num_keys),
         )

@@ -257,7 +257,7 @@ class MapGroup(NamedTuple):
     """Counted from the first map and the first query of the group."""
 
 
-def num_queries_of_maps(call: Call) -> Sequence[int]:
+def map_num_queries(call: Call) -> Sequence[int]:
     """The number of queries of each map."""
     if call.options.queries_per_map is not None:
         return call.options.queries_per_map
@@ -268,7 +268,7 @@ def group_maps(call: Call, block_queries: int, map_bytes: Sequence[int]) -> list
     """The maps in groups of one, or of more whose workspaces sum to at most MAX_WORKSPACE_BYTES."""
     batch_size = call.value.shape[0]
     _, num_queries, num_heads, _, _ = call.points.shape
-    queries_per_map, counts = call.options.queries_per_map, num_queries_of_maps(call)
+    queries_per_map, counts = call.options.queries_per_map, map_num_queries(call)
     groups, first_map, first_query = [], 0, 0
     while first_map < batch_size:
         last_map, total_bytes = first_map + 1, map_bytes[first_map]

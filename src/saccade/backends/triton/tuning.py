@@ -28,7 +28,7 @@ TABLE = Path(__file__).with_name("tuning.json")
 MAX_THREAD_ELEMENTS = 32
 # The table's entries for those kernels are for so many points.
 TABLE_POINTS = 16
-# Of a row that a program of the kernels for many queries reads; wider rows are read in slices.
+# The part of a row that one program of the kernels for many queries reads; wider rows have slices.
 MAX_SLICE_BYTES = 4096
 MAX_SLICE_WORDS = 1024
 
