@@ -200,7 +200,7 @@ class PackedRows {
       for (const PlannedLevel& level : plan.levels) {
         if (level.packed) {
           pack(rows + level.first_row * value.row_stride, value.row_stride, level.num_rows(),
-               level.first_packed_row, plan.call.head_dim);
+               &packed_[level.first_packed_row * plan.call.head_dim], plan.call.head_dim);
         }
       }
       batch_index_ = tile.batch_index;
@@ -217,11 +217,14 @@ class PackedRows {
   }
 
  private:
-  void pack(const S* source, int64_t stride, int64_t num_rows, int64_t first, int64_t head_dim) {
+  // Not inlined: among the variables of its caller the loop would run out of registers.
+  __attribute__((noinline)) static void pack(const S* source, int64_t stride, int64_t num_rows,
+                                             S* target, int64_t head_dim) {
     constexpr int64_t kRowsAhead = 16;
-    for (int64_t row = 0; row < num_rows; ++row) {
-      prefetch(source + std::min(row + kRowsAhead, num_rows - 1) * stride, head_dim);
-      copy_elements(&packed_[(first + row) * head_dim], source + row * stride, head_dim);
+    const S* const last = source + (num_rows - 1) * stride;
+    for (int64_t rest = num_rows; rest > 0; --rest, source += stride, target += head_dim) {
+      prefetch(rest > kRowsAhead ? source + kRowsAhead * stride : last, head_dim);
+      copy_elements(target, source, head_dim);
     }
   }
 
