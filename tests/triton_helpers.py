@@ -119,8 +119,8 @@ def draw_grad_output(call: Call) -> Tensor:
 def run_kernels(call: Call, grad_output: Tensor, mask: list[bool] | None = None) -> list[Tensor]:
     """The output and the four gradients by the GPU kernels."""
     forward = _on_the_card(gpu.implementations()[0])
-    gradients = run_backward_kernels(call, grad_output, mask or output_mask(call))
-    return [forward(*schema.to_arguments(call)), *gradients]
+    output = forward(*schema.to_arguments(call))
+    return [output, *run_backward_kernels(call, grad_output, mask or output_mask(call))]
 
 
 def run_backward_kernels(call: Call, grad_output: Tensor, mask: list[bool]) -> list[Tensor]:
