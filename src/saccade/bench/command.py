@@ -7,8 +7,9 @@ import json as json_format
 import os
 import platform
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
-from importlib import metadata, util
+from importlib import metadata
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -147,8 +148,10 @@ def machine() -> dict[str, str]:
         "python": platform.python_version(),
         "system": platform.system(),
     }
-    installed = [name for name in PACKAGES if util.find_spec(name.replace("-", "_"))]
-    return versions | {name: metadata.version(name) for name in installed}
+    for package in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
 
 
 def write(path: Path, command: str, results: dict[str, Any]) -> None:
@@ -158,11 +161,8 @@ def write(path: Path, command: str, results: dict[str, Any]) -> None:
     for key, value in (head | results).items():
         text = json_format.dumps(value, indent=2)
         if isinstance(value, list):
-            text = (
-                "[\n"
-                + ",\n".join(json_format.dumps(row, ensure_ascii=False) for row in value)
-                + "\n]"
-            )
+            rows = ",\n".join(json_format.dumps(row, ensure_ascii=False) for row in value)
+            text = f"[\n{rows}\n]"
         parts.append(f"{json_format.dumps(key)}: {text}")
     path.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
 
