@@ -174,6 +174,7 @@ def small_models(monkeypatch):
         monkeypatch.setitem(models.MODELS, name, model)
 
 
+@pytest.mark.slow
 def test_models(small_models, tmp_path):
     path = tmp_path / "models.json"
     code, output = bench("models", "--model", "rt-detr-v2", "--seconds", 0, "--json", path)
@@ -227,6 +228,7 @@ def test_benchmarks_cpu(tmp_path, case):
     assert {"grid_sample", "saccade"} <= {row["baseline"] for row in results["measurements"]}
 
 
+@pytest.mark.slow
 @NEEDS_NATIVE
 @pytest.mark.parametrize("case", ["detr-decoder", "bevformer-sca"])
 def test_benchmarks_fused(tmp_path, monkeypatch, case):

@@ -181,6 +181,7 @@ def test_detect_and_images_without_their_extras_say_what_to_install(hide) -> Non
     assert "pip install 'saccade[explain]'" in result.stderr
 
 
+@pytest.mark.slow
 def test_doctor_finds_this_installation_healthy() -> None:
     lines: list[str] = []
     assert doctor.run(lines.append) == 0, "\n".join(lines)
@@ -266,6 +267,7 @@ def images(tmp_path) -> list[Path]:
     return paths
 
 
+@pytest.mark.slow
 def test_detect_writes_three_files_per_image(model, images, tmp_path) -> None:
     out = tmp_path / "out"
     result = invoke("detect", *images, "--model", model, "--out", out, "--threshold", 0.99)

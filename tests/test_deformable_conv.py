@@ -161,6 +161,7 @@ def test_without_offsets_it_is_a_sum_over_the_window(name):
     torch.testing.assert_close(deformable_convolution(*inputs, **CASES[name]), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("softmax", [False, True], ids=["modulation", "softmax"])
 @pytest.mark.parametrize(
     "options",

@@ -51,6 +51,7 @@ def threshold_for(detector: Detector) -> float:
     return 0.9 if "Deformable" in type(detector.model).__name__ else 0.3
 
 
+@pytest.mark.slow
 def test_attention_runs_on_saccade_and_agrees_with_transformers(detector) -> None:
     assert detector.operators
     with_saccade = detector.detect(IMAGES, 0.0)
@@ -66,6 +67,7 @@ def test_attention_runs_on_saccade_and_agrees_with_transformers(detector) -> Non
             assert mine.box == pytest.approx(other.box, abs=0.02)
 
 
+@pytest.mark.slow
 def test_detections_are_those_of_the_post_processing(detector) -> None:
     threshold = threshold_for(detector)
     results = detector.detect(IMAGES, threshold)
@@ -82,6 +84,7 @@ def test_detections_are_those_of_the_post_processing(detector) -> None:
         assert all(d.score > threshold for d in result.detections)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threshold", [0.0, 0.4, 0.9])
 def test_the_query_of_a_detection_predicted_its_box(detector, threshold) -> None:
     """The box and the score of a detection are those that its query predicted for its class."""
@@ -311,6 +314,7 @@ def test_an_image_that_fails_does_not_stop_the_rest(deformable_detr, tmp_path) -
     assert sorted(out.iterdir()) == sorted(done[2].files)
 
 
+@pytest.mark.slow
 def test_the_json_holds_the_detections(deformable_detr, tmp_path) -> None:
     gradient_image(96, 50).save(tmp_path / "good.png")
     (done,) = detect_images(deformable_detr, [tmp_path / "good.png"], tmp_path, 0.9)

@@ -88,6 +88,7 @@ def test_training_resumes_to_the_same_weights(tmp_path, monkeypatch, capsys):
     assert parts == whole
 
 
+@pytest.mark.slow
 def test_training_runs_through_saccade(tmp_path, monkeypatch):
     from saccade.integrations import operators as integration
 

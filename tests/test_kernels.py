@@ -218,6 +218,7 @@ THREAD_CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype", "finite"),
     some(itertools.product(THREAD_CASES, (torch.float32, torch.bfloat16), (True, False)), 14),
@@ -280,6 +281,7 @@ def cases(draw):
     )
 
 
+@pytest.mark.slow
 @settings(
     max_examples=1000 if ALL else 100,
     deadline=None,

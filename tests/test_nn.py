@@ -160,6 +160,7 @@ MODULES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(MODULES))
 @pytest.mark.parametrize("autocast", [False, True])
 def test_every_parameter_gets_a_gradient_and_learns(cpu_backend, name, autocast):

@@ -130,6 +130,7 @@ def test_compile_with_a_changing_number_of_queries():
         assert all(map(torch.equal, *gradients))
 
 
+@pytest.mark.slow
 @settings(
     max_examples=300 if ALL else 40,
     deadline=None,

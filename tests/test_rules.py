@@ -194,6 +194,7 @@ def test_locations_and_weights_may_have_another_dtype():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("batch_size", "num_queries"), [(0, 5), (2, 0), (0, 0), (1, 1), (70, 1), (2, 67)]
 )

@@ -222,6 +222,7 @@ def test_16_bit_values_are_as_exact_as_naive_ones(kernel, dtype):
     assert_16_bit_is_as_good_as_naive([case.call(*inputs)], [naive], [truth])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_16_bit_number_is_read_and_written_as_it_is(kernel, dtype):
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
