@@ -57,6 +57,7 @@ def run_command(module, *words):
 # --- saccade bench ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bench_measures_prints_and_writes(tmp_path):
     pytest.importorskip("matplotlib")
     path, plot = tmp_path / "bench.json", tmp_path / "bench.png"

@@ -213,6 +213,7 @@ def test_doctor_fails_for_wrong_numbers() -> None:
     assert "in output" in worst.text
 
 
+@pytest.mark.slow
 def test_doctor_compares_forward_and_gradients(monkeypatch) -> None:
     errors = doctor.compare_with_reference()
     assert set(errors) == {
@@ -227,6 +228,7 @@ def test_doctor_compares_forward_and_gradients(monkeypatch) -> None:
     assert max(errors.values()) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("softmax", [False, True])
 @pytest.mark.parametrize(
     ("offsets", "points"), [(False, "sampling_locations"), (True, "sampling_offsets")]
@@ -283,6 +285,7 @@ def test_detect_writes_three_files_per_image(model, images, tmp_path) -> None:
     assert str(images[0]) in result.output
 
 
+@pytest.mark.slow
 def test_detect_skips_what_it_cannot_read(model, images, tmp_path) -> None:
     broken = tmp_path / "broken.png"
     broken.write_text("no image")

@@ -105,6 +105,7 @@ def test_the_query_of_a_detection_predicted_its_box(detector, threshold) -> None
             assert detection.box == pytest.approx(scaled, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_post_processing_that_changes_boxes_is_noticed(deformable_detr) -> None:
     class Clipping:
         def post_process_object_detection(self, outputs, threshold, target_sizes):
@@ -117,6 +118,7 @@ def test_a_post_processing_that_changes_boxes_is_noticed(deformable_detr) -> Non
         find_queries(Clipping(), outputs, 0.5)
 
 
+@pytest.mark.slow
 def test_the_reference_point_of_the_last_layer_is_the_box_before_it(deformable_detr) -> None:
     """With box refinement, a layer starts from the box of the previous layer: an independent path.
 
@@ -137,6 +139,7 @@ def test_the_reference_point_of_the_last_layer_is_the_box_before_it(deformable_d
                 assert detection.look.reference == pytest.approx(expected, abs=tolerance)
 
 
+@pytest.mark.slow
 def test_the_looks_are_those_of_the_chosen_layer(deformable_detr) -> None:
     first = deformable_detr.detect(IMAGES[:1], 0.0, layer=1)[0]
     last = deformable_detr.detect(IMAGES[:1], 0.0)[0]
@@ -181,6 +184,7 @@ def test_a_model_without_deformable_attention_is_named(tmp_path) -> None:
         Detector.load(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_lacks_weights_is_refused(folders, tmp_path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -299,6 +303,7 @@ def test_no_input_is_overwritten(tmp_path) -> None:
     assert not written & set(images)
 
 
+@pytest.mark.slow
 def test_an_image_that_fails_does_not_stop_the_rest(deformable_detr, tmp_path) -> None:
     gradient_image(96, 50).save(tmp_path / "good.png")
     Image.new("RGB", (1, 4000)).save(tmp_path / "thin.png")

@@ -122,6 +122,7 @@ def test_a_program_that_takes_any_batch_and_resolution(detector, tmp_path):
         torch.testing.assert_close(program(pixels), (expected.logits, expected.pred_boxes))
 
 
+@pytest.mark.slow
 def test_fixed(tmp_path):
     result = export(tiny(), tmp_path / "tiny.pt2", fixed=True)
     assert (result.dynamic, result.reasons_not_dynamic) == ((), ())
@@ -162,6 +163,7 @@ def perturbed(change):
     return runtimes
 
 
+@pytest.mark.slow
 def test_other_numbers_leave_no_file(tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "runtimes", perturbed(lambda logits: logits + 0.01))
     path = tmp_path / "tiny.pt2"

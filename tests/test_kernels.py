@@ -72,6 +72,7 @@ def check(case, inputs, grad_output, expected=None, tolerance=None):
         assert_same(results, expected, tolerance, backend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_sizes(case):
     case = case.with_(dtype=torch.float64)

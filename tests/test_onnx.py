@@ -245,6 +245,7 @@ def test_nearest_rounds_half_to_even_and_corners_outside_are_zero(lowering):
     np.testing.assert_allclose(linear.flatten(), [0.5, 1.5, 2.5, 3.5, 2, 0], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gather_never_reads_what_no_corner_names():
     # An infinity in the first cell, which points outside must not read with the weight 0.
     model = Operator({})
@@ -279,6 +280,7 @@ def test_float64_is_float64_throughout(lowering):
     assert_equal(runner(*example), model(*example), tolerance=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lowering", ["plugin", pytest.param("native", marks=pytest.mark.nightly)])
 def test_float64_is_refused_by_nodes_in_float32(lowering):
     example = draw(2, 5, SHAPES[2], dtype=torch.float64)

@@ -96,6 +96,7 @@ def test_opcheck(name):
 # --- the four combinations of points and weights ------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("name", COMBINATIONS)
 def test_every_combination_equals_the_loops(backend, name, ragged):
