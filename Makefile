@@ -46,7 +46,7 @@ format: $(VENV)/.installed
 bench: $(VENV)/.installed $(VENV)/.packages
 	$(BIN)/python -m benchmarks.cpu --plot docs/images/bench.png
 	$(BIN)/python -m benchmarks.fused
-	$(BIN)/saccade bench models --seconds 20 --json benchmarks/results/models.json
+	$(BIN)/python -m benchmarks.models
 	$(BIN)/python -m benchmarks.packages
 	$(BIN)/python -m benchmarks.sweep --plot docs/images/sweep.png
 	$(BIN)/python -m benchmarks.onnx

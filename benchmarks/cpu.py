@@ -9,26 +9,33 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
 import saccade
-from benchmarks.results_file import RESULTS
-from saccade.bench.baselines import BASELINES, Baseline, Function, GridSample, Saccade
-from saccade.bench.command import on_threads
-from saccade.bench.operator import Measurement, Skipped, compare
-from saccade.bench.report import save_plot, table, title, write_measurements
-from saccade.bench.workloads import WORKLOADS, Inputs, Workload
+from benchmarks.results_file import RESULTS, write_results
+from saccade.bench.command import print_table, save_plot
+from saccade.bench.operator import (
+    BASELINES,
+    METHOD,
+    WORKLOADS,
+    Baseline,
+    Function,
+    Row,
+    Workload,
+    compare,
+    draw,
+    grid_sample_function,
+    saccade_function,
+)
 from saccade.integrations.exporter_logging import silence_exporters
 from saccade.ops import native
-from saccade.terminal import out
 
 # Every position is a query: most of a detector's time, and what 16-bit values are for.
 ENCODERS = ("detr-encoder", "dino5-encoder", "mask2former-encoder", "bevformer-tsa")
@@ -41,34 +48,27 @@ COMPILED = ("detr-encoder", "detr-decoder", "dfine-decoder", "tadtr-1d", "medica
 ONNX_OPSET = 20
 
 
-class SaccadeOn(Saccade):
+def saccade_on(isa: str) -> Baseline:
     """Saccade on a chosen instruction set."""
+    name = f"cpu-{isa}"
 
-    def __init__(self, isa: str) -> None:
-        self.name = f"cpu-{isa}"
-        self.about = f"Saccade on {self.name}"
+    def prepare(workload: Workload) -> Function:
+        function = saccade_function(workload)
 
-    def kernel(self) -> str:
-        """The name of the backend."""
-        return self.name
+        def run(*tensors: Tensor) -> Tensor:
+            with saccade.use_backend(name):
+                return function(*tensors)
 
-    def context(self) -> AbstractContextManager[object]:
-        """`use_backend`, for a whole turn, so that its own time is not counted."""
-        return saccade.use_backend(self.name)
+        return run
+
+    return Baseline(name, prepare, takes_16_bits=True)
 
 
-class GridSampleAnywhere(GridSample):
+def grid_sample_anywhere(workload: Workload) -> Function:
     """transformers' functions, and the same in one and three dimensions."""
-
-    def refusal(self, workload: Workload, *, backward: bool) -> str | None:
-        """Refuses nothing."""
-        return None
-
-    def prepare(self, workload: Workload, inputs: Inputs | None = None) -> Function:
-        """The function for the workload's dimensions."""
-        if workload.spatial_dims == 2:
-            return super().prepare(workload, inputs)
-        return _grid_sample_on_lines_or_volumes(workload)
+    if workload.spatial_dims == 2:
+        return grid_sample_function(workload)
+    return _grid_sample_on_lines_or_volumes(workload)
 
 
 def _grid_sample_on_lines_or_volumes(workload: Workload) -> Function:
@@ -101,59 +101,44 @@ def _grid_sample_on_lines_or_volumes(workload: Workload) -> Function:
     return run
 
 
-class CompiledGridSample(GridSampleAnywhere):
-    """The same under torch.compile."""
-
-    name = "torch.compile"
-    about = "grid_sample under torch.compile, sizes fixed"
-
-    def refusal(self, workload: Workload, *, backward: bool) -> str | None:
-        """Refuses what `COMPILED` leaves out."""
-        return None if workload.name in COMPILED else "left out, to keep the study short"
-
-    def prepare(self, workload: Workload, inputs: Inputs | None = None) -> Function:
-        """Compiled anew for each case: what was compiled before would make the sizes dynamic."""
-        torch._dynamo.reset()
-        compiled: Function = torch.compile(super().prepare(workload, inputs), dynamic=False)
-        return compiled
+def compiled_grid_sample(workload: Workload) -> Function:
+    """The same under torch.compile, sizes fixed."""
+    if workload.name not in COMPILED:
+        raise NotImplementedError("left out, to keep the study short")
+    # Compiled anew for each case: what was compiled before would make the sizes dynamic.
+    torch._dynamo.reset()
+    compiled: Function = torch.compile(grid_sample_anywhere(workload), dynamic=False)
+    return compiled
 
 
-class OnnxRuntime(GridSampleAnywhere):
-    """The grid_sample path exported by torch.onnx, in ONNX Runtime."""
+def onnx_runtime(workload: Workload) -> Function:
+    """The grid_sample path exported by torch.onnx, in ONNX Runtime on as many threads as torch has."""
+    import onnxruntime
 
-    name = "onnxruntime"
-    about = "grid_sample exported to ONNX (GridSample), ONNX Runtime on the CPU; forward only"
-    modules = ("transformers", "onnx", "onnxscript", "onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Its threads would go on spinning after a call, and slow down the baseline whose turn is next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session: Any = None
 
-    def refusal(self, workload: Workload, *, backward: bool) -> str | None:
-        """Refuses the backward."""
-        return "an exported graph has no backward" if backward else None
-
-    def prepare(self, workload: Workload, inputs: Inputs | None = None) -> Function:
-        """A session on as many threads as torch has; tensors go in and out without a copy."""
-        import onnxruntime
-
-        assert inputs is not None
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        # Its threads would go on spinning after a call, and slow down the baseline whose turn is next.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        session = onnxruntime.InferenceSession(
-            _export(super().prepare(workload, inputs), inputs),
-            options,
-            providers=["CPUExecutionProvider"],
-        )
+    def run(*tensors: Tensor) -> Tensor:
+        nonlocal session
+        if tensors[0].requires_grad:
+            raise NotImplementedError("an exported graph has no backward")
+        if session is None:
+            providers = ["CPUExecutionProvider"]
+            session = onnxruntime.InferenceSession(_export(workload), options, providers=providers)
         names = [node.name for node in session.get_inputs()]
+        arrays = (tensor.numpy() for tensor in tensors)
+        outputs = session.run(None, dict(zip(names, arrays, strict=True)))
+        return torch.from_numpy(outputs[0])
 
-        def run(*tensors: Tensor) -> Tensor:
-            arrays = (tensor.numpy() for tensor in tensors)
-            outputs = session.run(None, dict(zip(names, arrays, strict=True)))
-            return torch.from_numpy(outputs[0])
-
-        return run
+    return run
 
 
-def _export(function: Function, inputs: Inputs) -> bytes:
+def _export(workload: Workload) -> bytes:
+    function = grid_sample_anywhere(workload)
+
     class Graph(torch.nn.Module):
         def forward(self, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
             return function(value, locations, weights)
@@ -161,46 +146,41 @@ def _export(function: Function, inputs: Inputs) -> bytes:
     file = BytesIO()
     with silence_exporters():
         program: Any = torch.onnx.export(
-            Graph(), tuple(inputs[:3]), dynamo=True, opset_version=ONNX_OPSET, verbose=False
+            Graph(),
+            tuple(draw(workload, dtype=torch.float32)[:3]),
+            dynamo=True,
+            opset_version=ONNX_OPSET,
+            verbose=False,
         )
         program.save(file)
     return file.getvalue()
 
 
-class Step(NamedTuple):
-    """One call of `compare`, forward and with backward."""
+def steps() -> Iterator[tuple[str, Sequence[Baseline], dict[str, Any]]]:
+    """The workloads, what they are measured against, and in which setting.
 
-    workload: str
-    baselines: list[Baseline]
-    threads: int
-    dtype: torch.dtype = torch.float32
-    uniform: bool = False
-    single_call: bool = False
-
-
-def plan() -> Iterator[Step]:
-    """What is measured: about half an hour on two cores.
-
-    float32 and model-like locations on all threads and on one, uniform locations, bfloat16 for the
-    encoders, single calls for the decoders.
+    float32 on all threads and on one, bfloat16 for the encoders, single calls for the decoders.
     """
     best = saccade.which_backend().name
-    isas = [SaccadeOn(isa) for isa in native.available_isas() if f"cpu-{isa}" != best]
-    native_only = [BASELINES["saccade"], GridSampleAnywhere(), BASELINES["torch-ms-deform-attn"]]
-    everything = [*native_only, CompiledGridSample(), OnnxRuntime(), *isas]
+    isas = [saccade_on(isa) for isa in native.available_isas() if f"cpu-{isa}" != best]
+    onnx = Baseline("onnxruntime", onnx_runtime)
+    native_only = [
+        BASELINES["saccade"],
+        Baseline("grid_sample", grid_sample_anywhere),
+        BASELINES["torch-ms-deform-attn"],
+    ]
+    everything = [*native_only, Baseline("torch.compile", compiled_grid_sample), onnx, *isas]
     threads = torch.get_num_threads()
     for name in WORKLOADS:
-        yield Step(name, everything, threads)
+        yield name, everything, {"threads": threads}
     # One thread takes twice as long, and compiled code and ONNX Runtime show nothing new there.
     for name in WORKLOADS if threads > 1 else ():
-        yield Step(name, [*native_only, *isas], 1)
-    for name in WORKLOADS:
-        yield Step(name, [*native_only, *isas], threads, uniform=True)
+        yield name, [*native_only, *isas], {"threads": 1}
     for name in ENCODERS:
-        yield Step(name, [*native_only, *isas], threads, torch.bfloat16)
+        yield name, [*native_only, *isas], {"threads": threads, "dtype": torch.bfloat16}
     # Other instruction sets read the same memory: after them the caches would not be as others leave them.
     for name in DECODERS:
-        yield Step(name, [*native_only, OnnxRuntime()], threads, single_call=True)
+        yield name, [*native_only, onnx], {"threads": threads, "turn_seconds": 0}
 
 
 def main() -> None:
@@ -211,29 +191,23 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "cpu.json")
     parser.add_argument("--plot", type=Path, help="for example docs/images/bench.png")
     arguments = parser.parse_args()
-    results: list[Measurement | Skipped] = []
-    for step in plan():
-        if step.workload not in (arguments.case or WORKLOADS):
+    results: list[Row] = []
+    for name, baselines, setting in steps():
+        if name not in (arguments.case or WORKLOADS):
             continue
+        caches = "as left" if "turn_seconds" in setting else "warm"
+        torch.set_num_threads(setting.pop("threads"))
         for backward in (False, True):
-            with on_threads(step.threads):
-                rows = list(
-                    compare(
-                        WORKLOADS[step.workload],
-                        step.baselines,
-                        dtype=step.dtype,
-                        uniform=step.uniform,
-                        backward=backward,
-                        single_call=step.single_call,
-                        seconds=arguments.seconds,
-                    )
-                )
-            results += rows
-            out.print(title(rows[0].setting), style="bold")
-            out.print(table(rows), "")
-    write_measurements(arguments.output, "python -m benchmarks.cpu", results)
+            rows = compare(
+                WORKLOADS[name], baselines, backward=backward, seconds=arguments.seconds, **setting
+            )
+            print(*(rows[0][key] for key in ("workload", "direction", "dtype", "threads")), caches)
+            print_table(rows, "baseline", ("milliseconds", "minimum", "upper_quartile"))
+            results += [row | {"caches": caches} for row in rows]
+    content = {"method": METHOD, "measurements": results}
+    write_results(arguments.output, "python -m benchmarks.cpu", content)
     if arguments.plot:
-        save_plot(results, arguments.plot)
+        save_plot([row for row in results if row["caches"] == "warm"], arguments.plot)
 
 
 if __name__ == "__main__":

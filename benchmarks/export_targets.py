@@ -149,9 +149,10 @@ def _patched(name: str, *, strict: bool = False) -> Target:
 
 def _mask2former_resnet() -> nn.Module:
     """The same model on a backbone without windows."""
-    resnet = dict(SMALL_MODELS["deformable-detr"].backbone[1])  # type: ignore[index]
-    resnet["out_features"] = ["stage1", "stage2", "stage3", "stage4"]
-    return Detector(SMALL_MODELS["mask2former"]._replace(backbone=("ResNet", resnet)))
+    model = SMALL_MODELS["mask2former"]
+    resnet = SMALL_MODELS["deformable-detr"].config["backbone_config"]
+    resnet = resnet | {"out_features": ["stage1", "stage2", "stage3", "stage4"]}
+    return Detector(model._replace(config=model.config | {"backbone_config": resnet}))
 
 
 TARGETS: dict[str, Target] = {

@@ -14,18 +14,20 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
 import saccade
-from benchmarks.cpu import GridSampleAnywhere
-from benchmarks.results_file import RESULTS
-from saccade.bench.baselines import BASELINES
-from saccade.bench.command import on_threads
-from saccade.bench.report import milliseconds, times, write
-from saccade.bench.workloads import OFFSET_PIXELS, WORKLOADS, Workload, reference_points
+from benchmarks.cpu import grid_sample_anywhere
+from benchmarks.results_file import RESULTS, write_results
+from saccade.bench.command import milliseconds, times
+from saccade.bench.operator import (
+    OFFSET_PIXELS,
+    WORKLOADS,
+    Workload,
+    reference_points,
+    saccade_function,
+)
 from saccade.sampling import sampling_locations
-from saccade.terminal import out
 from saccade.timing import alternate
 
 CASES = (
@@ -79,7 +81,7 @@ def _fused_rows(workload: Workload, seconds: float) -> list[Row]:
     offsets = torch.randn(*pairs, workload.spatial_dims, generator=random) * OFFSET_PIXELS
     logits = torch.randn(pairs, generator=random)
     located = sampling_locations(references, offsets, shapes, points)
-    grid_sample = GridSampleAnywhere().prepare(workload)
+    grid_sample = grid_sample_anywhere(workload)
 
     def fused(value: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
         return saccade.fused_deformable_attention(
@@ -131,12 +133,9 @@ def _measure(
         timings = alternate(functions, seconds)
         ours = timings[next(iter(variants))].milliseconds
         for variant, timing in timings.items():
-            ratio, ms = (
-                float(f"{timing.milliseconds / ours:.4g}"),
-                float(f"{timing.milliseconds:.5g}"),
-            )
+            ratio = float(f"{timing.milliseconds / ours:.4g}")
             threads, note = torch.get_num_threads(), notes.get(variant, "")
-            rows.append(Row(name, direction, threads, variant, ratio, ms, note))
+            rows.append(Row(name, direction, threads, variant, ratio, timing.milliseconds, note))
     return rows
 
 
@@ -211,7 +210,7 @@ def _ragged_rows(workload: Workload, seconds: float) -> list[Row]:
         setattr(module, projection, torch.nn.Identity())
     counts = visible.sum(-1).flatten().tolist()
     index = [visible[0, view].nonzero().flatten() for view in range(num_views)]
-    grid_sample = GridSampleAnywhere().prepare(workload)
+    grid_sample = grid_sample_anywhere(workload)
 
     def ragged(query: Tensor, value: Tensor) -> Tensor:
         output: Tensor = module(query, references, visible, value, workload.shapes)
@@ -258,7 +257,7 @@ def _ragged_rows(workload: Workload, seconds: float) -> list[Row]:
         "ragged": (ragged, inputs),
         "pad and rebatch, Saccade's fused operator": (padded_by(by_saccade), inputs),
         "pad and rebatch, Saccade's operator": (
-            padded_by(located_by(BASELINES["saccade"].prepare(workload))),
+            padded_by(located_by(saccade_function(workload))),
             inputs,
         ),
         "pad and rebatch, grid_sample": (padded_by(located_by(grid_sample)), inputs),
@@ -270,17 +269,6 @@ def _ragged_rows(workload: Workload, seconds: float) -> list[Row]:
     return _measure(workload.name, variants, seconds, notes)
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """For the terminal."""
-    shown = Table("workload", "direction", "variant", "time", "ratio", box=None)
-    for row in rows:
-        cells = (row.workload, row.direction, row.variant)
-        shown.add_row(*cells, milliseconds(row.milliseconds), times(row.ratio))
-    notes = dict.fromkeys(f"{row.variant}: {row.note}" for row in rows if row.note)
-    shown.caption = "\n".join(notes)
-    return shown
-
-
 def main() -> None:
     """Measures, prints and writes."""
     known = [*CASES, VIEWS]
@@ -290,12 +278,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5, help="of taking turns per measurement")
     parser.add_argument("--output", type=Path, default=RESULTS / "fused.json")
     arguments = parser.parse_args()
-    with on_threads(arguments.threads):
-        names = arguments.case or known
-        rows = [row for name in names for row in measure_workload(name, arguments.seconds)]
-    out.print(table(rows))
-    fields = {"measurements": [row._asdict() for row in rows]}
-    write(arguments.output, "python -m benchmarks.fused", {"method": METHOD}, fields)
+    torch.set_num_threads(arguments.threads or torch.get_num_threads())
+    names = arguments.case or known
+    rows = [row for name in names for row in measure_workload(name, arguments.seconds)]
+    for row in rows:
+        print(row.workload, row.direction, row.variant, row.note, sep=", ")
+        print(f"{times(row.ratio):>8} {milliseconds(row.milliseconds)}")
+    content = {"method": METHOD, "measurements": [row._asdict() for row in rows]}
+    write_results(arguments.output, "python -m benchmarks.fused", content)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import saccade
 from benchmarks.results_file import RESULTS, write_results
-from saccade.bench.report import machine
+from saccade.bench.command import machine
 from saccade.integrations import onnx as saccade_onnx
 from saccade.timing import alternate
 

@@ -1,22 +1,20 @@
 """Models of other packages, as PyPI has them, with random weights: as published against patched.
 
-`python -m benchmarks.packages` writes benchmarks/results/packages.json, as `saccade bench models` does for
+`python -m benchmarks.packages` writes benchmarks/results/packages.json, as benchmarks.models does for
 transformers. The packages are those of .ci/packages.txt.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
-from benchmarks.results_file import RESULTS, write_results
+from benchmarks.models import write_models
 from saccade.bench import models
 from saccade.integrations import extensions
 
@@ -38,7 +36,7 @@ class Whole(nn.Module):
 class Package(NamedTuple):
     """A package's model, as `saccade.bench.models.measure` takes it."""
 
-    name: str
+    package: str
     input: str
     size: tuple[int, int]
     make: Callable[[], nn.Module]
@@ -46,12 +44,7 @@ class Package(NamedTuple):
     def build(self) -> nn.Module:
         torch.manual_seed(0)
         model = self.make().eval()
-        for name, parameter in model.named_parameters():
-            # Fresh models have zeros here: all queries would look at the same positions.
-            if name.endswith(("sampling_offsets.weight", "attention_weights.weight")):
-                nn.init.normal_(parameter, std=0.02)
-            elif name.endswith(("value_proj.weight", "output_proj.weight")):
-                nn.init.xavier_uniform_(parameter)
+        models.spread_queries(model, std=0.02)
         return model
 
     def inputs(self) -> dict[str, Tensor]:
@@ -112,20 +105,12 @@ PACKAGES = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.packages", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=20, help="of taking turns, for each model")
-    parser.add_argument("--output", type=Path, default=RESULTS / "packages.json")
-    arguments = parser.parse_args()
     sys.path.append(str(ROOT / "tests"))
     import packages
 
     packages.add_to_path()
     packages.import_torchvision()
-    rows = [models.measure(package, arguments.seconds) for package in PACKAGES]
-    Console().print(models.table(rows))
-    head = {"method": models.METHOD, "threads": torch.get_num_threads()}
-    results = {**head, "models": [row._asdict() for row in rows]}
-    write_results(arguments.output, "python -m benchmarks.packages", results)
+    write_models("packages", __doc__, [(package.package, package) for package in PACKAGES])
 
 
 if __name__ == "__main__":

@@ -1,14 +1,51 @@
-"""The models of `saccade bench models`, small: every part is there, and nothing takes long.
+"""All families of models, and small ones of each: every part is there, and nothing takes long.
 
-Tests and the export study use them.
+Tests and the export study use the small ones.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from saccade.bench.models import MODELS, Model
+import torch
+from torch import Tensor
 
+from saccade.bench.models import MODELS, NO_DENOISING, SWIN_T, Model, backbone
+
+
+class TextModel(Model):
+    """A model that reads a text too, or its task."""
+
+    def inputs(self, seed: int = 0) -> dict[str, Tensor]:
+        random = torch.Generator().manual_seed(seed)
+        inputs = super().inputs(seed)
+        if "text_config" not in self.config:
+            return inputs | {"task_inputs": torch.randint(200, 900, (1, 77), generator=random)}
+        tokens = torch.randint(200, 900, (1, 16), generator=random)
+        # [CLS] words . [SEP], in the numbers of BERT's vocabulary
+        tokens[0, [0, -2, -1]] = torch.tensor([101, 1012, 102])
+        return inputs | {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+_GROUNDING = backbone("swin", 3, **SWIN_T) | {"text_config": {"model_type": "bert"}}
+# fmt: off
+ALL_MODELS: dict[str, Model] = MODELS | {
+    "grounding-dino": TextModel(
+        "Grounding DINO, Swin T, 800 x 1333, 16 tokens", "GroundingDinoForObjectDetection",
+        (800, 1333), _GROUNDING),
+    "mm-grounding-dino": TextModel(
+        "MM Grounding DINO, Swin T, 800 x 1333, 16 tokens", "MMGroundingDinoForObjectDetection",
+        (800, 1333), _GROUNDING),
+    "oneformer": TextModel("OneFormer, Swin T, 640 x 640", "OneFormerForUniversalSegmentation",
+                           (640, 640), {"is_training": False}),
+    "rt-detr": Model("RT-DETR, R50, 640 x 640", "RTDetrForObjectDetection",
+                     (640, 640), backbone("rt_detr_resnet", 3) | NO_DENOISING),
+    # LW-DETR has one map; its default configuration has no factors.
+    "lw-detr": Model("LW-DETR S, 640 x 640", "LwDetrForObjectDetection",
+                     (640, 640), {"projector_scale_factors": [1.0]}),
+    "deimv2": Model("DEIMv2, 640 x 640", "Deimv2ForObjectDetection", (640, 640), NO_DENOISING),
+}
+# fmt: on
 _NARROW: dict[str, Any] = {
     "embedding_size": 8,
     "hidden_sizes": [8, 16, 16, 32],
@@ -94,15 +131,13 @@ _SIZES: dict[str, tuple[tuple[int, int], dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def _make_small(model: Model) -> Model:
-    size, backbone, config = _SIZES[model.name]
-    return model._replace(
-        size=size,
-        backbone=model.backbone and (model.backbone[0], model.backbone[1] | backbone),
-        config=model.config | config,
-        text=None if model.text is None else _TEXT,
-        std=0.3,
-    )
+def _make_small(name: str, model: Model) -> Model:
+    size, backbone_sizes, sizes = _SIZES[name]
+    config = model.config | sizes
+    for part, part_sizes in (("backbone_config", backbone_sizes), ("text_config", _TEXT)):
+        if part in config:
+            config[part] = config[part] | part_sizes
+    return model._replace(size=size, config=config, std=0.3)
 
 
-SMALL_MODELS = {name: _make_small(model) for name, model in MODELS.items()}
+SMALL_MODELS = {name: _make_small(name, ALL_MODELS[name]) for name in _SIZES}

@@ -22,12 +22,9 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.results_file import RESULTS
-from saccade.bench.baselines import BASELINES
-from saccade.bench.command import on_threads
-from saccade.bench.operator import Truth, timed_call
-from saccade.bench.report import machine, write
-from saccade.bench.workloads import WORKLOADS, Workload, draw
+from benchmarks.results_file import RESULTS, write_results
+from saccade.bench.command import machine
+from saccade.bench.operator import WORKLOADS, Truth, Workload, draw, saccade_function, timed_call
 from saccade.timing import alternate
 
 # Value rows of a random shape: at some 10 to 100 GB/s a forward takes 0.2 to 50 ms.
@@ -148,8 +145,8 @@ def measure(workload: Workload, seconds: float) -> tuple[float, float]:
     Raises:
         ArithmeticError: the results differ from the definition.
     """
-    inputs = draw(workload, dtype=torch.float32, uniform=False)
-    function = BASELINES["saccade"].prepare(workload)
+    inputs = draw(workload, dtype=torch.float32)
+    function = saccade_function(workload)
     functions = {
         direction: timed_call(function, inputs, direction != DIRECTIONS[0])
         for direction in DIRECTIONS
@@ -224,17 +221,17 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="for example docs/images/sweep.png")
     arguments = parser.parse_args()
     keep_memory()
-    with on_threads(arguments.threads):
-        workloads = [WORKLOADS[name] for name in arguments.case or WORKLOADS]
-        workloads += random_workloads(arguments.shapes, arguments.seed)
-        shapes = [measure_shape(workload, arguments.seconds) for workload in workloads]
-        summaries = [summarise(shapes, direction) for direction in DIRECTIONS]
-        print(json.dumps(summaries, indent=1))
-        head = {"method": METHOD, "threads": torch.get_num_threads(), "summary": summaries}
-        rows = {"shapes": [shape._asdict() for shape in shapes]}
-        write(arguments.output, "python -m benchmarks.sweep", head, rows)
-        if arguments.plot:
-            save_plot(shapes, arguments.plot)
+    torch.set_num_threads(arguments.threads or torch.get_num_threads())
+    workloads = [WORKLOADS[name] for name in arguments.case or WORKLOADS]
+    workloads += random_workloads(arguments.shapes, arguments.seed)
+    shapes = [measure_shape(workload, arguments.seconds) for workload in workloads]
+    summaries = [summarise(shapes, direction) for direction in DIRECTIONS]
+    print(json.dumps(summaries, indent=1))
+    head = {"method": METHOD, "threads": torch.get_num_threads(), "summary": summaries}
+    rows = {"shapes": [shape._asdict() for shape in shapes]}
+    write_results(arguments.output, "python -m benchmarks.sweep", head | rows)
+    if arguments.plot:
+        save_plot(shapes, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results_file import RESULTS
-from saccade.bench.operator import Measurement, Setting
-from saccade.bench.report import milliseconds, times
+from saccade.bench.command import milliseconds, times
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKED = re.compile(
@@ -37,17 +36,17 @@ README_BASELINES = ("grid_sample", "torch-ms-deform-attn")
 CPU_BASELINES = (*README_BASELINES, "onnxruntime")
 
 Results = dict[str, Any]
-Rows = dict[str, dict[str, Measurement]]
+Rows = dict[str, dict[str, Results]]
 """By workload and direction, then by baseline."""
 
 
 def readme() -> list[str]:
     """The ratios, and beside the first baseline's the times."""
     results = _load("cpu.json")
-    rows, setting = _common_setting(results)
+    rows, threads = _common_rows(results)
     titles = [f"{way}: {name}" for way in DIRECTIONS for name in README_BASELINES]
     lines = [
-        f"{_versions(results['machine'])}; {setting.threads} threads, float32.\n",
+        f"{_versions(results['machine'])}; {threads} threads, float32.\n",
         *_header("workload", *titles),
     ]
     for case, title in README_CASES.items():
@@ -63,7 +62,7 @@ def readme() -> list[str]:
 def cpu() -> list[str]:
     """Every workload: Saccade's time, then the ratio of each baseline, in both directions."""
     results = _load("cpu.json")
-    rows, setting = _common_setting(results)
+    rows, threads = _common_rows(results)
     columns = [
         (way, name)
         for way in DIRECTIONS
@@ -74,14 +73,14 @@ def cpu() -> list[str]:
     for way in DIRECTIONS:
         titles += [f"{way}: Saccade", *(name for column, name in columns if column == way)]
     lines = [
-        f"{_versions(results['machine'])}; {setting.threads} threads, float32, model-like locations.\n",
+        f"{_versions(results['machine'])}; {threads} threads, float32, model-like locations.\n",
         *_header(*titles),
     ]
     for case in dict.fromkeys(key.split()[0] for key in rows):
         cells = [case]
         for way in DIRECTIONS:
             here = rows[f"{case} {way}"]
-            cells.append(milliseconds(here["saccade"].milliseconds))
+            cells.append(milliseconds(here["saccade"]["milliseconds"]))
             cells += [_cell(here, name) for column, name in columns if column == way]
         lines.append(_row(cells))
     return lines
@@ -98,7 +97,7 @@ def drop_in() -> list[str]:
     for source, rows in (("transformers", results["models"]), ("", packages["models"])):
         for row in rows:
             cells = [source or row["model"], row["input"]]
-            if row["reason"]:
+            if row.get("reason"):
                 lines.append(_row([*cells, "–", row["reason"]]))
                 continue
             spent = f"{row['patched_ms'] / 1e3:.3g} against {row['eager_ms'] / 1e3:.3g} s"
@@ -112,36 +111,26 @@ def _load(name: str) -> Results:
     return results
 
 
-def read_measurements(results: Results) -> list[Measurement]:
-    """The measurements of a file that `saccade bench --json` or `benchmarks.cpu` wrote."""
-    measurements = []
-    for row in results["measurements"]:
-        setting = Setting(**{name: row.pop(name) for name in Setting._fields})
-        measurements.append(Measurement(setting, **row))
-    return measurements
-
-
-def _common_setting(results: Results) -> tuple[Rows, Setting]:
-    """What was measured in float32 with model-like locations and warm caches on all threads."""
-    measurements = read_measurements(results)
-    threads = max(one.setting.threads for one in measurements)
-    common = Setting("", "", "model-like", "float32", threads, "warm")
+def _common_rows(results: Results) -> tuple[Rows, int]:
+    """What was measured in float32 with warm caches on all threads, and their number."""
+    threads = max(row["threads"] for row in results["measurements"])
+    common = {"dtype": "float32", "threads": threads, "caches": "warm"}
     rows: Rows = {}
-    for one in measurements:
-        if one.setting[2:] == common[2:]:
-            here = rows.setdefault(f"{one.setting.workload} {one.setting.direction}", {})
-            here[one.baseline] = one
-    return rows, common
+    for row in results["measurements"]:
+        # Earlier results have uniform locations too.
+        if "ratio" in row and common.items() <= row.items() and row.get("locations") != "uniform":
+            rows.setdefault(f"{row['workload']} {row['direction']}", {})[row["baseline"]] = row
+    return rows, threads
 
 
-def _cell(here: dict[str, Measurement], name: str, *, with_times: bool = False) -> str:
+def _cell(here: dict[str, Results], name: str, *, with_times: bool = False) -> str:
     if name not in here:
         return "–"
-    ratio = times(here[name].ratio)
+    ratio = times(here[name]["ratio"])
     if not with_times:
         return ratio
-    own = milliseconds(here["saccade"].milliseconds).removesuffix(" ms")
-    return f"**{ratio}** {own} against {milliseconds(here[name].milliseconds)}"
+    own = milliseconds(here["saccade"]["milliseconds"]).removesuffix(" ms")
+    return f"**{ratio}** {own} against {milliseconds(here[name]['milliseconds'])}"
 
 
 def _row(cells: Sequence[str]) -> str:

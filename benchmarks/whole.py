@@ -19,8 +19,7 @@ from torch import Tensor
 
 import saccade
 from benchmarks.results_file import RESULTS, write_results
-from saccade.bench.baselines import BASELINES, Function
-from saccade.bench.workloads import WORKLOADS, Workload, draw
+from saccade.bench.operator import BASELINES, WORKLOADS, Function, Workload, draw
 from saccade.call import parse_call
 from saccade.ops.schema import to_arguments
 from saccade.sampling import sampling_locations
@@ -79,12 +78,12 @@ def _peak(name: str) -> float:
     """Growth of the largest resident memory during the second call (Linux)."""
     workload = WORKLOADS["detr-encoder"]
     torch.set_num_threads(2)
-    inputs = draw(workload, dtype=torch.float32, uniform=False)
+    inputs = draw(workload, dtype=torch.float32)
     call = _CALLS[name](workload)
     small = workload._replace(shapes=[(8, 8)] * 4)
     with torch.no_grad():
         # Code and thread pools in place.
-        _CALLS[name](small)(*draw(small, dtype=torch.float32, uniform=False)[:3])
+        _CALLS[name](small)(*draw(small, dtype=torch.float32)[:3])
         with open("/proc/self/clear_refs", "w") as reset:
             reset.write("5")  # the peak starts again from what is resident now
         before = _status("VmRSS")
@@ -121,7 +120,7 @@ def gradients_are_bitwise_equal() -> bool:
     equal = True
     for name in ("detr-encoder", "rtdetr-decoder", "plain-single-map"):
         workload = WORKLOADS[name]
-        inputs = draw(workload, dtype=torch.float32, uniform=False)
+        inputs = draw(workload, dtype=torch.float32)
         results = []
         for number in (1, 2, 2, 16):
             torch.set_num_threads(number)

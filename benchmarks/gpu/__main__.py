@@ -31,12 +31,20 @@ from torch import Tensor
 from triton.testing import do_bench, do_bench_cudagraph
 
 import saccade
-from benchmarks.cpu import GridSampleAnywhere
+from benchmarks.cpu import grid_sample_anywhere
 from benchmarks.results_file import RESULTS, write_results
-from saccade.bench.baselines import BASELINES
 from saccade.bench.models import MODELS
-from saccade.bench.operator import TOLERANCES, Truth, describe_error, timed_call
-from saccade.bench.workloads import WORKLOADS, Inputs, Workload, draw
+from saccade.bench.operator import (
+    TOLERANCES,
+    WORKLOADS,
+    Inputs,
+    Truth,
+    Workload,
+    describe_error,
+    draw,
+    saccade_function,
+    timed_call,
+)
 from saccade.doctor import compare_with_reference
 
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -93,9 +101,9 @@ def prepare(name: str, workload: Workload, inputs: Inputs) -> tuple[Function, In
         Exception: it is not installed, or cannot do the workload.
     """
     if name == "saccade":
-        return BASELINES[name].prepare(workload), inputs
+        return saccade_function(workload), inputs
     if name == "grid_sample":  # takes one dtype for all tensors
-        return GridSampleAnywhere().prepare(workload), Inputs(
+        return grid_sample_anywhere(workload), Inputs(
             *(tensor.to(inputs.value.dtype) for tensor in inputs)
         )
     function = EXTENSIONS[name]()

@@ -33,7 +33,7 @@ from saccade.backends.triton import backward_plan, forward_plan
 from saccade.backends.triton.backward import BackwardPlan
 from saccade.backends.triton.forward import ForwardPlan
 from saccade.backends.triton.plan import Kernel
-from saccade.bench.workloads import WORKLOADS, Workload
+from saccade.bench.operator import WORKLOADS, Workload
 from saccade.call import Call, parse_call
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "gpu_compile.json"

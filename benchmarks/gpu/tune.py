@@ -22,7 +22,7 @@ import torch  # isort: skip
 from triton.testing import do_bench_cudagraph
 
 from saccade.backends.triton import backward_plan, forward_plan, tuning
-from saccade.bench.workloads import WORKLOADS, Workload, draw
+from saccade.bench.operator import WORKLOADS, Workload, draw
 from saccade.call import Call, parse_call
 
 WIDTHS = (16, 32, 64, 128, 256, 512, 1024)

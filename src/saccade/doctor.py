@@ -107,7 +107,7 @@ def _versions() -> Iterator[CheckResult]:
 
 
 def _processor() -> Iterator[CheckResult]:
-    yield CheckResult("Processor", "name", _processor_name())
+    yield CheckResult("Processor", "name", processor_name())
     yield CheckResult("Processor", "torch sees", torch.backends.cpu.get_cpu_capability())
     text = (
         f"{torch.get_num_threads()} (torch.set_num_threads changes it), {os.cpu_count()} processors"
@@ -115,7 +115,8 @@ def _processor() -> Iterator[CheckResult]:
     yield CheckResult("Processor", "threads", text)
 
 
-def _processor_name() -> str:
+def processor_name() -> str:
+    """Returns the processor's name, as the system gives it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             for line in file:

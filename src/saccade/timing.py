@@ -21,7 +21,7 @@ SLOW_ROUNDS = 3
 
 
 class Timing(NamedTuple):
-    """What one call of a function took, over its rounds."""
+    """What one call of a function took, over its rounds, to five digits."""
 
     milliseconds: float
     """The median."""
@@ -90,8 +90,9 @@ def alternate(
 
 def _summarize(times: list[float], calls: int) -> Timing:
     quartile = statistics.quantiles(times, n=4)[2] if len(times) > 1 else times[0]
-    median, minimum = statistics.median(times), min(times)
-    return Timing(1e3 * median, 1e3 * minimum, 1e3 * quartile, len(times), calls)
+    seconds = (statistics.median(times), min(times), quartile)
+    median, minimum, quartile = (float(f"{1e3 * time:.5g}") for time in seconds)
+    return Timing(median, minimum, quartile, len(times), calls)
 
 
 def _time(function: Callable[[], object], calls: int = 1) -> float:

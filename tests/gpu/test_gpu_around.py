@@ -21,8 +21,8 @@ from torch import nn
 
 import saccade
 from saccade import reference
-from saccade.bench.workloads import WORKLOADS
-from saccade.bench.workloads import draw as draw_workload
+from saccade.bench.operator import WORKLOADS
+from saccade.bench.operator import draw as draw_workload
 
 pytestmark = [*GPU, pytest.mark.parametrize("form", ["plain", "fused"])]
 

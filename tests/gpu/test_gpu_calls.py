@@ -16,10 +16,8 @@ from gpu_cases import (
 )
 from helpers import some
 
-from saccade.bench.baselines import BASELINES
-from saccade.bench.operator import Truth, timed_call
-from saccade.bench.workloads import WORKLOADS
-from saccade.bench.workloads import draw as draw_workload
+from saccade.bench.operator import WORKLOADS, Truth, saccade_function, timed_call
+from saccade.bench.operator import draw as draw_workload
 
 pytestmark = GPU
 
@@ -47,10 +45,10 @@ def test_workloads(name, dtype):
     workload = WORKLOADS[name]
     inputs = draw_workload(workload, dtype=dtype)
     on_card = type(inputs)(*(tensor.cuda() for tensor in inputs))
-    results = timed_call(BASELINES["saccade"].prepare(workload), on_card, backward=True)()
+    results = timed_call(saccade_function(workload), on_card, backward=True)()
     assert not any(tensor.isnan().any() for tensor in results)
     truth = Truth(workload, inputs, backward=True)
-    truth.check("cpu", timed_call(BASELINES["saccade"].prepare(workload), inputs, backward=True)())
+    truth.check("cpu", timed_call(saccade_function(workload), inputs, backward=True)())
     truth.check("saccade", [tensor.cpu() for tensor in results])
 
 
@@ -62,7 +60,7 @@ def test_the_same_backward_a_hundred_times(name, dtype, mode):
     workload = WORKLOADS[name]
     inputs = [tensor.cuda() for tensor in draw_workload(workload, dtype=dtype)]
     run = timed_call(
-        BASELINES["saccade"].prepare(workload),
+        saccade_function(workload),
         type(draw_workload(workload, dtype=dtype))(*inputs),
         True,
     )

@@ -1,31 +1,33 @@
-"""`saccade bench`: reads arguments, shows progress, prints tables, writes JSON and a plot."""
+"""`saccade bench`: reads arguments, prints tables, writes JSON and a plot."""
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import datetime
+import json as json_format
+import os
+import platform
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from importlib import metadata, util
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
+from rich.table import Table
 
-from saccade.bench.workloads import WORKLOADS
-from saccade.terminal import err, fail, need, out
+import saccade
+from saccade.bench import models, operator
+from saccade.bench.models import MODELS
+from saccade.bench.operator import BASELINES, DEFAULT_WORKLOADS, DTYPES, WORKLOADS, Row
+from saccade.doctor import processor_name
+from saccade.terminal import fail, need, out
 
-if TYPE_CHECKING:
-    from saccade.bench.operator import Measurement, Skipped
-
-# transformers and matplotlib are imported by what needs them, after the arguments.
-
-DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+PACKAGES = ("transformers", "torch-ms-deform-attn", "onnxruntime")  # whose versions are recorded
 Names = list[str] | None
 Seconds = Annotated[float, typer.Option(min=0, help="How long to take turns, per measurement.")]
-JsonFile = Annotated[
-    Path | None, typer.Option("--json", help="Also write the results here.", show_default=False)
-]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the results here.")]
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -33,153 +35,86 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 @app.callback(invoke_without_command=True)
 def bench(
     context: typer.Context,
-    case: Annotated[
-        Names, typer.Option(help="A workload of --list; repeat it. Default: all.")
-    ] = None,
-    baseline: Annotated[
-        Names, typer.Option(help="A baseline of --list; repeat it. Default: all.")
-    ] = None,
+    case: Annotated[Names, typer.Option(help="A workload of --list; repeat it.")] = None,
     dtype: Annotated[
         Names, typer.Option(help="float32 (default), bfloat16 or float16; repeat it.")
     ] = None,
     threads: Annotated[
-        list[int] | None,
-        typer.Option(min=1, help="CPU threads; repeat it. Default: torch's choice."),
+        list[int] | None, typer.Option(min=1, help="CPU threads; repeat it.")
     ] = None,
     backward: Annotated[
         bool, typer.Option("--backward", help="Also time forward and backward together.")
     ] = False,
-    uniform: Annotated[
-        bool, typer.Option("--uniform", help="Locations anywhere on the map, not near the queries.")
-    ] = False,
-    single_call: Annotated[
-        bool,
-        typer.Option(
-            "--single-call", help="One call per turn: caches as the baselines leave them."
-        ),
-    ] = False,
     seconds: Seconds = 1.0,
     json: JsonFile = None,
     plot: Annotated[
-        Path | None,
-        typer.Option(
-            "--plot", help="Also draw the ratios, for example bench.png.", show_default=False
-        ),
+        Path | None, typer.Option(help="Also draw the ratios, for example bench.png.")
     ] = None,
-    names: Annotated[
-        bool, typer.Option("--list", help="Only list workloads and baselines.")
-    ] = False,
+    only_list: Annotated[bool, typer.Option("--list", help="Only list the workloads.")] = False,
 ) -> None:
     """The operator's speed on this machine, beside every baseline that is installed.
 
     All run in this process, taking turns, on the same inputs, after their results were compared with
     the definition in float64. Times are medians; a ratio is the baseline's time divided by Saccade's. A
-    baseline that is missing or cannot do a case is listed with the reason. The grid_sample path is
-    transformers' own code.
+    baseline that is missing or cannot do a case is listed with the reason.
 
     Exit code: 0 done; 1 a baseline gave wrong results; 2 wrong usage, or a file that cannot be written.
     """
     if context.invoked_subcommand is not None:
         return
-    from saccade.bench import report
-    from saccade.bench.baselines import BASELINES
-    from saccade.bench.operator import compare
-
-    if names:
-        for workload in WORKLOADS.values():
-            out.print(f"{workload.name:20} {workload.source}", markup=False)
-        for one in BASELINES.values():
-            reason = one.missing()
-            text = f"not here: {reason}" if reason else one.about
-            out.print(f"{one.name:20} {text}", markup=False, soft_wrap=True)
+    if only_list:
+        for name, workload in WORKLOADS.items():
+            out.print(f"{name:20} {workload.source}", markup=False, soft_wrap=True)
         return
     _check("--case", case, WORKLOADS)
-    _check("--baseline", baseline, BASELINES)
     _check("--dtype", dtype, DTYPES)
     if plot is not None:
         need("bench --plot", "bench", "matplotlib")
-    baselines = [BASELINES[name] for name in dict.fromkeys(["saccade", *(baseline or BASELINES)])]
-    out.print(report.machine_line(), soft_wrap=True)
-    out.print(f"{report.METHOD}\n", style="dim")
-    results: list[Measurement | Skipped] = []
-    has_failed = False
-    directions = [False, True] if backward else [False]
-    numbers: list[int | None] = list(threads) if threads else [None]
-    steps = product(numbers, dtype or ["float32"], case or WORKLOADS, directions)
-    for number, dtype_name, name, with_backward in steps:
-        try:
-            with on_threads(number):
-                rows = list(
-                    compare(
-                        WORKLOADS[name],
-                        baselines,
-                        dtype=DTYPES[dtype_name],
-                        uniform=uniform,
-                        backward=with_backward,
-                        single_call=single_call,
-                        seconds=seconds,
-                    )
-                )
-        except ArithmeticError as error:
-            has_failed = True
-            err.print(f"wrong results: {name}: {error}", markup=False, soft_wrap=True)
-            continue
+    _print_head(operator.METHOD)
+    results: list[Row] = []
+    directions = (False, True) if backward else (False,)
+    cases, numbers = case or DEFAULT_WORKLOADS, threads or [torch.get_num_threads()]
+    for number, dtype_name, name, both in product(numbers, dtype or ["float32"], cases, directions):
+        torch.set_num_threads(number)
+        setting = {"dtype": DTYPES[dtype_name], "backward": both, "seconds": seconds}
+        rows = operator.compare(WORKLOADS[name], list(BASELINES.values()), **setting)
+        heading = (name, rows[0]["direction"], dtype_name, f"threads: {number}")
+        out.print(" · ".join(heading), style="bold", soft_wrap=True)
+        print_table(rows, "baseline", ("milliseconds", "minimum", "upper_quartile"))
         results += rows
-        out.print(report.title(rows[0].setting), style="bold", soft_wrap=True)
-        out.print(report.table(rows))
-        for line in report.skipped_lines(rows):
-            out.print(line, style="dim", markup=False, soft_wrap=True)
-        out.print()
-    if json is not None:
-        with writing(json):
-            report.write_measurements(json, command_line(context), results)
-    if plot is not None:
-        with writing(plot):
-            report.save_plot(results, plot)
-    if has_failed:
-        raise typer.Exit(1)
+    content = {"method": operator.METHOD, "measurements": results}
+    _write(json, partial(write, command="saccade bench", results=content))
+    _write(plot, partial(save_plot, results))
+    _fail_if_wrong(results)
 
 
 @app.command("models")
 def bench_models(
-    context: typer.Context,
     model: Annotated[Names, typer.Option(help="A model, by name; repeat it. Default: all.")] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads. Default: torch's choice.")
-    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     seconds: Seconds = 10.0,
     json: JsonFile = None,
 ) -> None:
     """Whole transformers models with random weights: a forward eager, and after saccade.patch.
 
-    Also how much of the forward is spent in attention, projections included, before and after. The
-    models are made here, nothing is downloaded. One that cannot be made is listed with the reason.
+    The models are made here, nothing is downloaded. One that cannot be made is listed with the reason.
 
     Exit code: 0 done; 1 a patched model gave other outputs; 2 wrong usage or something is missing.
     """
     need("bench models", "bench", "transformers")
-    from saccade.bench import models, report
+    _check("--model", model, MODELS)
+    _print_head(models.METHOD)
+    torch.set_num_threads(threads or torch.get_num_threads())
+    content = models.measure_all([(name, MODELS[name]) for name in model or MODELS], seconds)
+    print_table(content["models"], "input", ("eager_ms", "patched_ms"))
+    _write(json, partial(write, command="saccade bench models", results=content))
+    _fail_if_wrong(content["models"])
 
-    _check("--model", model, models.MODELS)
-    rows, has_failed = [], False
-    with on_threads(threads):
-        out.print(report.machine_line(), soft_wrap=True)
-        out.print(f"threads: {torch.get_num_threads()}; ratio = eager / patched\n")
-        for name in model or models.MODELS:
-            err.print(f"{name} …", style="dim")
-            try:
-                rows.append(models.measure(models.MODELS[name], seconds))
-            except ArithmeticError as error:
-                has_failed = True
-                err.print(f"wrong results: {error}", markup=False, soft_wrap=True)
-        out.print(models.table(rows))
-        if json is not None:
-            head = {"method": models.METHOD, "threads": torch.get_num_threads()}
-            with writing(json):
-                rows_by_key = {"models": [row._asdict() for row in rows]}
-                report.write(json, command_line(context), head, rows_by_key)
-    if has_failed:
-        raise typer.Exit(1)
+
+def _print_head(method: str) -> None:
+    parts = (f"{key} {value}" for key, value in machine().items())
+    out.print(", ".join(parts), markup=False, soft_wrap=True)
+    out.print(f"{method}\n", style="dim", markup=False)
 
 
 def _check(option: str, names: Iterable[str] | None, known: Iterable[str]) -> None:
@@ -188,35 +123,99 @@ def _check(option: str, names: Iterable[str] | None, known: Iterable[str]) -> No
             fail(f"{option}: expected one of {', '.join(known)}, got {name}")
 
 
-@contextmanager
-def on_threads(number: int | None) -> Iterator[None]:
-    """Sets torch's number of CPU threads, and the one before again; None leaves it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _fail_if_wrong(rows: Sequence[Row]) -> None:
+    if any(row.get("is_wrong") for row in rows):
+        raise typer.Exit(1)
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Says what was written, or why it could not be."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        fail(f"cannot write {path}: {error}")
-    out.print(f"Written: {path}", markup=False, soft_wrap=True)
+def _write(path: Path | None, write_to: Callable[[Path], None]) -> None:
+    if path is not None:
+        try:
+            write_to(path)
+        except (OSError, ValueError) as error:
+            fail(f"cannot write {path}: {error}")
+        out.print(f"Written: {path}", markup=False, soft_wrap=True)
 
 
-def command_line(context: typer.Context) -> str:
-    """The command, for the record; absolute paths are left out, as they name this machine's folders."""
-    words = context.command_path.split()
-    for parameter in context.command.params:
-        value = context.params.get(parameter.name or "")
-        if value is None or value is False or value == [] or value == parameter.default:
-            continue
-        for one in value if isinstance(value, (list, tuple)) else [value]:
-            if not (isinstance(one, Path) and one.is_absolute()):
-                words += [parameter.opts[0]] + ([] if one is True else [str(one)])
-    return shlex.join(words)
+def machine() -> dict[str, str]:
+    """What a measurement depends on."""
+    versions = {
+        "processor": f"{processor_name()}, {os.cpu_count()} cores",
+        "saccade": saccade.__version__,
+        "backend": saccade.which_backend().name,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
+    }
+    installed = [name for name in PACKAGES if util.find_spec(name.replace("-", "_"))]
+    return versions | {name: metadata.version(name) for name in installed}
+
+
+def write(path: Path, command: str, results: dict[str, Any]) -> None:
+    """Writes a JSON file: command, date, machine and the results; of a list one element per line."""
+    head = {"command": command, "date": datetime.date.today().isoformat(), "machine": machine()}
+    parts = []
+    for key, value in (head | results).items():
+        text = json_format.dumps(value, indent=2)
+        if isinstance(value, list):
+            text = (
+                "[\n"
+                + ",\n".join(json_format.dumps(row, ensure_ascii=False) for row in value)
+                + "\n]"
+            )
+        parts.append(f"{json_format.dumps(key)}: {text}")
+    path.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+
+
+def times(ratio: float) -> str:
+    """A ratio as a person reads it: three digits, two where the third is noise."""
+    return f"{ratio:.{0 if ratio >= 100 else 1 if ratio >= 2 else 2}f} ×"
+
+
+def milliseconds(time: float) -> str:
+    """A time in milliseconds, three digits."""
+    return f"{time:.0f} ms" if time >= 100 else f"{time:.3g} ms"
+
+
+def print_table(rows: Sequence[Row], name: str, keys: Sequence[str]) -> None:
+    """Prints the ratio, what is at `name`, and the times in milliseconds at `keys`; or why there are none."""
+    headings = (key.replace("milliseconds", "median").replace("_", " ") for key in keys)
+    table = Table("ratio", name, *headings, "computes in", box=None)
+    for row in rows:
+        if "ratio" in row:
+            cells = (milliseconds(row[key]) for key in keys)
+            table.add_row(times(row["ratio"]), row[name], *cells, row.get("computes_in"))
+    out.print(table)
+    for row in rows:
+        if "reason" in row:
+            out.print(f"–  {row[name]}: {row['reason']}", style="dim", markup=False, soft_wrap=True)
+    out.print()
+
+
+def save_plot(rows: Sequence[Row], path: Path) -> None:
+    """Draws the ratios of the first dtype and number of threads: a row per workload, a mark per baseline."""
+    measured = [row for row in rows if "ratio" in row]
+    if not measured:
+        raise ValueError("measurements: expected at least one, got none")
+    from matplotlib.figure import Figure
+
+    setting = (measured[0]["dtype"], measured[0]["threads"])
+    measured = [row for row in measured if (row["dtype"], row["threads"]) == setting]
+    workloads, directions, baselines = (
+        list(dict.fromkeys(row[key] for row in measured))
+        for key in ("workload", "direction", "baseline")
+    )
+    figure = Figure((11, 2 + 0.4 * len(workloads)), layout="constrained")
+    figure.suptitle(f"{setting[0]}, {setting[1]} threads, {processor_name()}", fontsize=10)
+    panels = figure.subplots(1, len(directions), sharey=True, squeeze=False)[0]
+    for panel, direction in zip(panels, directions, strict=True):
+        for baseline in baselines:
+            here = {"baseline": baseline, "direction": direction}
+            marks = [row for row in measured if here.items() <= row.items()]
+            ratios = [row["ratio"] for row in marks]
+            panel.scatter(ratios, [row["workload"] for row in marks], label=baseline)
+        panel.set(title=direction, xlabel="the baseline's time divided by Saccade's", xscale="log")
+        panel.grid(axis="y")
+    panels[0].invert_yaxis()
+    panels[0].legend()
+    figure.savefig(path, dpi=130)
