@@ -1,6 +1,6 @@
 # make demo   set up, then find and explain the digits of a shipped scene
 # make test   set up, then run the tests (ten minutes on two cores)
-# make test-quick   those that take less than two seconds each, for the inner loop (under 90 seconds)
+# make test-quick   those that take less than half a second each, for the inner loop (under 90 seconds)
 # make test-all     everything: exhaustive grids, every package, whole models
 # make lint   formatting, style, types
 # make bench  the measurements of the README and the docs (half an hour; on a quiet machine)

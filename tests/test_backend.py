@@ -257,6 +257,7 @@ def test_blocks_of_two_threads_may_overlap():
     assert saccade.which_backend() == default
 
 
+@pytest.mark.slow
 def test_a_direct_call_keeps_the_tangent():
     case = Case(dtype=torch.float64)
     value, locations, weights = case.draw()

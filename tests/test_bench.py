@@ -59,6 +59,7 @@ def run_command(module, *words):
 # --- saccade bench ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bench_measures_prints_and_writes(tmp_path):
     pytest.importorskip("matplotlib")
     path, plot = tmp_path / "bench.json", tmp_path / "bench.png"
@@ -179,6 +180,7 @@ def small_models(monkeypatch):
         monkeypatch.setitem(models.MODELS, name, SMALL_MODELS[name])
 
 
+@pytest.mark.slow
 def test_models(small_models, tmp_path):
     path = tmp_path / "models.json"
     code, output = bench("models", "--model", "rt-detr-v2", "--seconds", 0, "--json", path)
@@ -233,6 +235,7 @@ def test_benchmarks_cpu(tmp_path, case):
     assert {"grid_sample", "saccade"} <= {row["baseline"] for row in results["measurements"]}
 
 
+@pytest.mark.slow
 def test_benchmarks_models(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     study = importlib.import_module("benchmarks.models")
@@ -245,6 +248,7 @@ def test_benchmarks_models(tmp_path, monkeypatch):
     assert row["ratio"] > 0
 
 
+@pytest.mark.slow
 @NEEDS_NATIVE
 @pytest.mark.parametrize("case", ["detr-decoder", "bevformer-sca"])
 def test_benchmarks_fused(tmp_path, monkeypatch, case):

@@ -181,6 +181,7 @@ def test_detect_and_images_without_their_extras_say_what_to_install(hide) -> Non
     assert "pip install 'saccade[explain]'" in result.stderr
 
 
+@pytest.mark.slow
 def test_doctor_finds_this_installation_healthy() -> None:
     lines: list[str] = []
     assert doctor.run(lines.append) == 0, "\n".join(lines)
@@ -212,6 +213,7 @@ def test_doctor_fails_for_wrong_numbers() -> None:
     assert "in output" in worst.text
 
 
+@pytest.mark.slow
 def test_doctor_compares_forward_and_gradients(monkeypatch) -> None:
     errors = doctor.compare_with_reference()
     assert set(errors) == {
@@ -226,6 +228,7 @@ def test_doctor_compares_forward_and_gradients(monkeypatch) -> None:
     assert max(errors.values()) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("softmax", [False, True])
 @pytest.mark.parametrize(
     ("offsets", "points"), [(False, "sampling_locations"), (True, "sampling_offsets")]
@@ -266,6 +269,7 @@ def images(tmp_path) -> list[Path]:
     return paths
 
 
+@pytest.mark.slow
 def test_detect_writes_three_files_per_image(model, images, tmp_path) -> None:
     out = tmp_path / "out"
     result = invoke("detect", *images, "--model", model, "--out", out, "--threshold", 0.99)
@@ -281,6 +285,7 @@ def test_detect_writes_three_files_per_image(model, images, tmp_path) -> None:
     assert str(images[0]) in result.output
 
 
+@pytest.mark.slow
 def test_detect_skips_what_it_cannot_read(model, images, tmp_path) -> None:
     broken = tmp_path / "broken.png"
     broken.write_text("no image")

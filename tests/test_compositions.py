@@ -86,6 +86,7 @@ def test_depth_weighted_is_the_operator_on_any_volume(data):
     assert_all_close(actual, expected, 4 * TOLERANCE[torch.float64])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_multi_camera_is_its_loops(backend, dtype):
     value, locations, weights = draw_multi_camera(dtype)
@@ -134,6 +135,7 @@ def test_multi_camera_reads_strictly_inside_only(backend):
         assert torch.allclose(weights.grad.flatten(), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_first_derivatives(cpu_backend):
     shapes, cameras = [(2, 3), (1, 2)], [[(2, 2)], [(1, 3)]]
     inputs = draw_depth_weighted(shapes=shapes, batch=1, queries=2, points=2, head_dim=2)
@@ -148,6 +150,7 @@ def test_first_derivatives(cpu_backend):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BACKENDS[:2])
 def test_second_derivatives(name):
     with saccade.use_backend(name):

@@ -159,6 +159,7 @@ def test_flash_deform_attn(cpu_backend, dtype):
         assert (got.double() - want).abs().max() <= tolerance * want.abs().max()
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_functions():
     value, offsets, modulation = (tensor.double() for tensor in draw(torch.float32, batch=1))
     inputs = [value[:, :3, :4], offsets[:, :2, :4].flatten(3), modulation[:, :2, :4].flatten(3)]

@@ -115,6 +115,7 @@ def test_the_convolution_is_its_loops(cpu_backend, name, softmax):
         assert_it_is_its_loops(options, dtype, batch=2 if dtype == torch.float32 else 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "softmax", "dtype"),
     some(itertools.product(CASES, (False, True), (torch.float32, torch.float64)), 6),
@@ -161,6 +162,7 @@ def test_without_offsets_it_is_a_sum_over_the_window(name):
     torch.testing.assert_close(deformable_convolution(*inputs, **CASES[name]), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("softmax", [False, True], ids=["modulation", "softmax"])
 @pytest.mark.parametrize(
     "options",

@@ -51,6 +51,7 @@ def threshold_for(detector: Detector) -> float:
     return 0.9 if "Deformable" in type(detector.model).__name__ else 0.3
 
 
+@pytest.mark.slow
 def test_attention_runs_on_saccade_and_agrees_with_transformers(detector) -> None:
     assert detector.operators
     with_saccade = detector.detect(IMAGES, 0.0)
@@ -66,6 +67,7 @@ def test_attention_runs_on_saccade_and_agrees_with_transformers(detector) -> Non
             assert mine.box == pytest.approx(other.box, abs=0.02)
 
 
+@pytest.mark.slow
 def test_detections_are_those_of_the_post_processing(detector) -> None:
     threshold = threshold_for(detector)
     results = detector.detect(IMAGES, threshold)
@@ -82,6 +84,7 @@ def test_detections_are_those_of_the_post_processing(detector) -> None:
         assert all(d.score > threshold for d in result.detections)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threshold", [0.0, 0.4, 0.9])
 def test_the_query_of_a_detection_predicted_its_box(detector, threshold) -> None:
     """The box and the score of a detection are those that its query predicted for its class."""
@@ -102,6 +105,7 @@ def test_the_query_of_a_detection_predicted_its_box(detector, threshold) -> None
             assert detection.box == pytest.approx(scaled, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_post_processing_that_changes_boxes_is_noticed(deformable_detr) -> None:
     class Clipping:
         def post_process_object_detection(self, outputs, threshold, target_sizes):
@@ -114,6 +118,7 @@ def test_a_post_processing_that_changes_boxes_is_noticed(deformable_detr) -> Non
         find_queries(Clipping(), outputs, 0.5)
 
 
+@pytest.mark.slow
 def test_the_reference_point_of_the_last_layer_is_the_box_before_it(deformable_detr) -> None:
     """With box refinement, a layer starts from the box of the previous layer: an independent path.
 
@@ -134,6 +139,7 @@ def test_the_reference_point_of_the_last_layer_is_the_box_before_it(deformable_d
                 assert detection.look.reference == pytest.approx(expected, abs=tolerance)
 
 
+@pytest.mark.slow
 def test_the_looks_are_those_of_the_chosen_layer(deformable_detr) -> None:
     first = deformable_detr.detect(IMAGES[:1], 0.0, layer=1)[0]
     last = deformable_detr.detect(IMAGES[:1], 0.0)[0]
@@ -178,6 +184,7 @@ def test_a_model_without_deformable_attention_is_named(tmp_path) -> None:
         Detector.load(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_lacks_weights_is_refused(folders, tmp_path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -296,6 +303,7 @@ def test_no_input_is_overwritten(tmp_path) -> None:
     assert not written & set(images)
 
 
+@pytest.mark.slow
 def test_an_image_that_fails_does_not_stop_the_rest(deformable_detr, tmp_path) -> None:
     gradient_image(96, 50).save(tmp_path / "good.png")
     Image.new("RGB", (1, 4000)).save(tmp_path / "thin.png")
@@ -311,6 +319,7 @@ def test_an_image_that_fails_does_not_stop_the_rest(deformable_detr, tmp_path) -
     assert sorted(out.iterdir()) == sorted(done[2].files)
 
 
+@pytest.mark.slow
 def test_the_json_holds_the_detections(deformable_detr, tmp_path) -> None:
     gradient_image(96, 50).save(tmp_path / "good.png")
     (done,) = detect_images(deformable_detr, [tmp_path / "good.png"], tmp_path, 0.9)

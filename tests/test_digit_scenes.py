@@ -88,6 +88,7 @@ def test_training_resumes_to_the_same_weights(tmp_path, monkeypatch, capsys):
     assert parts == whole
 
 
+@pytest.mark.slow
 def test_training_runs_through_saccade(tmp_path, monkeypatch):
     from saccade.integrations import operators as integration
 
@@ -120,6 +121,7 @@ def test_shipped_model_is_small_and_as_good_as_promised():
     assert metrics["AP50"] >= 0.92
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["scene_0.png", "scene_1.png"])
 def test_shipped_scenes_and_their_expected_detections(name):
     from PIL import Image

@@ -227,6 +227,7 @@ def test_training_learns_and_scores_before_and_after(
         assert bool(layer.cross_attention.sampling_offsets.weight.any()) is not freeze
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_training(monkeypatch, capsys):
     weights = []
     for module, finder in ((beats, "BeatFinder"), (blobs, "BlobFinder")):

@@ -122,6 +122,7 @@ def test_a_program_that_takes_any_batch_and_resolution(detector, tmp_path):
         torch.testing.assert_close(program(pixels), (expected.logits, expected.pred_boxes))
 
 
+@pytest.mark.slow
 def test_fixed(tmp_path):
     result = export(tiny(), tmp_path / "tiny.pt2", fixed=True)
     assert (result.dynamic, result.reasons_not_dynamic) == ((), ())
@@ -130,6 +131,7 @@ def test_fixed(tmp_path):
         program(torch.randn(2, 3, 64, 96))
 
 
+@pytest.mark.slow
 def test_the_smallest_image(tmp_path):
     result = export(tiny(fewer_rows_differ=24), tmp_path / "tiny.pt2")
     assert result.dynamic == ("batch", "height", "width")
@@ -138,6 +140,7 @@ def test_the_smallest_image(tmp_path):
     assert result.min_size == result.size == (64, 96)
 
 
+@pytest.mark.slow
 def test_a_model_whose_code_fixes_the_resolution(tmp_path):
     result = export(tiny(fixed_size=(64, 96)), tmp_path / "tiny.pt2")
     assert result.dynamic == ("batch",)
@@ -160,6 +163,7 @@ def perturbed(change):
     return runtimes
 
 
+@pytest.mark.slow
 def test_other_numbers_leave_no_file(tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "runtimes", perturbed(lambda logits: logits + 0.01))
     path = tmp_path / "tiny.pt2"
@@ -171,6 +175,7 @@ def test_other_numbers_leave_no_file(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_numbers_that_are_right_for_one_image_only(tmp_path, monkeypatch):
     """A file that is wrong for a batch is written again, for a batch of one."""
     monkeypatch.setattr(formats, "runtimes", perturbed(lambda logits: logits.roll(1, 0)))
@@ -210,6 +215,7 @@ def assert_holds_no_path_of_this_machine(content):
         assert folder.encode() not in content
 
 
+@pytest.mark.slow
 def test_a_program_keeps_neither_the_image_nor_the_folders_of_this_machine(tmp_path):
     result = export(tiny(), tmp_path / "tiny.pt2")
     with zipfile.ZipFile(result.path) as archive:
@@ -249,6 +255,7 @@ def test_the_command(invoke, folder, tmp_path, lowering):
     assert list(tmp_path.glob("*.onnx*")) == [path]
 
 
+@pytest.mark.slow
 def test_the_command_states_the_smallest_image_of_a_program(invoke, tmp_path, monkeypatch):
     monkeypatch.setattr(Detector, "load", lambda model: tiny(fewer_rows_differ=24))
     result = invoke("--to", "torch", "--out", tmp_path / "tiny.pt2", "--seconds", 0)
@@ -298,6 +305,7 @@ def test_what_is_missing_is_named(invoke, monkeypatch):
     assert "needs onnxscript, not installed here: pip install 'saccade[export]'" in result.output
 
 
+@pytest.mark.slow
 def test_the_scene_is_an_image_that_the_model_reads():
     image = Image.open(doctor.EXAMPLE_IMAGE).convert("RGB")
     (result,) = Detector.load().detect([image])

@@ -74,6 +74,7 @@ def check(work, target, runtime):
             assert told == "yes", call
 
 
+@pytest.mark.slow
 def test_one_cell(work_on):
     check(work_on("op"), "op", "ONNX Runtime, gather")
 

@@ -69,6 +69,7 @@ def test_loops_agree(backend, name, coordinates):
     torch.testing.assert_close(case.call(*inputs), fused_loops(case, *inputs), rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_sizes(case, dtype):
@@ -261,6 +262,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 @settings(max_examples=600 if ALL else 80, **SETTINGS)
 @given(
     case=CALLS,

@@ -196,6 +196,7 @@ def retired(name: str) -> Iterator[str]:
             yield f"{name}:{line}: {words!r}; write instead: {rules[match.lastindex - 1].instead}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", [*CODE, *PAGES])
 def test_retired_words_stay_away(folder: str) -> None:
     names = [name for name in files() if name.startswith(folder)]

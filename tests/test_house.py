@@ -71,6 +71,7 @@ def test_imports_go_downward_only():
             assert find_layer(part) <= find_layer(target), f"{path.name} imports {name} upward"
 
 
+@pytest.mark.slow
 def test_exports_do_not_depend_on_benchmarks():
     for part, path, tree in modules():
         if part == "export":

@@ -72,6 +72,7 @@ def check(case, inputs, grad_output, expected=None, tolerance=None):
         assert_same(results, expected, tolerance, backend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_sizes(case):
     case = case.with_(dtype=torch.float64)
@@ -218,6 +219,7 @@ THREAD_CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype", "finite"),
     some(itertools.product(THREAD_CASES, (torch.float32, torch.bfloat16), (True, False)), 14),
@@ -280,6 +282,7 @@ def cases(draw):
     )
 
 
+@pytest.mark.slow
 @settings(
     max_examples=1000 if ALL else 100,
     deadline=None,

@@ -150,6 +150,7 @@ def test_neon_under_emulation(tmp_path):
     assert "neon float64" in printed
 
 
+@pytest.mark.slow
 def test_equal_calls_share_a_plan_and_others_do_not(tmp_path):
     compiler = tool("g++", "clang++")
     objects = compile_objects(compiler, tmp_path, ["-O0"], ["plan", "plan_cache"])

@@ -160,6 +160,7 @@ MODULES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(MODULES))
 @pytest.mark.parametrize("autocast", [False, True])
 def test_every_parameter_gets_a_gradient_and_learns(cpu_backend, name, autocast):
@@ -194,6 +195,7 @@ def output_and_gradients(module, inputs, autocast):
     return [output, *(parameter.grad for parameter in module.parameters())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "autocast"), helpers.some([(name, flag) for name in MODULES for flag in (0, 1)], 3)
 )

@@ -186,6 +186,7 @@ def test_ragged_queries_and_points_by_level(lowering):
     assert_equal(runner(*example), model(*example))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lowering", "call", "spatial_dims", "others"),
     [
@@ -205,6 +206,7 @@ def test_what_a_lowering_cannot_do_is_refused_at_export(lowering, call, spatial_
     assert f"the lowering {others} can" in message
 
 
+@pytest.mark.slow
 def test_volumes_in_an_older_opset_are_refused():
     with pytest.raises(torch.onnx.errors.OnnxExporterError, match="opset_version=20 on"):
         export(Operator({}), draw(2, 5, SHAPES[3]), "grid_sample", opset_version=18)
@@ -243,6 +245,7 @@ def test_nearest_rounds_half_to_even_and_corners_outside_are_zero(lowering):
     np.testing.assert_allclose(linear.flatten(), [0.5, 1.5, 2.5, 3.5, 2, 0], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gather_never_reads_what_no_corner_names():
     # An infinity in the first cell, which points outside must not read with the weight 0.
     model = Operator({})
@@ -254,6 +257,7 @@ def test_gather_never_reads_what_no_corner_names():
     assert not runner(maps, query, mask)[0].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lowering", daily("gather", "native"))
 def test_a_float16_value_with_float32_positions(lowering):
     model = Operator({})
@@ -266,6 +270,7 @@ def test_a_float16_value_with_float32_positions(lowering):
     np.testing.assert_allclose(output, expected.numpy(), rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lowering", ["grid_sample", "gather"])
 def test_float64_is_float64_throughout(lowering):
     model = Operator({}, {"padding": "border"})
@@ -275,6 +280,7 @@ def test_float64_is_float64_throughout(lowering):
     assert_equal(runner(*example), model(*example), tolerance=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lowering", ["plugin", pytest.param("native", marks=pytest.mark.nightly)])
 def test_float64_is_refused_by_nodes_in_float32(lowering):
     example = draw(2, 5, SHAPES[2], dtype=torch.float64)

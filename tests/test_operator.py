@@ -82,7 +82,8 @@ def test_opcheck(name):
         torch.library.opcheck(OPERATOR, permute(arguments))
     if name not in COMBINATIONS and not ALL:
         return
-    grad_output = torch.randn(OPERATOR(*arguments).mT.shape).mT.requires_grad_()
+    output = OPERATOR(*arguments)
+    grad_output = torch.randn(output.mT.shape, dtype=output.dtype).mT.requires_grad_()
     has_references = arguments.reference_points is not None
     for mask in ([True, True, True, has_references], [False, True, False, False]):
         # Not the AOT test: it would differentiate the backward, whose formula runs autograd itself.
@@ -96,6 +97,7 @@ def test_opcheck(name):
 # --- the four combinations of points and weights ------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("name", COMBINATIONS)
 def test_every_combination_equals_the_loops(backend, name, ragged):

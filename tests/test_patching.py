@@ -292,6 +292,7 @@ def test_a_patched_model_is_one_graph(kind):
     assert_same([compiled(value)], [model(value)])
 
 
+@pytest.mark.slow
 def test_targets_that_cannot_be_patched():
     with pytest.raises(
         TypeError, match="target: expected a torch.nn.Module, a package or the name"

@@ -76,6 +76,7 @@ def package(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
+@pytest.mark.slow
 def test_a_package_by_name(package, monkeypatch):
     calls = counted_calls(monkeypatch)
     report = saccade.patch(package)
@@ -111,6 +112,7 @@ def test_a_package_by_name(package, monkeypatch):
     assert len(calls) == 2
 
 
+@pytest.mark.slow
 def test_a_package_goes_back_to_the_same_objects(package):
     names = ("functions", "layers")
     files = [importlib.import_module(f"{package}.{name}") for name in names]
@@ -126,6 +128,7 @@ def test_a_package_goes_back_to_the_same_objects(package):
     assert saccade.unpatch(package) == PatchReport([], {})
 
 
+@pytest.mark.slow
 def test_models_made_while_a_package_is_patched(package):
     functions = importlib.import_module(f"{package}.functions")
     saccade.patch(package)
@@ -141,6 +144,7 @@ def test_models_made_while_a_package_is_patched(package):
     assert kept.again.keywords == {"num": 1}
 
 
+@pytest.mark.slow
 def test_odd_things_in_other_packages_do_no_harm(package, tmp_path, monkeypatch):
     def loop():
         pass

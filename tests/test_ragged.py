@@ -64,6 +64,7 @@ def test_every_map_has_its_queries(cpu_backend, name):
     check_map_by_map(case, COUNTS, inputs, results, grad_output)
 
 
+@pytest.mark.slow
 def test_every_map_has_its_few_queries(backend):
     case, counts = Case(batch_size=4, num_points=1, num_heads=2), [2, 0, 7, 1]
     inputs = draw(case, counts)
@@ -130,6 +131,7 @@ def test_compile_with_a_changing_number_of_queries():
         assert all(map(torch.equal, *gradients))
 
 
+@pytest.mark.slow
 @settings(
     max_examples=300 if ALL else 40,
     deadline=None,

@@ -53,6 +53,7 @@ def test_reference_equals_scalar_loops(interpolation, padding, coordinates, size
     assert_same([case.call(*inputs)], [loops(case, *inputs)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shapes", "padding", "coordinates"),
     some(

@@ -180,6 +180,7 @@ def test_positions_are_float32_whatever_the_values_dtype(dtype):
     assert (output.flatten().float() + 190 - x).abs().max() < 0.01
 
 
+@pytest.mark.slow
 def test_locations_and_weights_may_have_another_dtype():
     case = SMALL
     value, locations, weights = case.draw()
@@ -194,6 +195,7 @@ def test_locations_and_weights_may_have_another_dtype():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("batch_size", "num_queries"), [(0, 5), (2, 0), (0, 0), (1, 1), (70, 1), (2, 67)]
 )
@@ -230,6 +232,7 @@ def test_one_head_of_values_serves_all_heads():
     assert_same([case.call(value, locations, weights)], [case.call(copied, locations, weights)])
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_strides():
     case = SMALL
     inputs = case.draw()
@@ -245,6 +248,7 @@ def test_results_do_not_depend_on_strides():
     )
 
 
+@pytest.mark.slow
 def test_gradients_do_not_depend_on_strides_of_grad_output():
     case = SMALL
     inputs = case.draw()
@@ -279,6 +283,7 @@ def test_value_padding_mask_true_counts_as_0():
     ).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1001,), (37, 53), (7, 11, 13)])
 def test_a_map_of_its_own_coordinates_is_read_back_bit_for_bit(shape):
     axes = torch.meshgrid(*[torch.arange(size).double() for size in shape], indexing="ij")
@@ -290,6 +295,7 @@ def test_a_map_of_its_own_coordinates_is_read_back_bit_for_bit(shape):
     assert torch.equal(output, centres.view(1, count, dims))
 
 
+@pytest.mark.slow
 def test_in_place_edit_of_the_output_keeps_gradients_right():
     case = SMALL
     leaves = [tensor.requires_grad_() for tensor in case.draw()]

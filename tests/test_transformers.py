@@ -39,6 +39,7 @@ def outputs_and_gradients(model, pictures, mask=None):
     return [found.logits.detach(), found.pred_boxes.detach()], gradients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "operators"),
     [
@@ -164,6 +165,7 @@ def random_rt_detr_v2(method="default"):
     return RTDetrV2ForObjectDetection(config).eval()
 
 
+@pytest.mark.slow
 def test_a_function_in_the_file_of_the_model_is_replaced_for_this_model_alone():
     model = scatter_parameters(random_rt_detr_v2()).double()
     pictures = torch.randn(1, 3, 96, 128, dtype=torch.float64)
@@ -178,6 +180,7 @@ def test_a_function_in_the_file_of_the_model_is_replaced_for_this_model_alone():
         torch.testing.assert_close(gradients[name], want, rtol=1e-6, atol=1e-8, msg=name)
 
 
+@pytest.mark.slow
 def test_discrete_sampling():
     model = scatter_parameters(random_rt_detr_v2("discrete")).double()
     pictures = torch.randn(1, 3, 96, 128, dtype=torch.float64)

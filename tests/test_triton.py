@@ -55,6 +55,7 @@ def few_quick(cases, count):
     return [*(pytest.param(*case) for case in cases[:count]), *slow]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", few_quick(some(range(600), 48), 4))
 def test_drawn_calls(monkeypatch, seed):
     options = draw_options(seed)
@@ -95,6 +96,7 @@ def test_sizes(monkeypatch, name, way):
     assert f"forward_{way[0]}_kernel" in ran or name in TOO_WIDE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", ["none", "points"])
 def test_softmax_and_reference_points_are_independent(monkeypatch, reference):
     # Softmax of logits at locations, and plain weights at reference points with offsets.
@@ -170,6 +172,7 @@ def test_exactly_on_edges_and_centres(kernel, interpolation, padding):
     torch.testing.assert_close(case.call(value, locations, weights), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_positions_are_rounded_twice(kernel):
     # On a map that holds its own coordinate, at and beside the edges and centres of pixels: at some
     # locations a product and a sum that are rounded at once come out otherwise.
@@ -222,6 +225,7 @@ def test_16_bit_values_are_as_exact_as_naive_ones(kernel, dtype):
     assert_16_bit_is_as_good_as_naive([case.call(*inputs)], [naive], [truth])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_16_bit_number_is_read_and_written_as_it_is(kernel, dtype):
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
@@ -236,6 +240,7 @@ def test_every_16_bit_number_is_read_and_written_as_it_is(kernel, dtype):
     assert torch.equal(actual.flatten(), values.flatten())
 
 
+@pytest.mark.slow
 def test_words_of_two_elements_begin_where_words_begin(kernel, monkeypatch):
     case = Case(dtype=torch.bfloat16, head_dim=4, num_queries=3, num_heads=1)
     device = "cuda" if ON_A_CARD else "cpu"
@@ -311,6 +316,7 @@ def test_infinite_pixels_that_no_point_reads_stay_where_they_are(kernel):
     assert case.call(value, locations.clamp(1.1, 4.0), weights).isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("points", [1, 5, 40])
 def test_softmax_of_odd_logits_is_that_of_torch(kernel, points):
     logits = torch.randn(9, points) * 30
@@ -355,6 +361,7 @@ def test_offsets_counted_in_64_bits(monkeypatch, seed):
     assert all(map(torch.equal, wide, narrow))
 
 
+@pytest.mark.slow
 def test_strides_do_not_matter(kernel):
     case = Case(num_queries=3)
     value, locations, weights = case.draw()
@@ -391,6 +398,7 @@ def test_the_operator_itself_checks_what_could_read_out_of_bounds(argument, chan
         forward(*arguments._replace(**{argument: change}))
 
 
+@pytest.mark.slow
 def test_freed_storage_is_an_error_not_a_crash(kernel):
     case = Case(num_queries=1)
     inputs = case.draw()

@@ -128,6 +128,7 @@ def test_only_the_gradients_that_are_wanted(way, reference):
         assert computed == mask
 
 
+@pytest.mark.slow
 def test_gradients_of_the_output_with_any_strides_and_alignment(way):
     call = draw_call(5, **SMALL | {"dtype": torch.bfloat16})
     grad_output = draw_grad_output(call)

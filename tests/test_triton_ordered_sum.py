@@ -85,6 +85,7 @@ def test_bitwise_equal_in_whatever_order_programs_run(name, kernel, monkeypatch)
     assert_close(first, run_reference(call, grad_output))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(ON_A_CARD, reason="a card may keep to the same order by chance")
 def test_additions_to_memory_do_depend_on_the_order(monkeypatch):
     # Else the test above could not fail.
