@@ -47,10 +47,6 @@ def test_arrays_as_detectron2_publishes_them(tmp_path, protocol):
     assert all(torch.equal(found[name], torch.tensor(arrays[name])) for name in arrays)
     modules = checkpoints.attention_modules(found, num_heads=4, num_levels=3)
     check_same(modules, state_dict)
-    for wrong in (numpy.array([{}], object), numpy.zeros(3, ">f4"), numpy.zeros(3, "c8")):
-        (tmp_path / "model.pkl").write_bytes(pickle.dumps({"model": wrong}, protocol))
-        with pytest.raises(ValueError, match="got a pickled (numpy )?array of"):
-            checkpoints.load(tmp_path / "model.pkl")
 
 
 class Touch:

@@ -34,11 +34,12 @@ class Limits:
     expansion: int = 2**28
 
 
-class Storage(NamedTuple):
-    """A reference of a pickle of torch.save to elements that lie elsewhere in the file."""
+class ContentError(ValueError):
+    """A file is whole, and holds something that is refused."""
 
-    key: str
-    numel: int
+
+class BoundError(ContentError):
+    """A file exceeds one of the bounds of `Limits`, or one that is fixed."""
 
 
 class Pickle(NamedTuple):
@@ -46,12 +47,12 @@ class Pickle(NamedTuple):
 
     Attributes:
         end: the position after its last byte.
-        storages: the storages that it refers to, by key.
+        storages: the keys of the storages that it refers to.
         texts: the strings of its result, if that is a list of short strings.
     """
 
     end: int
-    storages: dict[str, Storage]
+    storages: set[str]
     texts: list[str] | None
 
 
@@ -63,7 +64,7 @@ LONGEST_INTEGER, LONGEST_NAME = 1024, 4096
 # Integers below this bound have hashes of their own. Of keys of other types there may be so many.
 LARGEST_KEY, OTHER_KEYS = 2**60, 1000
 # Objects that are walked for other calls than the last: each level of nested objects may walk what is below it.
-WORK_FACTOR = 10
+WORK_FACTOR = 2
 # Elements that no dtype exceeds in size.
 LARGEST_ITEM = 16
 
@@ -133,7 +134,8 @@ def check_pickle(data: Buffer, limits: Limits, start: int = 0) -> Pickle:
         start: the position of its first byte.
 
     Raises:
-        ValueError: a bound is exceeded, or the pickle is malformed; the message says where and how.
+        BoundError: a bound is exceeded.
+        ValueError: the pickle is malformed; the message says where and how.
     """
     return _Scan(data, limits, start).run()
 
@@ -145,7 +147,7 @@ class _Scan:
         self.stack: list[_Value] = []
         self.marks: list[int] = []
         self.memo: dict[int, _Value] = {}
-        self.storages: dict[str, Storage] = {}
+        self.storages = set[str]()
         self.work = self.other_keys = self.expansion = 0
 
     def run(self) -> Pickle:
@@ -182,18 +184,18 @@ class _Scan:
             **dict.fromkeys(_STRINGS, self._push_string),
             **dict.fromkeys(("BININT", "LONG1", "LONG4"), self._push_signed),
             **dict.fromkeys(("BININT1", "BININT2"), self._push_unsigned),
-            **dict.fromkeys(("PROTO", "FRAME", "READONLY_BUFFER"), self._pass),
+            **dict.fromkeys(("PROTO", "READONLY_BUFFER"), self._pass),
             **{name: partial(self._push_empty, kind) for name, kind in _EMPTY.items()},
             **{name: partial(self._push_tuple, count) for name, count in _TUPLES.items()},
             **{name: partial(self._push_marked, kind) for name, kind in _TO_MARK.items()},
             **{name: partial(self._push_call, count) for name, count in _CALLS.items()},
         }
         table: list[tuple[int, Callable[[int, int], None] | None]] = [(0, self._refuse)] * 256
-        for code, opcode in pickletools.code2op.items():
+        for opcode in pickletools.opcodes:
             name, width = opcode.name, opcode.arg.n if opcode.arg else 0
             own = getattr(self, "_op_" + name.lower(), self._push_leaf)
             width = _PAIR if name in ("GLOBAL", "INST") else width
-            table[ord(code)] = (width, None if name == "STOP" else groups.get(name, own))
+            table[ord(opcode.code)] = (width, None if name == "STOP" else groups.get(name, own))
         return table
 
     # Groups of instructions. Each takes where its argument begins and ends.
@@ -239,6 +241,11 @@ class _Scan:
         self._call(self._take(), arguments)
 
     # Instructions. Each takes where its argument begins and ends; the names are those of pickletools in lower case.
+
+    def _op_frame(self, begin: int, end: int) -> None:
+        length = int.from_bytes(self.data[begin:end], "little")
+        if length > len(self.data) - end:
+            raise self._error(f"a frame of {len(self.data) - end} bytes or less", str(length))
 
     def _op_mark(self, begin: int, end: int) -> None:
         self.marks.append(len(self.stack))
@@ -345,8 +352,7 @@ class _Scan:
         key, numel = (items[2], items[4]) if len(items) > 4 else (None, None)
         if not isinstance(key, bytes) or not isinstance(numel, int):
             raise self._error("a reference to a storage", "another one")
-        storage = Storage(key.decode("utf-8", "replace"), numel)
-        self.storages[storage.key] = storage
+        self.storages.add(key.decode("utf-8", "replace"))
         self._push("storage", [identity])
         top = self.stack[-1]
         assert isinstance(top, _Node)
@@ -357,8 +363,8 @@ class _Scan:
     def _error(self, expected: str, got: str) -> ValueError:
         return ValueError(f"expected {expected}, got {got} at byte {self.at}")
 
-    def _exceeded(self, what: str, bound: int, got: object) -> ValueError:
-        return self._error(f"at most {bound} {what}", str(got))
+    def _exceeded(self, what: str, bound: int, got: object) -> BoundError:
+        return BoundError(self._error(f"at most {bound} {what}", str(got)))
 
     def _find_end_of_lines(self, begin: int, count: int) -> int:
         for _ in range(count):
@@ -442,15 +448,13 @@ class _Scan:
         """Places the items in the node, which becomes as deep and as large as they make it."""
         if not isinstance(node, _Node):
             raise self._error("a container", "another value")
-        if node.placed:
-            raise self._error(
-                "containers that are filled before they are placed", "one that is not"
-            )
         for item in items:
             if isinstance(item, _Node):
                 item.placed = True
                 node.depth = max(node.depth, item.depth + 1)
                 node.size += 1 if item.kind == "text" else item.size
+        if node.placed:  # before, or by itself just now
+            raise self._error("containers that are whole before they are placed", "one that is not")
         if node.depth > self.limits.depth:
             raise self._exceeded(
                 "levels of nested containers (depth)", self.limits.depth, node.depth

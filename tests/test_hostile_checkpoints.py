@@ -1,0 +1,265 @@
+"""Files of weights that would exhaust a reader are refused first, by a bound that the error names."""
+
+from __future__ import annotations
+
+import collections
+import io
+import pickle
+import struct
+import tarfile
+import zipfile
+
+import pytest
+import torch
+
+from saccade.integrations import checkpoints
+from saccade.integrations.checkpoints.pickle_bounds import BoundError, Limits
+from saccade.integrations.checkpoints.untrusted import load_torch
+
+END = b"."
+LEGACY = [pickle.dumps(0x1950A86A20F9469CFC6C, 2), pickle.dumps(1001, 2), pickle.dumps({}, 2)]
+
+
+class Storage:
+    """A reference to elements elsewhere in the file."""
+
+    def __init__(self, key, numel):
+        self.identity = ("storage", torch.FloatStorage, key, "cpu", numel)
+
+
+class Rebuilt:
+    """A tensor that is restored with these arguments."""
+
+    def __init__(self, *arguments, function=torch._utils._rebuild_tensor_v2):
+        self.reduced = function, arguments
+
+    def __reduce__(self):
+        return self.reduced
+
+
+class Pickler(pickle.Pickler):
+    def __init__(self, file, view):
+        super().__init__(file, 2)
+        self.view = view
+
+    def persistent_id(self, value):
+        return (*value.identity, *self.view) if isinstance(value, Storage) else None
+
+
+def dump(content, view=()):
+    file = io.BytesIO()
+    Pickler(file, view).dump(content)
+    return file.getvalue()
+
+
+def as_plain(program):
+    return program
+
+
+def as_legacy(program, keys=(), storages=b""):
+    return b"".join([*LEGACY, program, pickle.dumps(list(keys), 2), storages])
+
+
+def as_archive(program, members=(), compression=zipfile.ZIP_STORED):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        archive.writestr("archive/data.pkl", program)
+        archive.writestr("archive/version", "3\n")
+        for name, content in dict(members).items():
+            archive.writestr(f"archive/{name}", content)
+    return file.getvalue()
+
+
+def tensor(storage, offset, sizes, strides):
+    return Rebuilt(storage, offset, sizes, strides, False, collections.OrderedDict())
+
+
+def doubling(one, times=60):
+    """Each level holds the one below it twice: 2^60 elements in 60 instructions."""
+    return one + b"".join(b"q%c" % i + b"h%c" % i + b"\x86" for i in range(times))
+
+
+def dict_of_itself(count=60):
+    keys = b"".join(b"K%ch\x00" % i for i in range(count))
+    return b"\x80\x02}q\x00(" + keys + b"u."
+
+
+def colliding(count=20_000):
+    """Integers that all have the hash 0."""
+    prime = 2**61 - 1
+    numbers = ((i * prime).to_bytes(12, "little") for i in range(count))
+    return b"}(" + b"".join(b"\x8a\x0c" + number + b"N" for number in numbers) + b"u."
+
+
+ARGUMENT = r"an argument of \d+ bytes or less"
+FRAME = r"a frame of \d+ bytes or less, got 1152921504606846976"
+PROGRAMS = {
+    "nested tuples as a key": (b"}(" + b")" + b"\x85" * 200_000 + b"Nu.", r"100 levels .*\(depth\)"),
+    "nested lists": (b"]" * 200_000 + b"a" * 199_999 + END, r"100 levels .*\(depth\)"),
+    "nested dicts": (b"}K\x00" * 5000 + b"}" + b"s" * 5000 + END, r"100 levels .*\(depth\)"),
+    "a dict that holds itself": (dict_of_itself(), "whole before they are placed"),
+    "a list that holds itself": (b"]q\x00h\x00a.", "whole before they are placed"),
+    "a tuple that holds itself": (b"]q\x00h\x00\x85a.", "whole before they are placed"),
+    "doubled tuples": (doubling(b")") + END, "5000000 objects"),
+    "doubled tuples as a key": (b"}" + doubling(b")") + b"Ns.", "5000000 objects"),
+    "doubled dicts": (
+        b"}" + b"".join(b"q%c}(K\x00h%cK\x01h%cu" % (i, i, i) for i in range(60)) + END,
+        "5000000 objects",
+    ),
+    "an index of the memo": (b"Nr\x00\x00\x00\x10.", "index of a memo"),
+    "an index of the memo as text": (b"Np268435456\n.", "index of a memo"),
+    "a long integer": (b"\x8b\x00\x00\x00\x7f" + b"\x01" * 99 + END, ARGUMENT),
+    "a negative length": (b"\x8b\xff\xff\xff\xff.", ARGUMENT),
+    "an integer of many digits": (b"L" + b"9" * 5000 + b"L\n.", "1024 bytes of an integer"),
+    "an integer of many bytes": (b"\x8b\x00\x20\x00\x00" + b"\x01" * 8192 + END, "1024 bytes of an int"),
+    "long bytes": (b"\x8e" + struct.pack("<Q", 2**62) + END, ARGUMENT),
+    "a long text": (b"\x8d" + struct.pack("<Q", 2**40) + END, ARGUMENT),
+    "a long array of bytes": (b"\x96" + struct.pack("<Q", 2**40) + END, ARGUMENT),
+    "a long frame": (b"\x80\x04\x95" + struct.pack("<Q", 2**60) + b"N.", FRAME),
+    "keys that collide": (colliding(), "1000 keys that are not strings or small integers"),
+    "a set of keys that collide": (
+        b"c__builtin__\nset\n" + colliding()[1:-2].replace(b"N\x8a", b"\x8a") + b"l\x85R.",
+        "1000 keys that are not strings or small integers",
+    ),
+    "a slow codec": (b"c_codecs\nencode\nX\x04\x00\x00\x00aaaaX\x08\x00\x00\x00punycode\x86R.", "latin1"),
+    "two gigabytes": (b"c__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85R.", "bytearray of bytes"),
+    "copies of a text": (
+        b"(X\x00\x00\x10\x00" + b"a" * 2**20 + b"q\x00" + b"h\x00" * 1000 + b"t.",
+        r"268435456 bytes beyond those of the file \(expansion\)",
+    ),
+    "copies of a list": (
+        b"(K\x00" + b"K\x00" * 9999 + b"lq\x00" + b"c__builtin__\nset\nh\x00\x85R0" * 9999 + b"h\x00.",
+        "5000000 objects",
+    ),
+    "no end": (b"}", "STOP, got the end of the file"),
+    "an empty stack": (b"0.", "a value on the stack, got none"),
+    "no mark": (b"t.", "a mark on the stack, got none"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("write", [as_plain, as_legacy, as_archive])
+def test_pickles_that_would_exhaust_their_reader(tmp_path, name, write):
+    program, message = PROGRAMS[name]
+    path = tmp_path / "model.pth"
+    path.write_bytes(write(program))
+    with pytest.raises(ValueError, match=f"(?s)^{path}: expected .*{message}"):
+        checkpoints.load(path)
+
+
+FLOATS = b"\0\0\x80\x3f" * 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((Storage("0", 4), 0, (2**40,), (0,)), r"268435456 bytes beyond .*\(expansion\)"),
+        ((Storage("0", 4), 0, (2**62, 2**62), (0, 0)), r"268435456 bytes beyond .*\(expansion\)"),
+        ((Storage("0", 4), 0, (2**62, 4), (4, 1)), r"\(expansion\)"),
+        ((Storage("0", 4), 0, (100,), (1,)), "not resizable|wrong byte size"),
+        ((Storage("0", 4), 100, (4,), (1,)), "not resizable|wrong byte size"),
+        ((Storage("0", 4), 0, (2, 2), (2**62, 2**62)), "overflow"),
+        ((Storage("0", 4), 3, (4,), (-1,)), "overflow|negative"),
+        ((Storage("0", 4), -1, (4,), (1,)), "offset"),
+        ((Storage("0", 4), 0, (-4,), (1,)), "sizes of a tensor that are integers from 0 on"),
+        ((Storage("0", 4), 0, ("a",), (1,)), "sizes of a tensor that are integers from 0 on"),
+        ((Storage("0", 4),), "a storage, an offset, sizes and strides"),
+        ((Storage("0", 2**33), 0, (4,), (1,)), "does not match|wrong byte size|allocate memory"),
+        ((Storage("0", -4), 0, (0,), (1,)), "incompatible|wrong byte size|egative"),
+        ((Storage("1", 4), 0, (4,), (1,)), "elements of storage '1' in the file, got none"),
+    ],
+)
+@pytest.mark.parametrize("old", [False, True])
+def test_tensors_that_are_not_in_the_file(tmp_path, arguments, message, old):
+    content = {"a.sampling_offsets.weight": tensor(*arguments)}
+    if old:
+        storages = struct.pack("<q", 4) + FLOATS
+        file = as_legacy(dump(content, view=(None,)), ["0"], storages)
+    else:
+        file = as_archive(dump(content), {"data/0": FLOATS})
+    (tmp_path / "model.pth").write_bytes(file)
+    with pytest.raises(ValueError, match=f"model.pth: expected .*{message}"):
+        checkpoints.load(tmp_path / "model.pth")
+
+
+def test_the_builders_of_this_page_write_what_torch_reads(tmp_path):
+    content = {"a.sampling_offsets.weight": tensor(Storage("0", 4), 0, (2, 2), (1, 2))}
+    (tmp_path / "new.pth").write_bytes(as_archive(dump(content), {"data/0": FLOATS}))
+    storages = struct.pack("<q", 4) + FLOATS
+    old = as_legacy(dump(content, view=(None,)), ["0"], storages)
+    (tmp_path / "old.pth").write_bytes(old)
+    for name in ("new.pth", "old.pth"):
+        (weight,) = checkpoints.load(tmp_path / name).state_dict.values()
+        assert torch.equal(weight, torch.ones(2, 2))
+
+
+def many_members():
+    file = io.BytesIO(as_archive(b"}."))
+    with zipfile.ZipFile(file, "a") as archive:
+        for number in range(300):
+            archive.writestr(f"archive/data/{number}", b"")
+    return file.getvalue()
+
+
+def twice_the_same():
+    file = io.BytesIO(as_archive(b"}."))
+    with zipfile.ZipFile(file, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr("archive/data.pkl", b"]q\x00h\x00a.")
+    return file.getvalue()
+
+
+def overlapping():
+    """Many members of a directory that are the same bytes of the file."""
+    plain = as_archive(b"}.", {"data/0": b"\0" * 2**20})
+    start = plain.rindex(b"PK\x01\x02")
+    end = plain.rindex(b"PK\x05\x06")
+    entry = plain[start:end]
+    entries = b"".join(entry.replace(b"data/0", b"dat%03x" % i) for i in range(1024))
+    directory = plain[: plain.index(b"PK\x01\x02")]
+    first = plain[plain.index(b"PK\x01\x02") : start]
+    record = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 1026, 1026, len(first + entries),
+                         len(directory), 0)  # fmt: skip
+    return directory + first + entries + record
+
+
+def as_tar():
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo(as_legacy(b"}.")[:15].decode("latin1")))
+    return file.getvalue()
+
+
+ARCHIVES = {
+    "a bomb": (
+        lambda: as_archive(b"}.", {"data/0": b"\0" * 2**29}, zipfile.ZIP_DEFLATED),
+        r"at most \d+ bytes, 268435456 \(expansion\) beyond the file, got 5368",
+    ),
+    "members that overlap": (overlapping, r"268435456 \(expansion\) beyond the file, got 1073"),
+    "a name twice": (twice_the_same, "different names .* got a name twice"),
+    "bytes after the end": (lambda: as_archive(b"}.") + b"PK", "one without its end"),
+    "a cut file": (lambda: as_archive(b"}.")[:-30], "one without its end"),
+    "a directory elsewhere": (
+        lambda: as_archive(b"}.")[:-6] + b"\xff\xff\xff\x7f\0\0", "one without its directory",
+    ),
+    "no pickle": (lambda: as_archive(b"}.").replace(b"data.pkl", b"data.pkx"), "data.pkl"),
+    "torchscript": (lambda: as_archive(b"}.", {"constants.pkl": b")."}), "a TorchScript archive"),
+    "a bomb of a pickle": (
+        lambda: as_archive(b"N0" * 2**28, compression=zipfile.ZIP_DEFLATED), r"\(expansion\)",
+    ),
+    "tar": (as_tar, "."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["a bomb", *list(ARCHIVES)[1:]])
+def test_archives_that_would_exhaust_their_reader(tmp_path, name):
+    make, message = ARCHIVES[name]
+    (tmp_path / "model.pth").write_bytes(make())
+    with pytest.raises(ValueError, match=f"model.pth: expected .*{message}"):
+        checkpoints.load(tmp_path / "model.pth")
+
+
+def test_the_number_of_members_is_bounded(tmp_path):
+    (tmp_path / "model.pth").write_bytes(many_members())
+    with pytest.raises(BoundError, match=r"at most 250 members .*\(objects / 20\), got 302"):
+        load_torch(tmp_path / "model.pth", limits=Limits(objects=5000))
+    assert load_torch(tmp_path / "model.pth") == {}
