@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import collections
 import io
+import json
+import os
 import pickle
 import struct
+import subprocess
+import sys
 import tarfile
 import zipfile
 
 import pytest
 import torch
+from checkpoint_helpers import official
 
 from saccade.integrations import checkpoints
 from saccade.integrations.checkpoints.pickle_bounds import BoundError, Limits
-from saccade.integrations.checkpoints.untrusted import load_torch
+from saccade.integrations.checkpoints.untrusted import load_torch, open_regular, read_json
 
 END = b"."
 LEGACY = [pickle.dumps(0x1950A86A20F9469CFC6C, 2), pickle.dumps(1001, 2), pickle.dumps({}, 2)]
@@ -163,7 +168,7 @@ FLOATS = b"\0\0\x80\x3f" * 4
         ((Storage("0", 4), -1, (4,), (1,)), "offset"),
         ((Storage("0", 4), 0, (-4,), (1,)), "sizes of a tensor that are integers from 0 on"),
         ((Storage("0", 4), 0, ("a",), (1,)), "sizes of a tensor that are integers from 0 on"),
-        ((Storage("0", 4),), "a storage, an offset, sizes and strides"),
+        ((Storage("0", 4), 0, 7, 7), "a storage, an offset, sizes and strides"),
         ((Storage("0", 2**33), 0, (4,), (1,)), "does not match|wrong byte size|allocate memory"),
         ((Storage("0", -4), 0, (0,), (1,)), "incompatible|wrong byte size|egative"),
         ((Storage("1", 4), 0, (4,), (1,)), "elements of storage '1' in the file, got none"),
@@ -223,17 +228,14 @@ def overlapping():
 
 
 def as_tar():
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w") as archive:
-        archive.addfile(tarfile.TarInfo(as_legacy(b"}.")[:15].decode("latin1")))
-    return file.getvalue()
+    """A header of tar whose name begins as an old file of torch.save."""
+    header = bytearray(tarfile.TarInfo("name").tobuf(tarfile.USTAR_FORMAT))
+    header[: len(LEGACY[0])] = LEGACY[0]
+    header[148:156] = b"%06o\0 " % (256 + sum(header[:148]) + sum(header[156:]))
+    return bytes(header) + bytes(512)
 
 
 ARCHIVES = {
-    "a bomb": (
-        lambda: as_archive(b"}.", {"data/0": b"\0" * 2**29}, zipfile.ZIP_DEFLATED),
-        r"at most \d+ bytes, 268435456 \(expansion\) beyond the file, got 5368",
-    ),
     "members that overlap": (overlapping, r"268435456 \(expansion\) beyond the file, got 1073"),
     "a name twice": (twice_the_same, "different names .* got a name twice"),
     "bytes after the end": (lambda: as_archive(b"}.") + b"PK", "one without its end"),
@@ -243,14 +245,11 @@ ARCHIVES = {
     ),
     "no pickle": (lambda: as_archive(b"}.").replace(b"data.pkl", b"data.pkx"), "data.pkl"),
     "torchscript": (lambda: as_archive(b"}.", {"constants.pkl": b")."}), "a TorchScript archive"),
-    "a bomb of a pickle": (
-        lambda: as_archive(b"N0" * 2**28, compression=zipfile.ZIP_DEFLATED), r"\(expansion\)",
-    ),
-    "tar": (as_tar, "."),
+    "tar": (as_tar, "got a tar archive"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["a bomb", *list(ARCHIVES)[1:]])
+@pytest.mark.parametrize("name", ARCHIVES)
 def test_archives_that_would_exhaust_their_reader(tmp_path, name):
     make, message = ARCHIVES[name]
     (tmp_path / "model.pth").write_bytes(make())
@@ -263,3 +262,166 @@ def test_the_number_of_members_is_bounded(tmp_path):
     with pytest.raises(BoundError, match=r"at most 250 members .*\(objects / 20\), got 302"):
         load_torch(tmp_path / "model.pth", limits=Limits(objects=5000))
     assert load_torch(tmp_path / "model.pth") == {}
+
+
+@pytest.mark.parametrize("name", ["data.pkl", "data/0"])
+def test_archives_that_expand(tmp_path, name):
+    path, content = tmp_path / "model.pth", b"N" * 2**21
+    program = b"(" + content + b"t." if name == "data.pkl" else b"}."
+    members = {} if name == "data.pkl" else {name: content}
+    path.write_bytes(as_archive(program, members, zipfile.ZIP_DEFLATED))
+    with pytest.raises(BoundError, match=r"model.pth: .* 1048576 \(expansion\) beyond the file"):
+        checkpoints.load(path, limits=Limits(expansion=2**20))
+    assert len(load_torch(path)) in (0, 2**21)
+
+
+def test_weights_that_are_shared_too_often(tmp_path):
+    weight = torch.zeros(2**18)
+    weights = {f"{i}.sampling_offsets.weight": weight for i in range(300)}
+    torch.save(weights, tmp_path / "model.pth")
+    with pytest.raises(
+        BoundError, match="model.pth: .*attention weights of at most .*got 314572800"
+    ):
+        checkpoints.load(tmp_path / "model.pth")
+    assert checkpoints.load(tmp_path / "model.pth", limits=Limits(expansion=2**30)).entry == ""
+
+
+def test_functions_that_take_what_they_are_told(tmp_path):
+    wrapped = (torch._utils._rebuild_tensor_v2, torch.Tensor, None, {})
+    storage = Storage("0", 4)
+    huge = (storage, 0, (2**40,), (0,), False, collections.OrderedDict())
+    wrapped = (wrapped[0], torch.Tensor, huge, {})
+    for content, message in (
+        (Rebuilt(*wrapped, function=torch._tensor._rebuild_from_type_v2), "expansion"),
+        (
+            Rebuilt(1, 2, 3, 4, function=torch._utils._rebuild_nested_tensor),
+            "dense tensors of the CPU, got torch._utils._rebuild_nested_tensor",
+        ),
+        (
+            Rebuilt(1, 2, 3, 4, function=torch._utils._rebuild_device_tensor_from_cpu_tensor),
+            "dense tensors of the CPU",
+        ),
+    ):
+        file = as_archive(dump({"a": content}), {"data/0": FLOATS})
+        (tmp_path / "model.pth").write_bytes(file)
+        with pytest.raises(ValueError, match=message):
+            checkpoints.load(tmp_path / "model.pth")
+
+
+def test_sparse_tensors_with_indices_outside(tmp_path):
+    indices, values = torch.tensor([[7]]), torch.ones(1)
+    wrong = torch.sparse_coo_tensor(indices, values, (2,), check_invariants=False)
+    torch.save({"a.sampling_offsets.weight": wrong}, tmp_path / "model.pth")
+    with pytest.raises(
+        ValueError, match="model.pth: expected .* size is inconsistent with indices"
+    ):
+        checkpoints.load(tmp_path / "model.pth")
+
+
+def test_bounds_can_be_set(tmp_path):
+    nested = ()
+    for _ in range(150):
+        nested = (nested,)
+    torch.save({"model": official(), "args": {"deep": nested}}, tmp_path / "model.pth")
+    with pytest.raises(
+        BoundError, match=r"at most 100 levels of nested containers \(depth\), got 101"
+    ):
+        checkpoints.load(tmp_path / "model.pth")
+    checkpoint = checkpoints.load(tmp_path / "model.pth", limits=checkpoints.Limits(depth=200))
+    assert checkpoint.entry == "model"
+    with pytest.raises(BoundError, match="at most 3000 objects, got"):
+        limits = checkpoints.Limits(objects=3000, depth=200)
+        checkpoints.load(tmp_path / "model.pth", limits=limits)
+
+
+@pytest.mark.slow
+def test_files_without_an_end(tmp_path):
+    # In another process, whose memory and time are limited: the fault is a read that does not return.
+    code = f"""
+import os, resource, signal
+resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+signal.alarm(120)
+from saccade.integrations import checkpoints
+os.chdir({str(tmp_path)!r})
+names = ["folder", "loop"]
+for suffix in ("pth", "pkl", "safetensors"):
+    names += ["pipe." + suffix, "zero." + suffix]
+    os.mkfifo("pipe." + suffix)
+    os.symlink("/dev/zero", "zero." + suffix)
+os.mkdir("folder")
+os.mkdir("folder/model.safetensors")
+os.symlink("loop", "loop")
+for name in names:
+    try:
+        checkpoints.load(name)
+    except (ValueError, OSError) as error:
+        print(error)
+"""
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("this system has no named pipes")
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    folder, loop, *others = result.stdout.splitlines()
+    path = os.path.join("folder", "model.safetensors")
+    assert folder == f"{path}: expected a regular file, got a directory"
+    assert "loop" in loop
+    assert others == [
+        f"{name}.{suffix}: expected a regular file, got {kind}"
+        for suffix in ("pth", "pkl", "safetensors")
+        for name, kind in (("pipe", "a named pipe"), ("zero", "a device"))
+    ]
+
+
+def test_headers_of_safetensors_that_lie(tmp_path):
+    pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    path = tmp_path / "model.safetensors"
+    entry = b'{"a":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,4]}}'
+    nested = b'{"a":' * 100_000 + b"1" + b"}" * 100_000
+    for content in (
+        struct.pack("<Q", 2**60) + b"{}",
+        struct.pack("<Q", 10**8) + b"{}",
+        struct.pack("<Q", len(entry)) + entry + b"\0" * 4,
+        struct.pack("<Q", len(nested)) + nested,
+    ):
+        path.write_bytes(content)
+        with pytest.raises(
+            ValueError, match="model.safetensors: expected a file that torch.save or"
+        ):
+            checkpoints.load(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "expected JSON, got RecursionError"),
+        ("{", "expected JSON, got JSONDecodeError"),
+        ("\udcff", "expected JSON, got UnicodeDecodeError"),
+        ("[]", "expected a JSON object, got list"),
+        (" " * 2**24 + "{}", "expected at most 16777216 bytes of JSON, got more"),
+    ],
+)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_configurations_that_are_not_json(tmp_path, text, message, name):
+    (tmp_path / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=f"{name}: {message}"):
+        checkpoints.load(tmp_path)
+    with pytest.raises(ValueError, match=f"{name}: {message}"):
+        read_json(tmp_path / name)
+
+
+@pytest.mark.parametrize("weight_map", [[], 1, {"a": 1}, {"a": ".."}, {"a": "b\0c"}, {"a": ""}])
+def test_indices_of_shards_that_name_no_files(tmp_path, weight_map):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match=r"index.json: expected names of files beside it, got"):
+        checkpoints.load(tmp_path)
+
+
+def test_files_are_opened_only_if_they_are_regular(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        open_regular(tmp_path / "none")
+    with pytest.raises(ValueError, match="expected a regular file, got a directory"):
+        open_regular(tmp_path)
+    (tmp_path / "file").write_bytes(b"content")
+    with open_regular(tmp_path / "file") as file:
+        assert file.read() == b"content"

@@ -238,7 +238,8 @@ def _list_shards(index: Path) -> list[str]:
     weight_map = read_json(index).get("weight_map", {})
     shards = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
     for shard in shards:
-        if not isinstance(shard, str) or Path(shard).name != shard or "\0" in shard:
+        is_name = isinstance(shard, str) and Path(shard).name == shard and "\0" not in shard
+        if not is_name or shard in ("", ".", ".."):
             raise ValueError(f"{index}: expected names of files beside it, got {_to_text(shard)!r}")
     return sorted(set(shards))
 
