@@ -134,8 +134,8 @@ def _iterate_state_dicts(
 
 
 def _collect_attention(state_dict: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """The entries of each attention module, by the ends of their names."""
-    return list(group_entries(state_dict).values())
+    """The entries of each attention module, by the ends of their names, in an order that copies share."""
+    return [entries for _, entries in sorted(group_entries(state_dict).items(), key=lambda x: x[0])]
 
 
 def _same_attention(one: list[dict[str, Tensor]], other: list[dict[str, Tensor]]) -> bool:

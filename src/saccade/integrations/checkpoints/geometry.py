@@ -101,8 +101,15 @@ def find_setting(name: str, prefix: str, config: Mapping[str, Any]) -> Setting |
         keys = [pattern.format(role) for role in ([role] if role else ROLES)]
         settings = [Setting(config[key], key) for key in keys if config.get(key) is not None]
         if settings:
-            return settings[0] if settings[0].value == settings[-1].value else None
+            return settings[0] if _agree(settings[0].value, settings[-1].value) else None
     return None
+
+
+def _agree(one: Any, other: Any) -> bool:
+    try:
+        return one is other or bool(one == other)
+    except (RuntimeError, ValueError):  # arrays compare to arrays
+        return False
 
 
 def find_geometry(

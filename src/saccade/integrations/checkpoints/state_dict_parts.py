@@ -128,7 +128,9 @@ def make_level_hint(state_dict: Mapping[str, Tensor], prefix: str) -> str:
     """
     entries = []
     for name, tensor in state_dict.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor) or not tensor.dim():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            continue
+        if not is_strided(tensor) or not tensor.dim():
             continue
         parent, _, last = name.rpartition(".")
         if last in ("level_embed", "level_embeds") and (
