@@ -99,9 +99,9 @@ def colliding(count=20_000):
 ARGUMENT = r"an argument of \d+ bytes or less"
 FRAME = r"a frame of \d+ bytes or less, got 1152921504606846976"
 PROGRAMS = {
-    "nested tuples as a key": (b"}(" + b")" + b"\x85" * 200_000 + b"Nu.", r"100 levels .*\(depth\)"),
-    "nested lists": (b"]" * 200_000 + b"a" * 199_999 + END, r"100 levels .*\(depth\)"),
-    "nested dicts": (b"}K\x00" * 5000 + b"}" + b"s" * 5000 + END, r"100 levels .*\(depth\)"),
+    "nested tuples as a key": (b"}(" + b")" + b"\x85" * 200_000 + b"Nu.", r"200 levels .*\(depth\)"),
+    "nested lists": (b"]" * 200_000 + b"a" * 199_999 + END, r"200 levels .*\(depth\)"),
+    "nested dicts": (b"}K\x00" * 5000 + b"}" + b"s" * 5000 + END, r"200 levels .*\(depth\)"),
     "a dict that holds itself": (dict_of_itself(), "whole before they are placed"),
     "a list that holds itself": (b"]q\x00h\x00a.", "whole before they are placed"),
     "a tuple that holds itself": (b"]q\x00h\x00\x85a.", "whole before they are placed"),
@@ -239,6 +239,13 @@ ARCHIVES = {
     "members that overlap": (overlapping, r"268435456 \(expansion\) beyond the file, got 1073"),
     "a name twice": (twice_the_same, "different names .* got a name twice"),
     "bytes after the end": (lambda: as_archive(b"}.") + b"PK", "one without its end"),
+    "names that differ by case": (
+        lambda: as_archive(b"}.", {"data/a": b"", "data/A": b""}), "different names",
+    ),
+    "bytes before the beginning": (
+        lambda: as_archive(b"}.", {"data/0": b"PK"}).replace(b"PK\x01\x02", b"PKPK\x01\x02", 1),
+        "one without its directory",
+    ),
     "a cut file": (lambda: as_archive(b"}.")[:-30], "one without its end"),
     "a directory elsewhere": (
         lambda: as_archive(b"}.")[:-6] + b"\xff\xff\xff\x7f\0\0", "one without its directory",
@@ -259,8 +266,10 @@ def test_archives_that_would_exhaust_their_reader(tmp_path, name):
 
 def test_the_number_of_members_is_bounded(tmp_path):
     (tmp_path / "model.pth").write_bytes(many_members())
-    with pytest.raises(BoundError, match=r"at most 250 members .*\(objects / 20\), got 302"):
-        load_torch(tmp_path / "model.pth", limits=Limits(objects=5000))
+    with pytest.raises(
+        BoundError, match=r"at most 200 members .*\(objects / 10\), got a directory for"
+    ):
+        load_torch(tmp_path / "model.pth", limits=Limits(objects=2000))
     assert load_torch(tmp_path / "model.pth") == {}
 
 
@@ -286,26 +295,62 @@ def test_weights_that_are_shared_too_often(tmp_path):
     assert checkpoints.load(tmp_path / "model.pth", limits=Limits(expansion=2**30)).entry == ""
 
 
-def test_functions_that_take_what_they_are_told(tmp_path):
-    wrapped = (torch._utils._rebuild_tensor_v2, torch.Tensor, None, {})
-    storage = Storage("0", 4)
-    huge = (storage, 0, (2**40,), (0,), False, collections.OrderedDict())
-    wrapped = (wrapped[0], torch.Tensor, huge, {})
-    for content, message in (
-        (Rebuilt(*wrapped, function=torch._tensor._rebuild_from_type_v2), "expansion"),
-        (
-            Rebuilt(1, 2, 3, 4, function=torch._utils._rebuild_nested_tensor),
-            "dense tensors of the CPU, got torch._utils._rebuild_nested_tensor",
-        ),
-        (
-            Rebuilt(1, 2, 3, 4, function=torch._utils._rebuild_device_tensor_from_cpu_tensor),
-            "dense tensors of the CPU",
-        ),
-    ):
-        file = as_archive(dump({"a": content}), {"data/0": FLOATS})
-        (tmp_path / "model.pth").write_bytes(file)
-        with pytest.raises(ValueError, match=message):
-            checkpoints.load(tmp_path / "model.pth")
+HUGE = (Storage("0", 4), 0, (2**40,), (0,), False, collections.OrderedDict())
+OTHER_SIZE = [
+    tensor(Storage("0", 4), 0, (4,), (1,)),
+    tensor(Storage("0", 2**40), 0, (2**40,), (0,)),
+]
+TYPED = torch._tensor._rebuild_from_type_v2
+WRAPPED = (torch._utils._rebuild_tensor_v2, torch.Tensor, HUGE, {})
+FUNCTIONS = [
+    (Rebuilt(*WRAPPED, function=TYPED), "expansion"),
+    (Rebuilt(TYPED, torch.Tensor, WRAPPED, {}, function=TYPED), "expansion"),
+    (OTHER_SIZE, "one size of each storage, got two"),
+    (Rebuilt(torch.Size((2,)), function=torch.Tensor), "with their elements, got torch.Tensor"),
+    (Rebuilt(4, function=torch.FloatTensor), "with their elements, got torch.FloatTensor"),
+    (Rebuilt(4, function=torch.UntypedStorage), "with their elements, got torch.storage.Untyped"),
+    *(
+        (Rebuilt(1, 2, 3, 4, function=function), f"with their elements, got .*{function.__name__}")
+        for function in (
+            torch._utils._rebuild_nested_tensor,
+            torch._utils._rebuild_device_tensor_from_cpu_tensor,
+            torch._utils._rebuild_wrapper_subclass,
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), FUNCTIONS)
+def test_functions_that_take_what_they_are_told(tmp_path, content, message):
+    file = as_archive(dump({"a": content}), {"data/0": FLOATS})
+    (tmp_path / "model.pth").write_bytes(file)
+    with pytest.raises(ValueError, match=f"model.pth: expected .*{message}"):
+        checkpoints.load(tmp_path / "model.pth")
+
+
+class Shadowed:
+    """An ordered dict with attributes that hide its methods."""
+
+    def __init__(self, content):
+        self.content = content
+
+    def __reduce__(self):
+        attributes = dict.fromkeys(("items", "values", "keys", "get"), 5)
+        return collections.OrderedDict, (), attributes, None, iter(self.content.items())
+
+
+def test_attributes_that_hide_methods(tmp_path):
+    state_dict = official()
+    name = next(name for name in state_dict if name.endswith("sampling_offsets.weight"))
+    for attribute in ("dim", "numel", "detach", "clone"):
+        setattr(state_dict[name], attribute, 5)
+    content = {"model": Shadowed(state_dict), "ema": Shadowed({"module": Shadowed(state_dict)})}
+    torch.save(Shadowed(content), tmp_path / "model.pth")
+    assert torch.load(tmp_path / "model.pth")["model"].items == 5
+    checkpoint = checkpoints.load(tmp_path / "model.pth")
+    modules = checkpoints.attention_modules(checkpoint, num_heads=4, num_levels=4)
+    assert len(modules) == 12
+    assert torch.equal(checkpoint.state_dict[name], state_dict[name])
 
 
 def test_sparse_tensors_with_indices_outside(tmp_path):
@@ -320,17 +365,17 @@ def test_sparse_tensors_with_indices_outside(tmp_path):
 
 def test_bounds_can_be_set(tmp_path):
     nested = ()
-    for _ in range(150):
+    for _ in range(250):
         nested = (nested,)
     torch.save({"model": official(), "args": {"deep": nested}}, tmp_path / "model.pth")
     with pytest.raises(
-        BoundError, match=r"at most 100 levels of nested containers \(depth\), got 101"
+        BoundError, match=r"at most 200 levels of nested containers \(depth\), got 201"
     ):
         checkpoints.load(tmp_path / "model.pth")
-    checkpoint = checkpoints.load(tmp_path / "model.pth", limits=checkpoints.Limits(depth=200))
+    checkpoint = checkpoints.load(tmp_path / "model.pth", limits=checkpoints.Limits(depth=300))
     assert checkpoint.entry == "model"
-    limits = checkpoints.Limits(objects=3000, depth=200)
-    with pytest.raises(BoundError, match="at most 3000 objects, got"):
+    limits = checkpoints.Limits(objects=4000, depth=300)
+    with pytest.raises(BoundError, match="at most 4000 objects, got"):
         checkpoints.load(tmp_path / "model.pth", limits=limits)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from saccade.integrations.checkpoints.geometry import is_dense, select_settings
 from saccade.integrations.checkpoints.pickle_bounds import BoundError, Limits, check_pickle
-from saccade.integrations.checkpoints.pickles import ArrayReader, to_tensors
+from saccade.integrations.checkpoints.pickles import ArrayReader, to_plain
 from saccade.integrations.checkpoints.state_dict_parts import (
     FIRST,
     Checkpoint,
@@ -85,7 +85,6 @@ def load(
           encoder: embed_dim=64, num_heads=4 (nheads), num_levels=4 (shapes), num_points=[4, 4, 4, 4] (enc_n_points)
     """
     path, limits = Path(path), limits or Limits()
-    content: Mapping[Any, Any]
     if path.is_dir():
         content, settings, size = _read_folder(path, limits)
     else:
@@ -190,19 +189,19 @@ def _collect_settings(content: Mapping[Any, Any]) -> dict[str, Any]:
         for name, setting in select_settings(
             beside if isinstance(beside, Mapping) else None
         ).items():
-            plain = _to_plain(setting)
+            plain = _to_setting(setting)
             # Of two settings that contradict each other neither counts: None leaves the number open.
             config[name] = plain if config.get(name, plain) == plain else None
     return config
 
 
-def _to_plain(setting: Any) -> Any:
+def _to_setting(setting: Any) -> Any:
     """A setting that is a number, a name or a list of them; None for anything else."""
     if isinstance(setting, Tensor):  # a number of numpy
         is_number = is_dense(setting) and setting.dim() == 0
         return setting.item() if is_number else None
     if isinstance(setting, list | tuple):
-        plain = [_to_plain(element) for element in setting[:LONGEST_SETTING]]
+        plain = [_to_setting(element) for element in setting[:LONGEST_SETTING]]
         is_short = len(setting) <= LONGEST_SETTING
         flat = not any(isinstance(element, list) for element in plain)
         return plain if is_short and flat else None
@@ -218,7 +217,7 @@ def _read_folder(folder: Path, limits: Limits) -> tuple[dict[Any, Any], dict[str
     for name in FOLDER_FILES:
         if (folder / name).exists():
             content, size = _read_file(folder / name, limits)
-            return dict(content), settings, size
+            return content, settings, size
         index = folder / (name + INDEX)
         if not index.exists():
             continue
@@ -244,7 +243,7 @@ def _list_shards(index: Path) -> list[str]:
     return sorted(set(shards))
 
 
-def _read_file(path: Path, limits: Limits) -> tuple[Mapping[Any, Any], int]:
+def _read_file(path: Path, limits: Limits) -> tuple[dict[Any, Any], int]:
     """The content of a file, a state dict or a mapping that has one somewhere, and the bytes read."""
     with open_regular(path) as file:
         size = file.seek(0, 2)
@@ -266,10 +265,11 @@ def _read_file(path: Path, limits: Limits) -> tuple[Mapping[Any, Any], int]:
             with named_errors(path, EXPECTED):
                 with map_file(file) as data:
                     check_pickle(data, limits)
-                content = to_tensors(ArrayReader(file, path).load())
-    if not isinstance(content, Mapping):
+                content = ArrayReader(file, path).load()
+    if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a mapping, got {type(content).__name__}")
-    return content, size
+    with named_errors(path, EXPECTED):
+        return to_plain(content, MAX_DEPTH), size
 
 
 # Added for names that the caller may allow; torch refuses some names always.

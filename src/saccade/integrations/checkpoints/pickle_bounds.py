@@ -30,7 +30,7 @@ class Limits:
     """
 
     objects: int = 5_000_000
-    depth: int = 100
+    depth: int = 200
     expansion: int = 2**28
 
 
@@ -47,12 +47,12 @@ class Pickle(NamedTuple):
 
     Attributes:
         end: the position after its last byte.
-        storages: the keys of the storages that it refers to.
+        storages: the storages that it refers to, as numbers of elements by key.
         texts: the strings of its result, if that is a list of short strings.
     """
 
     end: int
-    storages: set[str]
+    storages: dict[str, int]
     texts: list[str] | None
 
 
@@ -68,11 +68,13 @@ WORK_FACTOR = 2
 # Elements that no dtype exceeds in size.
 LARGEST_ITEM = 16
 
-# Functions of torch that take what they are told for granted, or copy what may be huge.
+# Functions of torch that take what they are told for granted, or copy what may be huge. Tensor and storage
+# classes are refused too: made by their sizes, they have whatever was in the memory as elements.
 REFUSED_FUNCTIONS = {
     "torch._utils._rebuild_nested_tensor",
     "torch._utils._rebuild_device_tensor_from_cpu_tensor",
     "torch._utils._rebuild_device_tensor_from_numpy",
+    "torch._utils._rebuild_wrapper_subclass",
 }
 TENSOR_FUNCTIONS = {
     "torch._utils._rebuild_tensor",
@@ -147,7 +149,7 @@ class _Scan:
         self.stack: list[_Value] = []
         self.marks: list[int] = []
         self.memo: dict[int, _Value] = {}
-        self.storages = set[str]()
+        self.storages: dict[str, int] = {}
         self.work = self.other_keys = self.expansion = 0
 
     def run(self) -> Pickle:
@@ -263,21 +265,21 @@ class _Scan:
         self._repeat(self._top())
 
     def _op_put(self, begin: int, end: int) -> None:
-        self._remember(self._parse_int(begin, end))
+        self._write_memo(self._parse_int(begin, end))
 
     def _op_binput(self, begin: int, end: int) -> None:
-        self._remember(int.from_bytes(self.data[begin:end], "little"))
+        self._write_memo(int.from_bytes(self.data[begin:end], "little"))
 
     _op_long_binput = _op_binput
 
     def _op_memoize(self, begin: int, end: int) -> None:
-        self._remember(len(self.memo))
+        self._write_memo(len(self.memo))
 
     def _op_get(self, begin: int, end: int) -> None:
-        self._recall(self._parse_int(begin, end))
+        self._read_memo(self._parse_int(begin, end))
 
     def _op_binget(self, begin: int, end: int) -> None:
-        self._recall(int.from_bytes(self.data[begin:end], "little"))
+        self._read_memo(int.from_bytes(self.data[begin:end], "little"))
 
     _op_long_binget = _op_binget
 
@@ -352,7 +354,9 @@ class _Scan:
         key, numel = (items[2], items[4]) if len(items) > 4 else (None, None)
         if not isinstance(key, bytes) or not isinstance(numel, int):
             raise self._error("a reference to a storage", "another one")
-        self.storages.add(key.decode("utf-8", "replace"))
+        # A key stands for one storage, whose size is checked where it is read first.
+        if self.storages.setdefault(key.decode("utf-8", "replace"), numel) != numel:
+            raise self._error("one size of each storage", "two")
         self._push("storage", [identity])
         top = self.stack[-1]
         assert isinstance(top, _Node)
@@ -413,7 +417,7 @@ class _Scan:
         del self.stack[mark:]
         return items
 
-    def _remember(self, index: int) -> None:
+    def _write_memo(self, index: int) -> None:
         # A pickler counts from 0 or 1, and each entry of the memo takes bytes of the file. The unpickler has
         # a table up to the largest index.
         bound = self.at - self.start + 1
@@ -421,7 +425,7 @@ class _Scan:
             raise self._exceeded("as the index of a memo, which are the bytes so far", bound, index)
         self.memo[index] = self._top()
 
-    def _recall(self, index: int) -> None:
+    def _read_memo(self, index: int) -> None:
         if index not in self.memo:
             raise self._error("an index of the memo", str(index))
         self._repeat(self.memo[index])
@@ -500,12 +504,13 @@ class _Scan:
 
     def _check_call(self, name: str, items: list[Any]) -> None:
         """Checks a call whose cost its arguments do not bound."""
-        if name == "torch._tensor._rebuild_from_type_v2" and len(items) > 2:
+        while name == "torch._tensor._rebuild_from_type_v2" and len(items) > 2:
             function, arguments = items[0], items[2]
             name = function.name if isinstance(function, _Node) else ""
             items = arguments.items if isinstance(arguments, _Node) else []
-        if name in REFUSED_FUNCTIONS:
-            raise self._error("dense tensors of the CPU", name)
+        is_class = name.startswith("torch.") and name.endswith(("Tensor", "Storage"))
+        if name in REFUSED_FUNCTIONS or (is_class and items):
+            raise self._error("dense tensors with their elements", name)
         if name in HASHING and items and isinstance(items[0], _Node):
             self._check_keys(items[0].items)
         elif name in ("builtins.bytearray", "__builtin__.bytearray", "__builtin__.bytes"):

@@ -169,8 +169,10 @@ _TYPES = {
 MAX_DIMENSIONS = 64
 
 
-def to_tensors(content: Any, depth: int = 4, name: str = "") -> Any:
-    """The arrays of nested mappings as tensors, to the depth in which `checkpoints.load` searches.
+def to_plain(content: Any, depth: int, name: str = "") -> Any:
+    """Nested mappings as plain dicts of plain tensors, to the depth in which `checkpoints.load` searches.
+
+    A pickle can give attributes to mappings and tensors, which would hide their methods.
 
     Raises:
         ContentError: an array has a type that torch lacks, or does not have the bytes of its shape; the
@@ -181,9 +183,11 @@ def to_tensors(content: Any, depth: int = 4, name: str = "") -> Any:
             return content.to_tensor()
         except ContentError as error:
             raise ContentError(f"{name}: {error}") from None
-    if isinstance(content, dict) and depth:
+    if isinstance(content, Tensor) and vars(content):
+        return Tensor.detach(content)
+    if isinstance(content, dict) and depth >= 0:
         return {
-            key: to_tensors(value, depth - 1, f"{name}.{key!s:.200}" if name else f"{key!s:.200}")
-            for key, value in content.items()
+            key: to_plain(value, depth - 1, f"{name}.{key!s:.200}" if name else f"{key!s:.200}")
+            for key, value in dict.items(content)
         }
     return content
