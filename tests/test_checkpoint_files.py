@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import doctest
 import json
 import os
 import pickle
+import warnings
 from pathlib import Path
 
 import pytest
@@ -235,6 +237,43 @@ def test_nothing_in_a_file_is_run(tmp_path, write, where):
     assert not proof.exists()
     torch.load(path, weights_only=False) if write != "pickle" else pickle.loads(path.read_bytes())
     assert proof.exists()  # the file is as bad as it should be
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+@pytest.mark.parametrize("new", [True, False])
+def test_what_torch_writes_beside_weights_is_read(tmp_path, new):
+    with_attribute = torch.ones(2)
+    with_attribute.is_buffer = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls quantized tensors old
+        quantized = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
+        per_channel = torch.quantize_per_channel(
+            torch.ones(2, 2), torch.ones(2), torch.zeros(2), 0, torch.qint8
+        )
+    shared = torch.arange(12.0)
+    beside = {
+        "sparse": torch.eye(3).to_sparse(), "complex": torch.ones(2, dtype=torch.complex64),
+        "unsigned": torch.ones(2, dtype=torch.uint8), "half": torch.ones(2, dtype=torch.bfloat16),
+        "empty": torch.zeros(0, 3), "scalar": torch.tensor(1), "expanded": torch.ones(1, 3).expand(9, 3),
+        "views": [shared[2:5], shared[::2], shared.view(3, 4).T], "meta": torch.ones(3, device="meta"),
+        "parameter": torch.nn.Parameter(torch.ones(2)), "attribute": with_attribute,
+        "quantized": [quantized, per_channel],
+        "plain": [torch.float16, torch.Size([2]), torch.device("cpu"), {1, 2}, b"bytes", bytearray(b"a"),
+                  complex(1, 2), 2**70, None, (1, (2,)), collections.Counter("aab"), torch.strided],
+        "optimizer": {"state": {i: {"step": torch.tensor(1.0)} for i in range(3)}, (0, 1): "b", 1.5: "c"},
+    }  # fmt: skip
+    if new:
+        beside["wide"] = torch.ones(2, dtype=torch.uint16)
+    file = {"model": official(), **beside}
+    torch.save(file, tmp_path / "file.pth", _use_new_zipfile_serialization=new)
+    checkpoint = checkpoints.load(tmp_path / "file.pth")
+    assert checkpoint.entry == "model"
+    assert checkpoint.state_dict.keys() == file["model"].keys()
+    torch.save(
+        torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2)}).state_dict(), tmp_path / "other.pth"
+    )
+    with pytest.raises(ValueError, match=r"got a.weight, a.bias \(2 in all\)"):
+        checkpoints.load(tmp_path / "other.pth")
 
 
 def test_pickled_objects_are_named(tmp_path):
