@@ -353,26 +353,33 @@ def _levels(maps: _Maps, options: Options, queries: slice) -> Iterator[_Level]:
     )
     for value, shape, locations, weights in levels:
         # Converted before it is gathered from, so that its gradient is summed in the compute dtype.
-        yield _Level(value.to(dtype), shape, locations, weights)
-
-
-def _batch_and_head(value: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
-    """Index tensors that broadcast against `row` [B, q, M, K]; a single head serves all heads."""
-    batch = torch.arange(row.shape[0], device=row.device).view(-1, 1, 1, 1)
-    head = torch.arange(row.shape[2], device=row.device).view(1, 1, -1, 1)
-    return batch, head if value.shape[2] > 1 else torch.zeros_like(head)
+        yield _Level(value.to(dtype).contiguous(), shape, locations, weights)
 
 
 def _gather(value: Tensor, corner: Corner) -> Tensor:
     """The value rows at a corner, 0 outside the map: [B, q, M, K, D]."""
-    batch, head = _batch_and_head(value, corner.row)
-    rows = value[batch, corner.row, head]
+    rows = value.flatten(0, 2).gather(0, _row_index(value, corner.row))
     # Masked, not multiplied by 0: an infinite value must not leak from a row that no point reads.
+    rows = rows.view(*corner.row.shape, value.shape[3])
     return rows.masked_fill(~corner.inside[..., None], 0)
 
 
 def _scatter(grad_value: Tensor, corner: Corner, rows: Tensor) -> Tensor:
     """`grad_value` with `rows` added at a corner: the transpose of `_gather`."""
-    batch, head = _batch_and_head(grad_value, corner.row)
     rows = rows.masked_fill(~corner.inside[..., None], 0)
-    return grad_value.index_put((batch, corner.row, head), rows, accumulate=True)
+    index = _row_index(grad_value, corner.row)
+    return grad_value.flatten(0, 2).scatter_add(0, index, rows.flatten(0, 3)).view(grad_value.shape)
+
+
+def _row_index(value: Tensor, row: Tensor) -> Tensor:
+    """Where each point reads in `value.flatten(0, 2)`: [B * q * M * K, D].
+
+    For gather and scatter_add, because Inductor computes wrong forward-mode derivatives of `value[index]`
+    and `index_put`.
+    """
+    batch_size, num_positions, num_heads, head_dim = value.shape
+    batch = torch.arange(batch_size, device=row.device).view(-1, 1, 1, 1)
+    head = torch.arange(row.shape[2], device=row.device).view(1, 1, -1, 1)
+    # A single head serves all heads.
+    index = (batch * num_positions + row) * num_heads + (head if num_heads > 1 else 0)
+    return index.view(-1, 1).expand(-1, head_dim)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -144,22 +145,44 @@ class DeformableAttentionBackward(torch.autograd.Function):
 
 def autograd_kernel(keyset: Any, *inputs: Any) -> Tensor:
     """The operator on tensors that may need a derivative."""
-    if transforms_are_active():
-        return schema.fallback(*inputs)
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
-        return cast(Tensor, DeformableAttention.apply(keyset, *inputs))  # type: ignore[no-untyped-call]
     operator, _ = get_operators()
-    return cast(Tensor, _below_autograd(operator, keyset, *inputs))
+    return cast(
+        Tensor, _choose_kernel(operator, DeformableAttention, schema.fallback, keyset, inputs)
+    )
 
 
 def backward_autograd_kernel(keyset: Any, *inputs: Any) -> tuple[Tensor, ...]:
     """The backward operator on tensors that may need a derivative."""
-    if transforms_are_active():
-        return schema.backward_fallback(*inputs)
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
-        return cast("tuple[Tensor, ...]", DeformableAttentionBackward.apply(keyset, *inputs))  # type: ignore[no-untyped-call]
     _, operator = get_operators()
-    return cast("tuple[Tensor, ...]", _below_autograd(operator, keyset, *inputs))
+    return cast(
+        "tuple[Tensor, ...]",
+        _choose_kernel(
+            operator, DeformableAttentionBackward, schema.backward_fallback, keyset, inputs
+        ),
+    )
+
+
+def _choose_kernel(
+    operator: Any, function: Any, fallback: Any, keyset: Any, inputs: tuple[Any, ...]
+) -> Any:
+    if transforms_are_active():
+        return _outside_dynamo(fallback)(*inputs)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+        return function.apply(keyset, *inputs)
+    if any(_has_tangent(each) for each in inputs):
+        return _outside_dynamo(fallback)(*inputs)
+    return _below_autograd(operator, keyset, *inputs)
+
+
+def _outside_dynamo(function: Any) -> Any:
+    # The compiler looks at every frame while it runs a function, and cannot read these: functorch holds
+    # their tensors. Nothing is compiled before torch._dynamo is imported, which takes seconds.
+    return torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
+
+
+def _has_tangent(tensor: Any) -> bool:
+    # A traced or exported program opens a level of forward mode without its Python module.
+    return isinstance(tensor, Tensor) and torch._VF._unpack_dual(tensor, 0)[1] is not None
 
 
 def _below_autograd(operator: Any, keyset: Any, *inputs: Any) -> Any:
