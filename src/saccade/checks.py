@@ -20,6 +20,12 @@ SPATIAL_DIMS = (1, 2, 3)
 # Positions of one level: the kernels keep the index of a position within its level in 32 bits.
 MAX_POSITIONS = 2**31 - 1
 
+# Points of a query and head: the kernels keep the index of a point in 32 bits.
+MAX_POINTS = 2**31 - 1
+
+# Elements of a tensor: the kernels count its bytes, and small multiples of its elements, in 64 bits.
+MAX_ELEMENTS = 2**60 - 1
+
 # Reference points of a query: the kernels keep the index of a coordinate among all of them in 32 bits.
 MAX_REFERENCES = (2**31 - 1) // 6
 
@@ -146,6 +152,8 @@ def parse_num_points(
         )
     if min(counts) < 1:
         raise ValueError(f"num_points: expected at least 1 point for each level, got {counts}")
+    if sum(counts) > MAX_POINTS:
+        raise ValueError(f"num_points: expected at most {MAX_POINTS} points in all, got {counts}")
     return counts
 
 
@@ -287,6 +295,21 @@ def check_shape(name: str, tensor: Tensor, expected: Sequence[int | None], hint:
         raise ValueError(f"{name}: expected [{sizes}], got {format_shape(tensor)}{hint}")
 
 
+def check_elements(name: str, sizes: Sequence[int], what: str = "") -> None:
+    """Raises a ValueError if a tensor of these sizes has too many elements, a size of 0 counted as 1.
+
+    The strides of a tensor without elements are products of its other sizes, which have to fit as well.
+    """
+    # A symbolic size would be guarded by the comparison; it comes from a tensor that fits into memory.
+    if any(type(size) is not int for size in sizes):
+        return
+    if math.prod(max(size, 1) for size in sizes) > MAX_ELEMENTS:
+        raise ValueError(
+            f"{name}: expected {what}at most {MAX_ELEMENTS} elements, a size of 0 counted as 1, "
+            f"got {list(sizes)}"
+        )
+
+
 def check_axes(name: str, tensor: Tensor, value: Tensor | None, **axes: int | None) -> None:
     """Raises unless a floating tensor has these axes and is on the device of `value`.
 
@@ -302,6 +325,16 @@ def check_axes(name: str, tensor: Tensor, value: Tensor | None, **axes: int | No
             axis if expected is None else f"{axis} {expected}" for axis, expected in axes.items()
         )
         raise ValueError(f"{name}: expected [{names}], got {format_shape(tensor)}")
+
+
+def has_queries(leading: Sequence[int]) -> bool:
+    """Whether the axes of batch and queries have elements: without, there is nothing to compute.
+
+    Sizes that torch.compile traces, and other symbolic ones, count as such: the question would fix them.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    return not any(type(size) is int and size == 0 for size in leading)
 
 
 def compute_dtype(value: Tensor) -> torch.dtype:

@@ -17,6 +17,7 @@ from saccade.checks import (
     SpatialShapes,
     check_axes,
     compute_dtype,
+    has_queries,
     parse_spatial_shapes,
 )
 from saccade.functional import deformable_attention
@@ -102,6 +103,10 @@ def depth_weighted_deformable_attention(
                 f"got {tensor.shape[2]} in {list(tensor.shape)}"
             )
 
+    if not has_queries(sampling_locations.shape[:2]):
+        # Nothing is read; the sum of no elements leaves the depths their gradient.
+        attention_weights = attention_weights + depth_distribution[:, :0].sum()
+        return deformable_attention(value, shapes, sampling_locations[..., :2], attention_weights)
     dtype = compute_dtype(value)
     # Converted before it is gathered from, so that its gradient sums up in the compute dtype.
     depths = depth_distribution.to(dtype).flatten(1)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from saccade import reference
 from saccade.call import Call, Coordinates, Interpolation, Options, Padding, parse_call
-from saccade.checks import check_device, check_shape, format_shape
+from saccade.checks import check_device, check_elements, check_shape, format_shape
 
 FORWARD = "deformable_attention"
 BACKWARD = "deformable_attention_backward"
@@ -160,6 +160,8 @@ def backward_fallback(grad_output: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     arguments, output_mask = split_backward_inputs(inputs)
     call = arguments.checked_call()
     check_backward_inputs(grad_output, call, output_mask)
+    if not call.has_queries:
+        return zero_gradients(arguments, output_mask)
     gradients = reference.execute_backward(grad_output, call, output_mask)
     return tuple(
         _empty(arguments.points if tensor is None else tensor)
@@ -188,6 +190,16 @@ def check_backward_inputs(grad_output: Tensor, call: Call, output_mask: Sequence
         )
 
 
+def zero_gradients(arguments: Arguments, output_mask: Sequence[bool]) -> tuple[Tensor, ...]:
+    """The results of the backward operator for a call without queries."""
+    return tuple(
+        tensor.new_zeros(tensor.shape)
+        if included and tensor is not None
+        else _empty(arguments.points if tensor is None else tensor)
+        for tensor, included in zip(arguments.tensors, output_mask, strict=True)
+    )
+
+
 def split_backward_inputs(inputs: Sequence[Any]) -> tuple[Arguments, Sequence[bool]]:
     """The inputs of the backward operator behind `grad_output`: arguments and output mask."""
     *arguments, output_mask = inputs
@@ -207,9 +219,9 @@ def fake(*inputs: Any) -> Tensor:
     arguments = Arguments(*inputs)
     _check_axes_and_devices(arguments)
     batch_size, num_queries, num_heads = arguments.points.shape[:3]
-    return arguments.value.new_empty(
-        (batch_size, num_queries, num_heads * arguments.value.shape[3])
-    )
+    sizes = (batch_size, num_queries, num_heads * arguments.value.shape[3])
+    check_elements("value", sizes, "an output [batch, queries, heads * head_dim] of ")
+    return arguments.value.new_empty(sizes)
 
 
 def backward_fake(grad_output: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
