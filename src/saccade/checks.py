@@ -24,6 +24,23 @@ MAX_POSITIONS = 2**31 - 1
 MAX_REFERENCES = (2**31 - 1) // 6
 
 
+def holds(condition: bool | torch.SymBool) -> bool:
+    """Whether a condition on sizes or numbers holds; where it does not, the caller raises its error.
+
+    Numbers that are read from a tensor while a compiler traces are unknown. For a condition on those the
+    result is True, and the compiled program raises a RuntimeError where it does not hold.
+    """
+    if not torch.compiler.is_compiling() and not isinstance(condition, torch.SymBool):
+        return bool(condition)  # a tensor, while torch.jit traces
+    from torch.fx.experimental.symbolic_shapes import guard_or_true  # it imports sympy
+
+    if not guard_or_true(condition):
+        return False
+    # Without a message, which strict export cannot hold, and which torch replaces by the condition.
+    torch._check(condition)
+    return True
+
+
 def parse_spatial_shapes(spatial_shapes: SpatialShapes) -> list[tuple[int, ...]]:
     """One tuple of positive ints per level, from a sequence of them or an integer tensor [L, N].
 
@@ -51,15 +68,25 @@ def parse_spatial_shapes(spatial_shapes: SpatialShapes) -> list[tuple[int, ...]]
                 f"same for each level, got {shape} in {shapes}"
             )
         for size in shape:
-            if size < 1:
+            if not holds(size >= 1):
                 raise ValueError(
                     f"spatial_shapes: expected positive sizes, got {shape} in {shapes}"
                 )
-        if math.prod(shape) > MAX_POSITIONS:
+        if not holds(math.prod(shape) <= MAX_POSITIONS):
             raise ValueError(
                 f"spatial_shapes: expected at most {MAX_POSITIONS} positions per level, got {shape}"
             )
     return shapes
+
+
+def check_positions(value: Tensor, shapes: Sequence[tuple[int, ...]]) -> None:
+    """Raises a ValueError unless these levels have as many positions as `value` [B, S, ...]."""
+    expected = sum(map(math.prod, shapes))
+    if not holds(value.shape[1] == expected):
+        raise ValueError(
+            f"spatial_shapes: expected shapes whose products sum to {value.shape[1]}, the number of "
+            f"positions of value {format_shape(value)}, got {shapes} which sum to {expected}"
+        )
 
 
 def _to_shape(row: Sequence[int]) -> tuple[int, ...]:
