@@ -199,7 +199,7 @@ def parse_reference_index(
     counts_without_index = (1, len(num_points))
     if (
         count < 1
-        or sizes[:-2] != list(leading)
+        or not all(holds(size == expected) for size, expected in zip(sizes, leading, strict=False))
         or sizes[-1] not in (spatial_dims, 2 * spatial_dims)
         or (reference_index is None and count not in counts_without_index)
     ):
@@ -305,11 +305,10 @@ def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
 
 def check_shape(name: str, tensor: Tensor, expected: Sequence[int | None], hint: str = "") -> None:
     """Raises a ValueError unless the tensor has these sizes; None stands for any size."""
-    matches = tensor.dim() == len(expected)
-    if matches:
-        for size, expected_size in zip(tensor.shape, expected, strict=True):
-            matches = matches and (expected_size is None or size == expected_size)
-    if not matches:
+    if tensor.dim() != len(expected) or not all(
+        expected_size is None or holds(size == expected_size)
+        for size, expected_size in zip(tensor.shape, expected, strict=True)
+    ):
         sizes = ", ".join("any" if size is None else f"{size}" for size in expected)
         raise ValueError(f"{name}: expected [{sizes}], got {format_shape(tensor)}{hint}")
 
