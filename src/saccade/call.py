@@ -9,7 +9,6 @@ model calls with few different sizes, so their results are kept in one cache.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Hashable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -24,9 +23,11 @@ from saccade.checks import (
     check_elements,
     check_floating,
     check_option,
+    check_positions,
     check_shape,
     format_shape,
     has_queries,
+    holds,
     parse_num_points,
     parse_reference_index,
     parse_spatial_shapes,
@@ -276,14 +277,8 @@ def _check(request: _Request) -> _Recipe:
     shapes = parse_spatial_shapes(request.spatial_shapes)
     spatial_dims = len(shapes[0])
     check_border_height(request.padding, request.interpolation, spatial_dims)
-    num_positions, head_dim = value.shape[1], value.shape[3]
-    expected_positions = sum(map(math.prod, shapes))
-    if num_positions != expected_positions:
-        raise ValueError(
-            f"spatial_shapes: expected shapes whose products sum to {num_positions}, the number of "
-            f"positions of value {format_shape(value)}, got {shapes} which sum to {expected_positions}"
-        )
-    if head_dim < 1:
+    check_positions(value, shapes)
+    if value.shape[3] < 1:
         raise ValueError(f"value: expected a head_dim of at least 1, got {format_shape(value)}")
 
     ragged = request.queries_per_map is not None
@@ -304,7 +299,7 @@ def _check(request: _Request) -> _Recipe:
     if not torch.compiler.is_compiling():
         for name, tensor in tensors.items():
             check_elements(name, tensor.shape)
-        output_sizes = (*points.shape[:leading], points.shape[leading] * head_dim)
+        output_sizes = (*points.shape[:leading], points.shape[leading] * value.shape[3])
         check_elements("value", output_sizes, "an output [queries, heads * head_dim] of ")
         if not has_queries(points.shape[:leading]):
             # One point of each level says as much, without lists that are as long as all points.
@@ -357,16 +352,7 @@ def _check_queries(
             f"{format_shape(value)}, got {len(queries)}"
         )
     total = points.shape[0]
-    if torch.compiler.is_compiling():
-        # Numbers that are read from a tensor are not known yet: the compiled program checks them when it
-        # runs. The messages that torch prints then can hold no numbers.
-        for count in queries:
-            torch._check(count >= 0, lambda: "queries_per_map: expected at least 0, got less")
-        torch._check(
-            sum(queries) == total,
-            lambda: "queries_per_map: expected the number of all queries as their sum, got another",
-        )
-    elif any(count < 0 for count in queries) or sum(queries) != total:
+    if not (all(holds(count >= 0) for count in queries) and holds(sum(queries) == total)):
         raise ValueError(
             f"queries_per_map: expected numbers of at least 0 that sum to {total}, the number of "
             f"queries of {name} {format_shape(points)}, got {queries}"

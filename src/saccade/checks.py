@@ -30,6 +30,23 @@ MAX_ELEMENTS = 2**60 - 1
 MAX_REFERENCES = (2**31 - 1) // 6
 
 
+def holds(condition: bool | torch.SymBool) -> bool:
+    """Whether a condition on sizes or numbers holds; where it does not, the caller raises its error.
+
+    Numbers that are read from a tensor while a compiler traces are unknown. For a condition on those the
+    result is True, and the compiled program raises a RuntimeError where it does not hold.
+    """
+    if not torch.compiler.is_compiling() and not isinstance(condition, torch.SymBool):
+        return bool(condition)  # a tensor, while torch.jit traces
+    from torch.fx.experimental.symbolic_shapes import guard_or_true  # it imports sympy
+
+    if not guard_or_true(condition):
+        return False
+    # Without a message, which strict export cannot hold, and which torch replaces by the condition.
+    torch._check(condition)
+    return True
+
+
 def parse_spatial_shapes(spatial_shapes: SpatialShapes) -> list[tuple[int, ...]]:
     """One tuple of positive ints per level, from a sequence of them or an integer tensor [L, N].
 
@@ -57,15 +74,25 @@ def parse_spatial_shapes(spatial_shapes: SpatialShapes) -> list[tuple[int, ...]]
                 f"same for each level, got {shape} in {shapes}"
             )
         for size in shape:
-            if size < 1:
+            if not holds(size >= 1):
                 raise ValueError(
                     f"spatial_shapes: expected positive sizes, got {shape} in {shapes}"
                 )
-        if math.prod(shape) > MAX_POSITIONS:
+        if not holds(math.prod(shape) <= MAX_POSITIONS):
             raise ValueError(
                 f"spatial_shapes: expected at most {MAX_POSITIONS} positions per level, got {shape}"
             )
     return shapes
+
+
+def check_positions(value: Tensor, shapes: Sequence[tuple[int, ...]]) -> None:
+    """Raises a ValueError unless these levels have as many positions as `value` [B, S, ...]."""
+    expected = sum(map(math.prod, shapes))
+    if not holds(value.shape[1] == expected):
+        raise ValueError(
+            f"spatial_shapes: expected shapes whose products sum to {value.shape[1]}, the number of "
+            f"positions of value {format_shape(value)}, got {shapes} which sum to {expected}"
+        )
 
 
 def _to_shape(row: Sequence[int]) -> tuple[int, ...]:
@@ -180,7 +207,7 @@ def parse_reference_index(
     counts_without_index = (1, len(num_points))
     if (
         count < 1
-        or sizes[:-2] != list(leading)
+        or not all(holds(size == expected) for size, expected in zip(sizes, leading, strict=False))
         or sizes[-1] not in (spatial_dims, 2 * spatial_dims)
         or (reference_index is None and count not in counts_without_index)
     ):
@@ -286,11 +313,10 @@ def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
 
 def check_shape(name: str, tensor: Tensor, expected: Sequence[int | None], hint: str = "") -> None:
     """Raises a ValueError unless the tensor has these sizes; None stands for any size."""
-    matches = tensor.dim() == len(expected)
-    if matches:
-        for size, expected_size in zip(tensor.shape, expected, strict=True):
-            matches = matches and (expected_size is None or size == expected_size)
-    if not matches:
+    if tensor.dim() != len(expected) or not all(
+        expected_size is None or holds(size == expected_size)
+        for size, expected_size in zip(tensor.shape, expected, strict=True)
+    ):
         sizes = ", ".join("any" if size is None else f"{size}" for size in expected)
         raise ValueError(f"{name}: expected [{sizes}], got {format_shape(tensor)}{hint}")
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from saccade import reference
 from saccade.call import Call, Coordinates, Interpolation, Options, Padding, parse_call
-from saccade.checks import check_device, check_elements, check_shape, format_shape
+from saccade.checks import check_device, check_shape, format_shape
 
 FORWARD = "deformable_attention"
 BACKWARD = "deformable_attention_backward"
@@ -215,46 +215,19 @@ def _empty(like: Tensor) -> Tensor:
 
 
 def fake(*inputs: Any) -> Tensor:
-    """The operator's output without content."""
-    arguments = Arguments(*inputs)
-    _check_axes_and_devices(arguments)
-    batch_size, num_queries, num_heads = arguments.points.shape[:3]
-    sizes = (batch_size, num_queries, num_heads * arguments.value.shape[3])
-    check_elements("value", sizes, "an output [batch, queries, heads * head_dim] of ")
-    return arguments.value.new_empty(sizes)
+    """The operator's output without content, after the checks of the fallback."""
+    call = Arguments(*inputs).checked_call()
+    batch_size, num_queries, num_heads = call.points.shape[:3]
+    return call.value.new_empty((batch_size, num_queries, num_heads * call.value.shape[3]))
 
 
 def backward_fake(grad_output: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    """The backward operator's results without content."""
+    """The backward operator's results without content, after the checks of the fallback."""
     arguments, output_mask = split_backward_inputs(inputs)
-    _check_axes_and_devices(arguments, grad_output)
+    check_backward_inputs(grad_output, arguments.checked_call(), output_mask)
     return tuple(
         tensor.new_empty(tensor.shape)
         if included and tensor is not None
         else _empty(arguments.points if tensor is None else tensor)
         for tensor, included in zip(arguments.tensors, output_mask, strict=True)
     )
-
-
-def _check_axes_and_devices(arguments: Arguments, grad_output: Tensor | None = None) -> None:
-    # No sizes are compared: a symbolic one would be fixed, or guarded, by that.
-    queries = ("batch", "queries")
-    for name, tensor, axes in (
-        ("value", arguments.value, ("batch", "positions", "heads or 1", "head_dim")),
-        ("grad_output", grad_output, (*queries, "heads * head_dim")),
-        (arguments.points_name, arguments.points, (*queries, "heads", "points", "spatial_dims")),
-        (arguments.weights_name, arguments.weights, (*queries, "heads", "points")),
-        (
-            "reference_points",
-            arguments.reference_points,
-            (*queries, "references", "spatial_dims or 2 * spatial_dims"),
-        ),
-    ):
-        if tensor is None:
-            continue
-        if tensor.dim() != len(axes):
-            raise ValueError(
-                f"{name}: expected {len(axes)} axes [{', '.join(axes)}], "
-                f"got {tensor.dim()} axes {format_shape(tensor)}"
-            )
-        check_device(name, tensor, arguments.value.device)
