@@ -153,11 +153,15 @@ def _exit(number: int, frame: FrameType | None) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def as_text(path: str | os.PathLike[str]) -> str:
-    r"""Returns a path as text that can be encoded; bytes that are not UTF-8 become \xe9, for example."""
-    return re.sub(
-        "[\ud800-\udfff]",
-        # Python keeps such a byte as the surrogate U+DC00 + byte.
-        lambda letter: f"\\x{ord(letter[0]) & 0xFF:02x}",
-        os.fspath(path),
-    )
+def as_text(text: str | os.PathLike[str]) -> str:
+    r"""Returns a path or another text in a form that can be encoded.
+
+    Bytes of a file name that are not UTF-8 become escapes such as \xe9.
+    """
+    return re.sub("[\ud800-\udfff]", _escape_surrogate, os.fspath(text))
+
+
+def _escape_surrogate(match: re.Match[str]) -> str:
+    number = ord(match[0])
+    # Python holds such a byte of a file name as U+DC00 + byte.
+    return f"\\x{number - 0xDC00:02x}" if 0xDC80 <= number <= 0xDCFF else f"\\u{number:04x}"
