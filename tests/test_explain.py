@@ -9,7 +9,8 @@ import torch
 
 import saccade
 from saccade.vision.explain import explain_worked_example, take_apart, worked_map
-from saccade.vision.explain_module import explain_module, load_inputs, load_module
+from saccade.vision.explain_files import load_inputs, load_module
+from saccade.vision.explain_module import explain_module
 from saccade.vision.explain_table import format_number, format_pair
 
 
@@ -180,10 +181,10 @@ def test_foreign_code_in_a_file_does_not_run(tmp_path, capsys) -> None:
 
 def test_wrong_files_are_named(tmp_path) -> None:
     module, inputs = single_scale()
-    with pytest.raises(ValueError, match="MODULE: the file .* does not exist"):
+    with pytest.raises(ValueError, match="MODULE: cannot read .*: No such file"):
         load_module(tmp_path / "nothing.pt")
     (tmp_path / "text.pt").write_text("no torch file")
-    with pytest.raises(ValueError, match=r"MODULE: cannot load .* not written by torch\.save"):
+    with pytest.raises(ValueError, match=r"MODULE: .*text.pt: expected a file of torch\.save"):
         load_module(tmp_path / "text.pt")
     torch.save(module.state_dict(), tmp_path / "state.pt")
     with pytest.raises(ValueError, match="a state dict"):

@@ -136,7 +136,8 @@ def explain(
                 reference, interpolation=interpolation, padding=padding
             )
         else:
-            from saccade.vision.explain_module import explain_module, load_inputs, load_module
+            from saccade.vision.explain_files import load_inputs, load_module
+            from saccade.vision.explain_module import explain_module
 
             loaded = load_module(module)
             explanation = explain_module(

@@ -48,13 +48,26 @@ class Point(NamedTuple):
     """The interpolated value, in the shown channel."""
     attention_weight: float
 
+    @property
+    def product(self) -> float:
+        """What the point adds to the output: 0 if it reads nothing, whatever its attention weight."""
+        reads = any(corner.value is not None for corner in self.corners)
+        return self.attention_weight * self.read if reads else 0.0
+
 
 class Check(NamedTuple):
-    """Compares sums made by hand with the same values from the library."""
+    """Compares sums made by hand with the same values from the library.
+
+    Two NaNs are equal, and so are two infinities of the same sign.
+    """
 
     name: str
     largest_difference: float
+    """Not finite where one side is not a number or infinite and the other differs."""
     tolerance: float
+    num_values: int
+    num_not_finite: int
+    """How many of the library's values are NaN or infinite."""
 
     @property
     def passed(self) -> bool:
@@ -115,6 +128,15 @@ class HeadParts(NamedTuple):
     def read(self) -> Tensor:
         """[P, D], the interpolated value of each point."""
         return (self.weights[..., None] * self.rows).sum(1)
+
+
+def sum_points(parts: HeadParts, attention_weights: Tensor) -> Tensor:
+    """The output [D] of one query and head, from its attention weights [P].
+
+    A point without a corner inside the map takes no part, even if its weight is not a number.
+    """
+    products = attention_weights.to(parts.rows)[:, None] * parts.read  # [P, D]
+    return products.masked_fill(~parts.inside.any(1, keepdim=True), 0).sum(0)
 
 
 def take_apart(
@@ -200,42 +222,52 @@ def list_points(
 ) -> list[Point]:
     """Converts `parts` to plain numbers; offsets and locations [P, 2], attention_weights [P]."""
     levels = [level for level, count in enumerate(num_points) for _ in range(count)]
-    read = parts.read
-    points = []
-    for index, level in enumerate(levels):
-        corners = []
-        if bool(parts.finite[index]):
-            for corner in range(parts.cells.shape[1]):
-                x, y = parts.cells[index, corner].tolist()
-                inside = bool(parts.inside[index, corner])
-                value = float(parts.rows[index, corner, channel]) if inside else None
-                corners.append(Corner(x, y, float(parts.weights[index, corner]), value))
-        points.append(
-            Point(
-                index + 1,
-                level,
-                _to_pair(offsets[index]),
-                _to_pair(locations[index]),
-                _to_pair(parts.positions[index]),
-                corners,
-                float(read[index, channel]),
-                float(attention_weights[index]),
-            )
+    values = parts.rows[..., channel].tolist()
+    inside, finite = parts.inside.tolist(), parts.finite.tolist()
+    cells, weights = parts.cells.tolist(), parts.weights.tolist()
+    read, attention = parts.read[:, channel].tolist(), attention_weights.tolist()
+    pairs = zip(offsets.tolist(), locations.tolist(), parts.positions.tolist(), strict=True)
+    return [
+        Point(
+            index + 1,
+            level,
+            (offset[0], offset[1]),
+            (location[0], location[1]),
+            (position[0], position[1]),
+            [
+                Corner(x, y, weight, value if is_inside else None)
+                for (x, y), weight, value, is_inside in zip(
+                    cells[index], weights[index], values[index], inside[index], strict=True
+                )
+            ]
+            if finite[index]
+            else [],
+            read[index],
+            attention[index],
         )
-    return points
-
-
-def _to_pair(tensor: Tensor) -> tuple[float, float]:
-    x, y = tensor.tolist()
-    return float(x), float(y)
+        for index, (level, (offset, location, position)) in enumerate(
+            zip(levels, pairs, strict=True)
+        )
+    ]
 
 
 def check(name: str, by_hand: Tensor, library: Tensor) -> Check:
     """Compares sums made by hand with the library's; the tolerance depends on the dtype."""
     precision = {torch.float64: 1e-12, torch.float32: 1e-5}.get(library.dtype, 2e-2)
-    by_hand, library = by_hand.detach().double(), library.detach().double()
-    largest = float((by_hand - library).abs().max())
-    return Check(name, largest, precision * max(1.0, float(library.abs().max())))
+    # The library's result is rounded to its dtype, where a large sum is infinite.
+    by_hand = by_hand.detach().to(library.dtype).double()
+    library = library.detach().double()
+    same = (by_hand == library) | (by_hand.isnan() & library.isnan())
+    difference = (by_hand - library).abs().masked_fill(same, 0)
+    finite = library.isfinite()
+    largest = float(library.masked_fill(~finite, 0).abs().max())
+    return Check(
+        name,
+        float(difference.max()),
+        precision * max(1.0, largest),
+        library.numel(),
+        int((~finite).sum()),
+    )
 
 
 WORKED_SHAPE = (4, 4)
@@ -303,7 +335,7 @@ def explain_worked_example(
         padding=padding,
         coordinates="pixel",
     )
-    by_hand = attention_weights @ parts.read
+    by_hand = sum_points(parts, attention_weights)
     checks = [check("the sum by hand, saccade.deformable_attention", by_hand, library)]
     # With the other rules, a position half way between pixels may round differently in other units.
     if interpolation == "linear":
