@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 
@@ -23,9 +24,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import typer  # noqa: F401
     except ImportError as error:
         return _without_extras(arguments, error.name or "typer")
+    # A name or label that the terminal's encoding lacks is shown as an escape.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     from saccade.cli import app
+    from saccade.files import exit_on_signals
 
-    app(arguments, prog_name="saccade")
+    with exit_on_signals():
+        app(arguments, prog_name="saccade")
     return 0
 
 
