@@ -48,12 +48,6 @@ class Point(NamedTuple):
     """The interpolated value, in the shown channel."""
     attention_weight: float
 
-    @property
-    def product(self) -> float:
-        """What the point adds to the output: 0 if it reads nothing, whatever its attention weight."""
-        reads = any(corner.value is not None for corner in self.corners)
-        return self.attention_weight * self.read if reads else 0.0
-
 
 class Check(NamedTuple):
     """Compares sums made by hand with the same values from the library.
@@ -128,15 +122,6 @@ class HeadParts(NamedTuple):
     def read(self) -> Tensor:
         """[P, D], the interpolated value of each point."""
         return (self.weights[..., None] * self.rows).sum(1)
-
-
-def sum_points(parts: HeadParts, attention_weights: Tensor) -> Tensor:
-    """The output [D] of one query and head, from its attention weights [P].
-
-    A point without a corner inside the map takes no part, even if its weight is not a number.
-    """
-    products = attention_weights.to(parts.rows)[:, None] * parts.read  # [P, D]
-    return products.masked_fill(~parts.inside.any(1, keepdim=True), 0).sum(0)
 
 
 def take_apart(
@@ -335,7 +320,7 @@ def explain_worked_example(
         padding=padding,
         coordinates="pixel",
     )
-    by_hand = sum_points(parts, attention_weights)
+    by_hand = attention_weights @ parts.read
     checks = [check("the sum by hand, saccade.deformable_attention", by_hand, library)]
     # With the other rules, a position half way between pixels may round differently in other units.
     if interpolation == "linear":

@@ -22,7 +22,6 @@ from saccade.vision.explain import (
     HeadParts,
     check,
     list_points,
-    sum_points,
     take_apart,
 )
 
@@ -101,7 +100,9 @@ def explain_module(
 
     weights = sampling.attention_weights[batch, query]  # [M, P]
     every_head = [take_head_apart(index) for index in range(num_heads)]
-    sums = torch.cat([sum_points(parts, weights[m]) for m, parts in enumerate(every_head)])
+    sums = torch.cat(
+        [weights[index].to(parts.read) @ parts.read for index, parts in enumerate(every_head)]
+    )
     with torch.no_grad():
         projected = module.output_proj(sums.to(attended.dtype))
     shown_value = value[batch, :, head if value.shape[2] > 1 else 0, channel]

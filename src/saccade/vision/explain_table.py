@@ -254,7 +254,7 @@ def _print_sum(console: Console, explanation: Explanation) -> None:
             *([str(point.level)] if several_levels else []),
             format_number(point.attention_weight),
             format_number(point.read),
-            format_number(point.product, 4),
+            format_number(point.attention_weight * point.read, 4),
         )
     table.add_section()
     blank = [""] * (2 if several_levels else 1)
@@ -281,8 +281,7 @@ def _print_checks(console: Console, explanation: Explanation) -> None:
         word = "not a number" if math.isnan(explanation.library) else "not finite"
         subject = "The output" if not math.isfinite(explanation.library) else "Part of the output"
         console.print(
-            f"[bold]{subject} is {word}[/bold]: the weights or the inputs hold NaN or infinity, or "
-            "overflow.",
+            f"[bold]{subject} is {word}[/bold]: weights or inputs are NaN, infinite or too large.",
             highlight=False,
         )
 
