@@ -53,6 +53,7 @@ class _MultiScaleRecord(_Record):
 
 
 _RECORDS = (_LinearRecord, _SingleMapRecord, _MultiScaleRecord)
+_LARGEST_SIZE = 2**31 - 1
 _LAYERS = ("sampling_offsets", "attention_weights", "reference_points", "value_proj", "output_proj")
 
 
@@ -82,7 +83,8 @@ def load_module(path: Path) -> Module:
     try:
         return _make_module(loaded)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"MODULE: {path}: {error}") from error
+        # The start of the message: a text in the file can be long.
+        raise ValueError(f"MODULE: {path}: {str(error)[:500]}") from error
 
 
 def load_inputs(path: Path, module: Module) -> dict[str, Any]:
@@ -178,41 +180,44 @@ def _make_module(record: _SingleMapRecord | _MultiScaleRecord) -> Module:
     num_points = record.get("num_points")
     if not isinstance(num_points, list) or not all(type(count) is int for count in num_points):
         raise ValueError(f"num_points: expected a list of ints, got {_describe(num_points)}")
-    if not num_points or min(num_points) < 1:
-        raise ValueError("num_points: expected at least one point for each level, got fewer")
-    # The layer in the file bounds the sizes before anything is made from them.
-    expected = [num_heads * sum(num_points) * spatial_dims, embed_dim]
-    offsets = weights.get("sampling_offsets.weight")
-    if offsets is None or list(offsets.shape) != expected:
-        got = "none" if offsets is None else format_shape(offsets)
+    if not num_points or min(num_points) < 1 or max(num_points) > _LARGEST_SIZE:
         raise ValueError(
-            f"sampling_offsets.weight: expected {_describe(expected)}, num_heads * points * "
-            f"spatial_dims by embed_dim, got {got}"
+            f"num_points: expected 1 to {_LARGEST_SIZE} for each level, got {_describe(num_points)}"
         )
+    # The file bounds all sizes before a module is made from them.
+    points = num_heads * sum(num_points)
+    attended = embed_dim if "value_proj.weight" in weights else num_heads * embed_dim
+    sizes = {
+        "sampling_offsets": (points * spatial_dims, embed_dim),
+        "attention_weights": (points, embed_dim),
+        "output_proj": (embed_dim, attended),
+    }
+    if isinstance(record, _MultiScaleRecord) or "value_proj.weight" in weights:
+        sizes["value_proj"] = (embed_dim, embed_dim)
+    if isinstance(record, _SingleMapRecord) and "reference_points.weight" in weights:
+        sizes["reference_points"] = (spatial_dims, embed_dim)
+    _check_weights(sizes, weights)
     options: dict[str, Any] = {
         "spatial_dims": spatial_dims,
         "interpolation": record.get("interpolation"),
         "padding": record.get("padding"),
     }
-    # On the meta device nothing is allocated or drawn: the weights of the file take their places.
-    with torch.device("meta"):
-        module: Module
-        if isinstance(record, _MultiScaleRecord):
-            module = MultiScaleDeformableAttention(
-                embed_dim, num_heads, len(num_points), num_points, **options
-            )
-        else:
-            if len(num_points) != 1:
-                raise ValueError(f"num_points: expected one level, got {len(num_points)}")
-            module = DeformableAttention(
-                embed_dim,
-                num_heads,
-                num_points[0],
-                value_projection="value_proj.weight" in weights,
-                predict_reference_points="reference_points.weight" in weights,
-                **options,
-            )
-    _check_weights(module, weights)
+    module: Module
+    if isinstance(record, _MultiScaleRecord):
+        module = MultiScaleDeformableAttention(
+            embed_dim, num_heads, len(num_points), num_points, **options
+        )
+    else:
+        if len(num_points) != 1:
+            raise ValueError(f"num_points: expected one level, got {len(num_points)}")
+        module = DeformableAttention(
+            embed_dim,
+            num_heads,
+            num_points[0],
+            value_projection="value_proj" in sizes,
+            predict_reference_points="reference_points" in sizes,
+            **options,
+        )
     module.load_state_dict(weights, assign=True)
     return module.requires_grad_(False).eval()
 
@@ -221,8 +226,8 @@ def _read_size(record: _Record, name: str) -> int:
     size = record.get(name)
     if type(size) is not int:
         raise ValueError(f"{name}: expected an int, got {_describe(size)}")
-    if size < 1:
-        raise ValueError(f"{name}: expected at least 1, got {_describe(size)}")
+    if not 1 <= size <= _LARGEST_SIZE:
+        raise ValueError(f"{name}: expected 1 to {_LARGEST_SIZE}, got {_describe(size)}")
     return size
 
 
@@ -252,18 +257,18 @@ def _read_weights(record: _Record) -> dict[str, Tensor]:
     return weights
 
 
-def _check_weights(module: Module, weights: dict[str, Tensor]) -> None:
-    expected = module.state_dict()
-    for name in sorted({*expected, *weights}):
+def _check_weights(sizes: dict[str, tuple[int, int]], weights: dict[str, Tensor]) -> None:
+    """Raises unless the weights are those of layers with these sizes, outputs and inputs."""
+    expected: dict[str, list[int]] = {}
+    for layer_name, (outputs, inputs) in sizes.items():
+        expected[f"{layer_name}.weight"] = [outputs, inputs]
+        expected[f"{layer_name}.bias"] = [outputs]
+    for name in {**expected, **weights}:
+        shape = _describe(expected.get(name))
         if name not in weights:
-            raise ValueError(f"{name}: expected {format_shape(expected[name])}, got none")
-        if name not in expected:
-            raise ValueError(f"{name}: expected none, got {format_shape(weights[name])}")
-        if weights[name].shape != expected[name].shape:
-            raise ValueError(
-                f"{name}: expected {format_shape(expected[name])}, got "
-                f"{format_shape(weights[name])}"
-            )
+            raise ValueError(f"{name}: expected {shape}, got none")
+        if name not in expected or list(weights[name].shape) != expected[name]:
+            raise ValueError(f"{name}: expected {shape}, got {format_shape(weights[name])}")
         if weights[name].dtype not in VALUE_DTYPES:
             raise ValueError(
                 f"{name}: expected one of {', '.join(map(str, VALUE_DTYPES))}, "
