@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import doctest
 import json
 import os
 import pickle
+import warnings
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,58 @@ def test_several_state_dicts_are_not_chosen_between(tmp_path):
         checkpoints.load(path, entry="ema")
 
 
+def test_numbers_that_are_not_numbers_are_the_same_in_a_copy(tmp_path):
+    weights = official()
+    prefix = checkpoints.attention_prefixes(weights)[0]
+    weights[f"{prefix}.sampling_offsets.bias"][0] = float("nan")
+    torch.save({"model": weights}, tmp_path / "once.pth")
+    modules = checkpoints.load(tmp_path / "once.pth")
+    assert modules.state_dict[f"{prefix}.sampling_offsets.bias"][0].isnan()
+    # A copy in another order, under other prefixes.
+    copy = {f"model.{name}": weights[name].clone() for name in reversed(list(weights))}
+    torch.save({"model": weights, "state_dict": copy}, tmp_path / "twice.pth")
+    assert checkpoints.load(tmp_path / "twice.pth").entry == "model"
+    copy[f"model.{prefix}.sampling_offsets.bias"][0] = 0
+    torch.save({"model": weights, "state_dict": copy}, tmp_path / "twice.pth")
+    with pytest.raises(ValueError, match="expected one of 'model', 'state_dict', because"):
+        checkpoints.load(tmp_path / "twice.pth")
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float64, torch.complex64, torch.int8, torch.bool]
+)
+def test_copies_of_every_type_are_compared(tmp_path, dtype):
+    weights = {"a.sampling_offsets.weight": torch.ones(2, 3).to(dtype), "a.count": torch.tensor(3)}
+    copy = {name: tensor.clone() for name, tensor in weights.items()}
+    torch.save({"model": weights, "ema": copy}, tmp_path / "file.pth")
+    assert checkpoints.load(tmp_path / "file.pth").entry == "model"
+    copy["a.sampling_offsets.weight"][1, 2] = 0
+    torch.save({"model": weights, "ema": copy}, tmp_path / "file.pth")
+    with pytest.raises(ValueError, match="'model' and 'ema' of .* differ"):
+        checkpoints.load(tmp_path / "file.pth")
+
+
+def test_state_dicts_are_found_by_their_depth(tmp_path):
+    weights = official()
+    path = tmp_path / "file.pth"
+    torch.save({"runs/2024.05.01.r50.seed.0": {"model": weights}}, path)
+    assert checkpoints.load(path).entry == "runs/2024.05.01.r50.seed.0.model"
+    torch.save({"a": {"b": {"c": {"d": weights}}}}, path)
+    assert checkpoints.load(path, entry="a.b.c.d").entry == "a.b.c.d"
+    torch.save({"a": {"b": {"c": {"d": {"e": weights}}}}}, path)
+    with pytest.raises(ValueError, match=r"expected a state dict .* got a \(1 in all\)"):
+        checkpoints.load(path)
+    # Two places with one path: neither is chosen in silence.
+    torch.save({"a.b": weights, "a": {"b": official()}}, path)
+    with pytest.raises(
+        ValueError, match=r"expected one of 'a.b', because 'a.b' and 'a.b' of .* differ"
+    ):
+        checkpoints.load(path, entry="a.b")
+    torch.save({1: weights, "1": official()}, path)
+    with pytest.raises(ValueError, match="because '1' and '1' of .* differ"):
+        checkpoints.load(path)
+
+
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 def test_arrays_as_detectron2_publishes_them(tmp_path, protocol):
     numpy = pytest.importorskip("numpy", reason="writes the arrays; reading them needs no numpy")
@@ -47,10 +101,105 @@ def test_arrays_as_detectron2_publishes_them(tmp_path, protocol):
     assert all(torch.equal(found[name], torch.tensor(arrays[name])) for name in arrays)
     modules = checkpoints.attention_modules(found, num_heads=4, num_levels=3)
     check_same(modules, state_dict)
-    for wrong in (numpy.array([{}], object), numpy.zeros(3, ">f4"), numpy.zeros(3, "c8")):
-        (tmp_path / "model.pkl").write_bytes(pickle.dumps({"model": wrong}, protocol))
-        with pytest.raises(ValueError, match="got a pickled (numpy )?array of"):
+
+
+REAL = [
+    "?",
+    "u1",
+    "i1",
+    "<i2",
+    ">i2",
+    "<i4",
+    ">i4",
+    ">i8",
+    ">u2",
+    "<u2",
+    ">u4",
+    ">u8",
+    ">f2",
+    "<f4",
+]
+REAL += [">f4", ">f8", "<c8", ">c8", ">c16"]
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+@pytest.mark.parametrize("kind", REAL)
+def test_arrays_of_every_type_of_number(tmp_path, protocol, kind):
+    numpy = pytest.importorskip("numpy", reason="writes the arrays; reading them needs no numpy")
+    values = numpy.array([[0, 1, 2], [3, 100, 120]], dtype=kind)
+    if values.dtype.kind == "c":
+        values += 2j
+    arrays = {
+        "a.sampling_offsets.weight": values,
+        "a.columns": numpy.asfortranarray(values),
+        "a.scalar": values[1, 1],
+        "a.no_dimension": numpy.array(values[1, 2]),
+        "a.empty": values[:, :0],
+        "a.every_second": values[:, ::2],
+        "a.bytes": numpy.frombuffer(values.tobytes(), values.dtype),
+    }
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps({"model": arrays}, protocol))
+    state_dict = checkpoints.load(tmp_path / "model.pkl").state_dict
+    assert state_dict.keys() == arrays.keys()
+    for name, array in arrays.items():
+        native = numpy.asarray(array)
+        assert torch.equal(
+            state_dict[name], torch.from_numpy(native.astype(native.dtype.newbyteorder("=")))
+        )
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_arrays_that_torch_has_no_type_for(tmp_path, protocol):
+    numpy = pytest.importorskip("numpy", reason="writes the arrays; reading them needs no numpy")
+    for wrong, kind in (
+        (numpy.array([{}], object), "O8"),
+        (numpy.array(["a", "bc"]), "<U2"),
+        (numpy.array([b"abc"]), "S3"),
+        (numpy.array(["2024-01-01"], "M8[s]"), "<M8"),
+        (numpy.zeros(2, [("a", "f4"), ("b", "i4")]), "V8"),
+    ):
+        (tmp_path / "model.pkl").write_bytes(pickle.dumps({"model": {"x": wrong}}, protocol))
+        message = (
+            f"model.pkl: model.x: expected numbers of a type that torch has, got numpy's .*{kind}$"
+        )
+        with pytest.raises(ValueError, match=message):
             checkpoints.load(tmp_path / "model.pkl")
+
+
+@pytest.mark.parametrize(
+    ("shape", "content", "message"),
+    [
+        ((2, 3), bytes(8), r"expected 24 bytes for a numpy array of shape \(2, 3\) and .* got 8"),
+        ((2,), bytes(12), "expected 8 bytes for a numpy array .* got 12"),
+        ((0, 3), bytes(12), "expected 0 bytes"),
+        ((2**62, 2**62), bytes(8), "expected 85070591730234615865843651857942052864 bytes"),
+        ((1,) * 65, bytes(4), "expected 4 bytes for a numpy array"),
+        ((-2,), bytes(8), "expected the shape of a numpy array, got tuple"),
+        ([2], bytes(8), "expected the shape of a numpy array, got list"),
+        ((2,), 7, "expected a numpy array as bytes, got int"),
+        ((2,), [1.0, 2.0], "expected a numpy array as bytes, got list"),
+    ],
+)
+def test_arrays_whose_bytes_do_not_fit(tmp_path, shape, content, message):
+    numpy = pytest.importorskip("numpy", reason="writes the arrays; reading them needs no numpy")
+
+    class Array:
+        def __reduce__(self):
+            begin, arguments, _ = numpy.zeros(2).__reduce__()
+            return begin, arguments, (1, shape, numpy.dtype("f4"), False, content)
+
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps({"model": Array()}, 2))
+    with pytest.raises(ValueError, match=f"model.pkl: model: {message}"):
+        checkpoints.load(tmp_path / "model.pkl")
+
+
+def test_truth_values_are_0_or_1(tmp_path):
+    numpy = pytest.importorskip("numpy", reason="writes the arrays; reading them needs no numpy")
+    array = numpy.array([0, 1, 2, 255], "u1").view("?")
+    arrays = {"a.sampling_offsets.weight": array}
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(arrays, 2))
+    (tensor,) = checkpoints.load(tmp_path / "model.pkl").state_dict.values()
+    assert tensor.view(torch.uint8).tolist() == [0, 1, 1, 1]
 
 
 class Touch:
@@ -88,6 +237,43 @@ def test_nothing_in_a_file_is_run(tmp_path, write, where):
     assert not proof.exists()
     torch.load(path, weights_only=False) if write != "pickle" else pickle.loads(path.read_bytes())
     assert proof.exists()  # the file is as bad as it should be
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+@pytest.mark.parametrize("new", [True, False])
+def test_what_torch_writes_beside_weights_is_read(tmp_path, new):
+    with_attribute = torch.ones(2)
+    with_attribute.is_buffer = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls quantized tensors old
+        quantized = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
+        per_channel = torch.quantize_per_channel(
+            torch.ones(2, 2), torch.ones(2), torch.zeros(2), 0, torch.qint8
+        )
+    shared = torch.arange(12.0)
+    beside = {
+        "sparse": torch.eye(3).to_sparse(), "complex": torch.ones(2, dtype=torch.complex64),
+        "unsigned": torch.ones(2, dtype=torch.uint8), "half": torch.ones(2, dtype=torch.bfloat16),
+        "empty": torch.zeros(0, 3), "scalar": torch.tensor(1), "expanded": torch.ones(1, 3).expand(9, 3),
+        "views": [shared[2:5], shared[::2], shared.view(3, 4).T], "meta": torch.ones(3, device="meta"),
+        "parameter": torch.nn.Parameter(torch.ones(2)), "attribute": with_attribute,
+        "quantized": [quantized, per_channel],
+        "plain": [torch.float16, torch.Size([2]), torch.device("cpu"), {1, 2}, b"bytes", bytearray(b"a"),
+                  complex(1, 2), 2**70, None, (1, (2,)), collections.Counter("aab"), torch.strided],
+        "optimizer": {"state": {i: {"step": torch.tensor(1.0)} for i in range(3)}, (0, 1): "b", 1.5: "c"},
+    }  # fmt: skip
+    if new:
+        beside["wide"] = torch.ones(2, dtype=torch.uint16)
+    file = {"model": official(), **beside}
+    torch.save(file, tmp_path / "file.pth", _use_new_zipfile_serialization=new)
+    checkpoint = checkpoints.load(tmp_path / "file.pth")
+    assert checkpoint.entry == "model"
+    assert checkpoint.state_dict.keys() == file["model"].keys()
+    torch.save(
+        torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2)}).state_dict(), tmp_path / "other.pth"
+    )
+    with pytest.raises(ValueError, match=r"got a.weight, a.bias \(2 in all\)"):
+        checkpoints.load(tmp_path / "other.pth")
 
 
 def test_pickled_objects_are_named(tmp_path):

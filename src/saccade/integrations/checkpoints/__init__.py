@@ -8,6 +8,8 @@ Grounding DINO, detrex, mmdet, RT-DETR, RF-DETR, transformers.
 from saccade.integrations.checkpoints.files import load as load
 from saccade.integrations.checkpoints.modules import AttentionModules as AttentionModules
 from saccade.integrations.checkpoints.modules import attention_modules as attention_modules
+from saccade.integrations.checkpoints.pickle_bounds import BoundError as BoundError
+from saccade.integrations.checkpoints.pickle_bounds import Limits as Limits
 from saccade.integrations.checkpoints.state_dict_parts import Checkpoint as Checkpoint
 from saccade.integrations.checkpoints.state_dict_parts import (
     attention_prefixes as attention_prefixes,

@@ -6,9 +6,10 @@ from settings in the file or from the caller, and every number has to fit the sh
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from saccade.checks import to_positive_int
@@ -53,6 +54,23 @@ class Geometry(NamedTuple):
     sources: dict[str, str]
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor has its numbers at hand: not sparse, nested or quantized, and not on "meta"."""
+    return is_strided(tensor) and not tensor.is_meta
+
+
+def is_strided(tensor: Tensor) -> bool:
+    """Whether the elements of a tensor are plain numbers at strides, on any device."""
+    return tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
+
+
+def describe_shape(tensor: Tensor) -> str:
+    """The shape for a message, or the layout where there is no single shape."""
+    if tensor.is_nested:
+        return "nested"
+    return str(list(tensor.shape)) + ("" if is_strided(tensor) else f" {tensor.layout}")
+
+
 def join_name(prefix: str, name: str) -> str:
     """The full name of an entry; a module on top has no prefix."""
     return f"{prefix}.{name}" if prefix else name
@@ -83,8 +101,15 @@ def find_setting(name: str, prefix: str, config: Mapping[str, Any]) -> Setting |
         keys = [pattern.format(role) for role in ([role] if role else ROLES)]
         settings = [Setting(config[key], key) for key in keys if config.get(key) is not None]
         if settings:
-            return settings[0] if settings[0].value == settings[-1].value else None
+            return settings[0] if _agree(settings[0].value, settings[-1].value) else None
     return None
+
+
+def _agree(one: Any, other: Any) -> bool:
+    try:
+        return one is other or bool(one == other)
+    except (RuntimeError, ValueError):  # arrays compare to arrays
+        return False
 
 
 def find_geometry(
@@ -93,7 +118,7 @@ def find_geometry(
     scale: Tensor | None,
     config: Mapping[str, Any],
     arguments: Mapping[str, Any],
-    hint: str = "",
+    make_hint: Callable[[], str] = str,
 ) -> Geometry:
     """The geometry of the module at `prefix`.
 
@@ -103,7 +128,7 @@ def find_geometry(
         scale: its buffer of 1 / K_l, if it has one.
         config: the file's settings.
         arguments: COUNTS from the caller, or None; they take precedence over the settings.
-        hint: what else is known about the levels, for the message.
+        make_hint: makes a text of what else is known about the levels, for the message.
 
     Raises:
         ValueError: the numbers contradict the shapes or each other, or do not determine the geometry.
@@ -111,7 +136,7 @@ def find_geometry(
     settings = _collect_settings(prefix, config, arguments)
     levels, points = (settings[name].value for name in ("num_levels", "num_points"))
     if scale is not None:
-        counts = _parse_scale(prefix, scale)
+        counts = _parse_scale(prefix, scale, rows)
         settings["num_points"] = Setting(counts, "its buffer")
         if points not in (None, counts, counts[0] if len(set(counts)) == 1 else None):
             raise ValueError(
@@ -135,7 +160,7 @@ def find_geometry(
     elif heads and points:
         per_level = [points] * (rows // (heads * points))
     else:
-        raise ValueError(_describe_missing(prefix, rows, settings, hint))
+        raise ValueError(_describe_missing(prefix, rows, settings, make_hint()))
     heads = heads or rows // max(1, sum(per_level))
     if heads * sum(per_level) != rows or levels not in (None, len(per_level)):
         raise misfit
@@ -169,21 +194,28 @@ def _collect_settings(
     return settings
 
 
-def _parse_scale(prefix: str, scale: Tensor) -> list[int]:
+def _parse_scale(prefix: str, scale: Tensor, rows: int) -> list[int]:
     """The number of points per level, from K_l times the number 1 / K_l, level after level."""
+    expected = (
+        f"{join_name(prefix, SCALES[0])}: expected 1 / K for each of the K points of a level, level "
+        "after level"
+    )
+    if not is_dense(scale) or not scale.is_floating_point() or scale.numel() > rows:
+        raise ValueError(
+            f"{expected}, of {rows} rows at most, got {scale.dtype} {describe_shape(scale)}"
+        )
     shares = scale.detach().double().flatten().tolist()
     counts: list[int] = []
-    while sum(counts) < len(shares):
-        share = shares[sum(counts)]
+    total = 0
+    while total < len(shares):
+        share = shares[total]
         count = round(1 / share) if 1e-6 < share <= 1 else 0
-        if shares[sum(counts) : sum(counts) + count] != [share] * count or not count:
+        if shares[total : total + count] != [share] * min(count, len(shares) + 1) or not count:
             break
         counts.append(count)
-    if not counts or sum(counts) != len(shares):
-        raise ValueError(
-            f"{join_name(prefix, SCALES[0])}: expected 1 / K for each of the K points of a level, level "
-            f"after level, got {shares}"
-        )
+        total += count
+    if not counts or total != len(shares):
+        raise ValueError(f"{expected}, got {str(shares)[:200]}")
     return counts
 
 

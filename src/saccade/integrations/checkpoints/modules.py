@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,10 +20,10 @@ from saccade.integrations.checkpoints.state_dict_parts import (
     FIRST,
     LAYERS,
     Checkpoint,
-    attention_prefixes,
-    get_entries,
+    get_state_dict,
+    group_entries,
     make_level_hint,
-    state_dict_of,
+    select_parameters,
 )
 from saccade.integrations.operators import METHODS
 from saccade.nn import MultiScaleDeformableAttention
@@ -87,7 +88,7 @@ def attention_modules(
         for what to keep.
 
     Raises:
-        TypeError: `config` has no settings, or a number is not an int.
+        TypeError: `source` is not a mapping, `config` has no settings, or a number is not an int.
         ValueError: entries are missing, unknown or do not fit; numbers contradict the shapes or are
             not known; nothing under `prefix` is attention. The message names the entry or argument.
 
@@ -102,9 +103,12 @@ def attention_modules(
     """
     if isinstance(source, Checkpoint):
         config = source.config if config is None else config
-    state_dict = source.state_dict if isinstance(source, Checkpoint) else source
+    state_dict = get_state_dict(source)
+    if not isinstance(prefix, str):
+        raise TypeError(f"prefix: expected a str, got {type(prefix).__name__}")
     settings = select_settings(config)
-    prefixes = attention_prefixes(state_dict)
+    groups = group_entries(state_dict)
+    prefixes = list(groups)
     selected = [name for name in prefixes if not prefix or (name + ".").startswith(prefix + ".")]
     if not selected:
         raise ValueError(
@@ -115,15 +119,15 @@ def attention_modules(
     arguments = {"num_heads": num_heads, "num_levels": num_levels, "num_points": num_points}
     modules = AttentionModules()
     for name in selected:
-        weights = state_dict_of(state_dict, name)
-        entries = get_entries(state_dict, name)
+        entries = groups[name]
+        weights = select_parameters(name, entries, prefixes)
         geometry = find_geometry(
             name,
             len(weights["attention_weights.weight"]),
             next((entries[scale] for scale in SCALES if scale in entries), None),
             settings,
             arguments,
-            make_level_hint(state_dict, name),
+            partial(make_level_hint, state_dict, name),
         )
         options = _options(name, settings)
         options |= {"interpolation": interpolation} if interpolation is not None else {}

@@ -30,15 +30,16 @@ class Limits:
     """
 
     objects: int = 5_000_000
-    depth: int = 100
+    depth: int = 200
     expansion: int = 2**28
 
 
-class Storage(NamedTuple):
-    """A reference of a pickle of torch.save to elements that lie elsewhere in the file."""
+class ContentError(ValueError):
+    """A file is whole, and holds something that is refused."""
 
-    key: str
-    numel: int
+
+class BoundError(ContentError):
+    """A file exceeds one of the bounds of `Limits`, or one that is fixed."""
 
 
 class Pickle(NamedTuple):
@@ -46,12 +47,12 @@ class Pickle(NamedTuple):
 
     Attributes:
         end: the position after its last byte.
-        storages: the storages that it refers to, by key.
+        storages: the storages that it refers to, as numbers of elements by key.
         texts: the strings of its result, if that is a list of short strings.
     """
 
     end: int
-    storages: dict[str, Storage]
+    storages: dict[str, int]
     texts: list[str] | None
 
 
@@ -63,15 +64,17 @@ LONGEST_INTEGER, LONGEST_NAME = 1024, 4096
 # Integers below this bound have hashes of their own. Of keys of other types there may be so many.
 LARGEST_KEY, OTHER_KEYS = 2**60, 1000
 # Objects that are walked for other calls than the last: each level of nested objects may walk what is below it.
-WORK_FACTOR = 10
+WORK_FACTOR = 2
 # Elements that no dtype exceeds in size.
 LARGEST_ITEM = 16
 
-# Functions of torch that take what they are told for granted, or copy what may be huge.
+# Functions of torch that take what they are told for granted, or copy what may be huge. Tensor and storage
+# classes are refused too: made by their sizes, they have whatever was in the memory as elements.
 REFUSED_FUNCTIONS = {
     "torch._utils._rebuild_nested_tensor",
     "torch._utils._rebuild_device_tensor_from_cpu_tensor",
     "torch._utils._rebuild_device_tensor_from_numpy",
+    "torch._utils._rebuild_wrapper_subclass",
 }
 TENSOR_FUNCTIONS = {
     "torch._utils._rebuild_tensor",
@@ -133,7 +136,8 @@ def check_pickle(data: Buffer, limits: Limits, start: int = 0) -> Pickle:
         start: the position of its first byte.
 
     Raises:
-        ValueError: a bound is exceeded, or the pickle is malformed; the message says where and how.
+        BoundError: a bound is exceeded.
+        ValueError: the pickle is malformed; the message says where and how.
     """
     return _Scan(data, limits, start).run()
 
@@ -145,7 +149,7 @@ class _Scan:
         self.stack: list[_Value] = []
         self.marks: list[int] = []
         self.memo: dict[int, _Value] = {}
-        self.storages: dict[str, Storage] = {}
+        self.storages: dict[str, int] = {}
         self.work = self.other_keys = self.expansion = 0
 
     def run(self) -> Pickle:
@@ -182,18 +186,18 @@ class _Scan:
             **dict.fromkeys(_STRINGS, self._push_string),
             **dict.fromkeys(("BININT", "LONG1", "LONG4"), self._push_signed),
             **dict.fromkeys(("BININT1", "BININT2"), self._push_unsigned),
-            **dict.fromkeys(("PROTO", "FRAME", "READONLY_BUFFER"), self._pass),
+            **dict.fromkeys(("PROTO", "READONLY_BUFFER"), self._pass),
             **{name: partial(self._push_empty, kind) for name, kind in _EMPTY.items()},
             **{name: partial(self._push_tuple, count) for name, count in _TUPLES.items()},
             **{name: partial(self._push_marked, kind) for name, kind in _TO_MARK.items()},
             **{name: partial(self._push_call, count) for name, count in _CALLS.items()},
         }
         table: list[tuple[int, Callable[[int, int], None] | None]] = [(0, self._refuse)] * 256
-        for code, opcode in pickletools.code2op.items():
+        for opcode in pickletools.opcodes:
             name, width = opcode.name, opcode.arg.n if opcode.arg else 0
             own = getattr(self, "_op_" + name.lower(), self._push_leaf)
             width = _PAIR if name in ("GLOBAL", "INST") else width
-            table[ord(code)] = (width, None if name == "STOP" else groups.get(name, own))
+            table[ord(opcode.code)] = (width, None if name == "STOP" else groups.get(name, own))
         return table
 
     # Groups of instructions. Each takes where its argument begins and ends.
@@ -240,6 +244,11 @@ class _Scan:
 
     # Instructions. Each takes where its argument begins and ends; the names are those of pickletools in lower case.
 
+    def _op_frame(self, begin: int, end: int) -> None:
+        length = int.from_bytes(self.data[begin:end], "little")
+        if length > len(self.data) - end:
+            raise self._error(f"a frame of {len(self.data) - end} bytes or less", str(length))
+
     def _op_mark(self, begin: int, end: int) -> None:
         self.marks.append(len(self.stack))
 
@@ -256,21 +265,21 @@ class _Scan:
         self._repeat(self._top())
 
     def _op_put(self, begin: int, end: int) -> None:
-        self._remember(self._parse_int(begin, end))
+        self._write_memo(self._parse_int(begin, end))
 
     def _op_binput(self, begin: int, end: int) -> None:
-        self._remember(int.from_bytes(self.data[begin:end], "little"))
+        self._write_memo(int.from_bytes(self.data[begin:end], "little"))
 
     _op_long_binput = _op_binput
 
     def _op_memoize(self, begin: int, end: int) -> None:
-        self._remember(len(self.memo))
+        self._write_memo(len(self.memo))
 
     def _op_get(self, begin: int, end: int) -> None:
-        self._recall(self._parse_int(begin, end))
+        self._read_memo(self._parse_int(begin, end))
 
     def _op_binget(self, begin: int, end: int) -> None:
-        self._recall(int.from_bytes(self.data[begin:end], "little"))
+        self._read_memo(int.from_bytes(self.data[begin:end], "little"))
 
     _op_long_binget = _op_binget
 
@@ -345,8 +354,9 @@ class _Scan:
         key, numel = (items[2], items[4]) if len(items) > 4 else (None, None)
         if not isinstance(key, bytes) or not isinstance(numel, int):
             raise self._error("a reference to a storage", "another one")
-        storage = Storage(key.decode("utf-8", "replace"), numel)
-        self.storages[storage.key] = storage
+        # A key stands for one storage, whose size is checked where it is read first.
+        if self.storages.setdefault(key.decode("utf-8", "replace"), numel) != numel:
+            raise self._error("one size of each storage", "two")
         self._push("storage", [identity])
         top = self.stack[-1]
         assert isinstance(top, _Node)
@@ -357,8 +367,8 @@ class _Scan:
     def _error(self, expected: str, got: str) -> ValueError:
         return ValueError(f"expected {expected}, got {got} at byte {self.at}")
 
-    def _exceeded(self, what: str, bound: int, got: object) -> ValueError:
-        return self._error(f"at most {bound} {what}", str(got))
+    def _exceeded(self, what: str, bound: int, got: object) -> BoundError:
+        return BoundError(self._error(f"at most {bound} {what}", str(got)))
 
     def _find_end_of_lines(self, begin: int, count: int) -> int:
         for _ in range(count):
@@ -407,7 +417,7 @@ class _Scan:
         del self.stack[mark:]
         return items
 
-    def _remember(self, index: int) -> None:
+    def _write_memo(self, index: int) -> None:
         # A pickler counts from 0 or 1, and each entry of the memo takes bytes of the file. The unpickler has
         # a table up to the largest index.
         bound = self.at - self.start + 1
@@ -415,7 +425,7 @@ class _Scan:
             raise self._exceeded("as the index of a memo, which are the bytes so far", bound, index)
         self.memo[index] = self._top()
 
-    def _recall(self, index: int) -> None:
+    def _read_memo(self, index: int) -> None:
         if index not in self.memo:
             raise self._error("an index of the memo", str(index))
         self._repeat(self.memo[index])
@@ -442,15 +452,13 @@ class _Scan:
         """Places the items in the node, which becomes as deep and as large as they make it."""
         if not isinstance(node, _Node):
             raise self._error("a container", "another value")
-        if node.placed:
-            raise self._error(
-                "containers that are filled before they are placed", "one that is not"
-            )
         for item in items:
             if isinstance(item, _Node):
                 item.placed = True
                 node.depth = max(node.depth, item.depth + 1)
                 node.size += 1 if item.kind == "text" else item.size
+        if node.placed:  # before, or by itself just now
+            raise self._error("containers that are whole before they are placed", "one that is not")
         if node.depth > self.limits.depth:
             raise self._exceeded(
                 "levels of nested containers (depth)", self.limits.depth, node.depth
@@ -496,12 +504,13 @@ class _Scan:
 
     def _check_call(self, name: str, items: list[Any]) -> None:
         """Checks a call whose cost its arguments do not bound."""
-        if name == "torch._tensor._rebuild_from_type_v2" and len(items) > 2:
+        while name == "torch._tensor._rebuild_from_type_v2" and len(items) > 2:
             function, arguments = items[0], items[2]
             name = function.name if isinstance(function, _Node) else ""
             items = arguments.items if isinstance(arguments, _Node) else []
-        if name in REFUSED_FUNCTIONS:
-            raise self._error("dense tensors of the CPU", name)
+        is_class = name.startswith("torch.") and name.endswith(("Tensor", "Storage"))
+        if name in REFUSED_FUNCTIONS or (is_class and items):
+            raise self._error("dense tensors with their elements", name)
         if name in HASHING and items and isinstance(items[0], _Node):
             self._check_keys(items[0].items)
         elif name in ("builtins.bytearray", "__builtin__.bytearray", "__builtin__.bytes"):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from saccade.integrations.checkpoints.geometry import SCALES, join_name
+from saccade.integrations.checkpoints.geometry import SCALES, describe_shape, is_strided, join_name
 
 FIRST = "sampling_offsets.weight"
 LAYERS = ("sampling_offsets", "attention_weights", "value_proj", "output_proj")
@@ -41,11 +42,12 @@ def attention_prefixes(source: Checkpoint | Mapping[str, Tensor]) -> list[str]:
         >>> checkpoints.attention_prefixes(torch.nn.ModuleDict({"cross_attn": attention}).state_dict())
         ['cross_attn']
     """
-    state_dict = source.state_dict if isinstance(source, Checkpoint) else source
     return [
         name.removesuffix(FIRST).removesuffix(".")
-        for name in state_dict
-        if name == FIRST or name.endswith("." + FIRST)
+        for name, tensor in get_state_dict(source).items()
+        if isinstance(name, str)
+        and isinstance(tensor, Tensor)
+        and (name == FIRST or name.endswith("." + FIRST))
     ]
 
 
@@ -65,9 +67,29 @@ def state_dict_of(source: Checkpoint | Mapping[str, Tensor], prefix: str) -> dic
     Raises:
         ValueError: an entry is missing, unknown or of another shape; the message names it.
     """
+    state_dict = get_state_dict(source)
+    if not isinstance(prefix, str):
+        raise TypeError(f"prefix: expected a str, got {type(prefix).__name__}")
+    return select_parameters(
+        prefix, get_entries(state_dict, prefix), attention_prefixes(state_dict)
+    )
+
+
+def get_state_dict(source: Checkpoint | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The state dict of a checkpoint, or the mapping itself."""
     state_dict = source.state_dict if isinstance(source, Checkpoint) else source
-    entries = get_entries(state_dict, prefix)
-    _check_names(prefix, entries, attention_prefixes(state_dict))
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            f"source: expected a Checkpoint or a mapping of tensors, got {type(source).__name__}"
+        )
+    return state_dict
+
+
+def select_parameters(
+    prefix: str, entries: Mapping[str, Tensor], prefixes: list[str]
+) -> dict[str, Tensor]:
+    """The eight parameters among the entries of a module, after their names and shapes are checked."""
+    _check_names(prefix, entries, prefixes)
     _check_shapes(prefix, entries)
     return {name: entries[name] for name in ENTRIES}
 
@@ -78,8 +100,25 @@ def get_entries(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tens
     return {
         name.removeprefix(start): tensor
         for name, tensor in state_dict.items()
-        if name.startswith(start)
+        if isinstance(name, str) and isinstance(tensor, Tensor) and name.startswith(start)
     }
+
+
+def group_entries(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The entries under each of `attention_prefixes`, by the rest of their names, in one pass."""
+    names = sorted(
+        name
+        for name, tensor in state_dict.items()
+        if isinstance(name, str) and isinstance(tensor, Tensor)
+    )
+    groups = {}
+    for prefix in attention_prefixes(state_dict):
+        start = join_name(prefix, "")
+        first = bisect.bisect_left(names, start)
+        # "/" follows ".": what begins with the prefix and a dot stands together.
+        last = bisect.bisect_left(names, f"{prefix}/") if prefix else len(names)
+        groups[prefix] = {name.removeprefix(start): state_dict[name] for name in names[first:last]}
+    return groups
 
 
 def make_level_hint(state_dict: Mapping[str, Tensor], prefix: str) -> str:
@@ -87,13 +126,21 @@ def make_level_hint(state_dict: Mapping[str, Tensor], prefix: str) -> str:
 
     The rows may belong to other levels than the module's, so that the number is only mentioned.
     """
-    parts = prefix.split(".")
-    for length in range(len(parts), -1, -1):
-        for name in ("level_embed", "level_embeds"):
-            entry = ".".join([*parts[:length], name])
-            if entry in state_dict:
-                return f" ({entry} has {len(state_dict[entry])} rows, perhaps one per level)"
-    return ""
+    entries = []
+    for name, tensor in state_dict.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            continue
+        if not is_strided(tensor) or not tensor.dim():
+            continue
+        parent, _, last = name.rpartition(".")
+        if last in ("level_embed", "level_embeds") and (
+            not parent or (prefix + ".").startswith(parent + ".")
+        ):
+            entries.append(name)
+    if not entries:
+        return ""
+    entry = max(entries, key=len)
+    return f" ({entry} has {len(state_dict[entry])} rows, perhaps one per level)"
 
 
 def _check_names(prefix: str, entries: Mapping[str, Tensor], prefixes: list[str]) -> None:
@@ -127,6 +174,12 @@ def _check_names(prefix: str, entries: Mapping[str, Tensor], prefixes: list[str]
 
 
 def _check_shapes(prefix: str, entries: Mapping[str, Tensor]) -> None:
+    for name in ENTRIES:
+        if not is_strided(entries[name]):
+            raise ValueError(
+                f"{join_name(prefix, name)}: expected a dense tensor of floating point, got "
+                f"{entries[name].dtype} {describe_shape(entries[name])}"
+            )
     weight = entries[FIRST]
     rows = len(entries["attention_weights.bias"]) if entries["attention_weights.bias"].dim() else 0
     embed_dim = weight.shape[-1] if weight.dim() == 2 else 0

@@ -17,11 +17,18 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import IO, Any
 
 import torch
 
-from saccade.integrations.checkpoints.pickle_bounds import Buffer, Limits, check_pickle
+from saccade.integrations.checkpoints.pickle_bounds import (
+    BoundError,
+    Buffer,
+    ContentError,
+    Limits,
+    check_pickle,
+)
 
 # Before torch.save wrote zip archives, its files began with this number, pickled by protocol 2.
 LEGACY_START = b"\x80\x02\x8a\x0a" + (0x1950A86A20F9469CFC6C).to_bytes(10, "little") + b"."
@@ -30,8 +37,8 @@ ZIP_START = b"PK\x03\x04"
 LEGACY_PICKLES = 5
 # Configurations and lists of shards have less than a megabyte.
 MAX_JSON_BYTES = 2**24
-# A member takes about 5 µs to list.
-OBJECTS_PER_MEMBER = 20
+# A member takes as long to list as ten objects.
+OBJECTS_PER_MEMBER = 10
 
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -50,9 +57,25 @@ class RefusedGlobalError(ValueError):
         can_be_allowed: `torch.serialization.safe_globals` can allow it.
     """
 
-    def __init__(self, message: str, name: str, can_be_allowed: bool) -> None:
-        super().__init__(message)
+    def __init__(self, path: object, name: str, *, can_be_allowed: bool = False) -> None:
+        super().__init__(
+            f"{path}: expected tensors, arrays and plain values, got a pickled {name}. "
+            "Restoring it would run code that the file names; nothing was run."
+        )
         self.name, self.can_be_allowed = name, can_be_allowed
+
+
+@contextmanager
+def named_errors(path: object, expected: str) -> Iterator[None]:
+    """Within it every error of a reader becomes a ValueError that names the file and what was expected."""
+    try:
+        yield
+    except RefusedGlobalError:
+        raise
+    except ContentError as error:
+        raise type(error)(f"{path}: {error}") from None
+    except Exception as error:  # readers raise errors of any type for a broken file
+        raise ValueError(f"{path}: expected {expected}, got {_describe_error(error)}") from error
 
 
 def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
@@ -60,7 +83,7 @@ def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
 
     Raises:
         OSError: the file does not exist or cannot be opened.
-        ValueError: it is no regular file; the message names it and what it is.
+        ValueError: it is not a regular file; the message names it and what it is.
     """
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     # A device may act when it is opened, hence the look before; the file can change until it is opened.
@@ -79,12 +102,12 @@ def read_json(path: str | os.PathLike[str], max_bytes: int = MAX_JSON_BYTES) -> 
 
     Raises:
         OSError: the file does not exist or cannot be opened.
-        ValueError: it is too large, no JSON, or not an object; the message names it.
+        ValueError: it is too large, not JSON, or not an object; the message names it.
     """
     with open_regular(path) as file:
         text = file.read(max_bytes + 1)
     if len(text) > max_bytes:
-        raise ValueError(f"{path}: expected at most {max_bytes} bytes of JSON, got more")
+        raise BoundError(f"{path}: expected at most {max_bytes} bytes of JSON, got more")
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -106,7 +129,8 @@ def check_torch_file(file: IO[bytes], limits: Limits | None = None) -> None:
     """Checks a file of torch.save, in either of its formats, against the bounds.
 
     Raises:
-        ValueError: a bound is exceeded, or the file is malformed.
+        BoundError: a bound is exceeded.
+        ValueError: the file is malformed.
     """
     limits = limits or Limits()
     if not is_torch_file(file):
@@ -132,7 +156,8 @@ def load_torch(
     Raises:
         OSError: the file does not exist or cannot be opened.
         RefusedGlobalError: the file names a class or function that is not allowed.
-        ValueError: the file is no regular file, exceeds a bound, or is malformed.
+        BoundError: the file exceeds a bound.
+        ValueError: the file is not a regular file, or is malformed.
     """
     with open_regular(path) as file:
         return load_open_torch(file, path, allowed=allowed, limits=limits)
@@ -144,33 +169,31 @@ def load_open_torch(
     *,
     allowed: Sequence[Any] = (),
     limits: Limits | None = None,
+    expected: str = "a file of torch.save",
 ) -> Any:
-    """`load_torch` of a file that `open_regular` has opened; `path` is for messages."""
+    """`load_torch` of a file that `open_regular` has opened; `path` and `expected` are for messages."""
     # Where the caller allows a name already, it stays allowed.
     present = torch.serialization.get_safe_globals()
-    try:
+    with named_errors(path, expected):
         check_torch_file(file, limits)
-        with (
-            torch.serialization.safe_globals([name for name in allowed if name not in present]),
-            torch.sparse.check_sparse_tensor_invariants(),
-        ):
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises errors of many types for broken files
-        message = describe_error(error)
-        named = re.search(r"GLOBAL (\S+) (was not an allowed|whose module)", str(error))
-        if named:
-            raise RefusedGlobalError(
-                f"{path}: expected tensors and plain values, got a pickled {named[1]}",
-                named[1],
-                named[2].startswith("was"),
-            ) from None
-        raise ValueError(f"{path}: {message}") from error
+        try:
+            with (
+                torch.serialization.safe_globals([name for name in allowed if name not in present]),
+                torch.sparse.check_sparse_tensor_invariants(),
+            ):
+                return torch.load(file, map_location="cpu", weights_only=True, mmap=False)
+        except UnpicklingError as error:
+            named = re.search(r"GLOBAL (\S+) (was not an allowed|whose module)", str(error))
+            if named is None:
+                raise
+            can_be_allowed = named[2].startswith("was")
+            raise RefusedGlobalError(path, named[1], can_be_allowed=can_be_allowed) from None
 
 
-def describe_error(error: BaseException) -> str:
-    """The first line of an error's message, after its type unless that is ValueError."""
-    message = str(error).strip().partition("\n")[0][:500]
-    return message if type(error) is ValueError else f"{type(error).__name__}: {message}"
+def _describe_error(error: Exception) -> str:
+    """The first line of an error's message, after its type."""
+    message = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
+    return f"{type(error).__name__}: {message.partition(chr(10))[0][:500]}"
 
 
 @contextmanager
@@ -191,20 +214,23 @@ def _check_regular(path: str | os.PathLike[str], status: os.stat_result) -> None
 
 def _check_archive(file: IO[bytes], data: Buffer, limits: Limits) -> None:
     """Checks a zip archive: its members in all, and the pickle."""
-    count = _count_members(data)
+    count = _bound_members(data)
     bound = limits.objects // OBJECTS_PER_MEMBER
     if count > bound:
-        raise ValueError(f"expected at most {bound} members of a zip archive, got {count}")
+        raise BoundError(
+            f"expected at most {bound} members of a zip archive (objects / {OBJECTS_PER_MEMBER}), "
+            f"got a directory for {count}"
+        )
     file.seek(0)
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
     sizes = {member.filename: member.file_size for member in members}
-    if len(sizes) != len(members):
+    if len({name.lower() for name in sizes}) != len(members):
         raise ValueError("expected members of different names in the zip archive, got a name twice")
     # torch.save does not compress. Members that are compressed or overlap claim more than the file has.
     total, bound = sum(sizes.values()), len(data) + limits.expansion
     if total > bound:
-        raise ValueError(
+        raise BoundError(
             f"expected members of at most {bound} bytes, {limits.expansion} (expansion) beyond the "
             f"file, got {total}"
         )
@@ -220,25 +246,25 @@ def _check_archive(file: IO[bytes], data: Buffer, limits: Limits) -> None:
             raise ValueError(f"expected the elements of storage {key[:40]!r} in the file, got none")
 
 
-def _count_members(data: Buffer) -> int:
-    """The number of members of a zip archive, as its last record says it.
+def _bound_members(data: Buffer) -> int:
+    """How many members a zip archive can have, by the size of its directory.
 
-    Readers of zip archives differ where bytes follow that record. torch.save writes none.
+    Readers of zip archives differ where bytes lie between the directory, the last record and the end of the
+    file. torch.save writes none.
     """
     end = bytes(data[-22:])
     if len(data) < 22 or end[:4] != b"PK\x05\x06" or end[20:] != b"\0\0":
         raise ValueError("expected a whole zip archive, got one without its end")
-    count, size, offset = struct.unpack("<HII", end[10:20])
-    locator = bytes(data[-42:-22])
-    if locator[:4] == b"PK\x06\x07":
-        (position,) = struct.unpack("<Q", locator[8:16])
-        record = bytes(data[position : position + 56])
-        if len(record) != 56 or record[:4] != b"PK\x06\x06":
-            raise ValueError("expected a whole zip archive, got one without its directory")
-        count, size, offset = struct.unpack("<QQQ", record[32:56])
-    if size > len(data) or offset > len(data) - size:
+    size, offset = struct.unpack("<II", end[12:20])
+    position = len(data) - 22
+    if bytes(data[-42:-38]) == b"PK\x06\x07":
+        position = len(data) - 98
+        record = bytes(data[-98:-42])
+        if len(record) == 56 and record[:4] == b"PK\x06\x06":
+            size, offset = struct.unpack("<QQ", record[40:56])
+    if offset + size != position:
         raise ValueError("expected a whole zip archive, got one without its directory")
-    return int(count)
+    return int(size) // 46  # a record of the directory has at least so many bytes
 
 
 def _check_legacy(data: Buffer, limits: Limits) -> None:
@@ -249,12 +275,12 @@ def _check_legacy(data: Buffer, limits: Limits) -> None:
         pass
     else:
         raise ValueError("expected a file of torch.save, got a tar archive")
-    position, used = 0, set[str]()
+    position, used = 0, dict[str, int]()
     for _ in range(LEGACY_PICKLES):
         result = check_pickle(data, limits, position)
         position = result.end
-        used |= result.storages.keys()
+        used |= result.storages
     stored = result.texts
     # torch leaves what is not stored as the memory was.
-    for key in used - set(stored or ()):
+    for key in used.keys() - set(stored or ()):
         raise ValueError(f"expected the elements of storage {key[:40]!r} in the file, got none")
