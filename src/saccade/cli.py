@@ -112,7 +112,9 @@ def explain(
     image_path: Annotated[
         Path | None,
         typer.Option(
-            "--out", help="Also draw an image, for example explain.png.", show_default=False
+            "--out",
+            help="Also draw an image: a file that ends in .png, .jpg, .jpeg, .pdf or .svg.",
+            show_default=False,
         ),
     ] = None,
 ) -> None:
@@ -122,33 +124,41 @@ def explain(
     it explains one query and head of your module. The last lines check that the parts sum to the
     output of the library.
 
-    Exit code: 0 done; 1 a check failed; 2 wrong usage or a file that cannot be read.
+    Exit code: 0 done, also where the output is NaN or infinite, which the last line says; 1 a check
+    failed: the parts differ from the output; 2 wrong usage, or a file that cannot be read or written.
     """
     from saccade.vision.explain import explain_worked_example
     from saccade.vision.explain_table import print_explanation
 
     if image_path is not None:
         need("explain --out", "explain")
+        from saccade.vision.explain_image import check_path
+
+        try:
+            check_path(image_path)
+        except (OSError, ValueError) as error:
+            fail(f"--out: cannot write {show(image_path)}: {getattr(error, 'strerror', error)}")
     if (module is None) != (inputs is None):
         fail("explain takes both MODULE and INPUTS, or neither for the worked example")
+    indices = {"query": query, "batch": batch, "head": head, "channel": channel}
+    worked = (reference, interpolation, padding)
+    if module is None and any(indices.values()):
+        name = next(name for name, index in indices.items() if index)
+        fail(f"--{name}: expected 0, because the worked example has one, got {indices[name]}")
+    if module is not None and worked != ((1.5, 1.5), "linear", "zeros"):
+        fail("--reference, --interpolation and --padding are for the worked example, got a MODULE")
     try:
         if module is None or inputs is None:
             explanation = explain_worked_example(
                 reference, interpolation=interpolation, padding=padding
             )
         else:
-            from saccade.vision.explain_module import explain_module, load_inputs, load_module
+            from saccade.vision.explain_files import load_inputs, load_module
+            from saccade.vision.explain_module import explain_module
 
             loaded = load_module(module)
-            explanation = explain_module(
-                loaded,
-                load_inputs(inputs, loaded),
-                query=query,
-                batch=batch,
-                head=head,
-                channel=channel,
-            )
-    except (ValueError, TypeError, RuntimeError) as error:
+            explanation = explain_module(loaded, load_inputs(inputs, loaded), **indices)
+    except (ValueError, TypeError, RuntimeError, MemoryError) as error:
         fail(error)
     print_explanation(out, explanation, points)
     if image_path is not None:
@@ -157,8 +167,8 @@ def explain(
         try:
             save_image(explanation, image_path)
         except (OSError, ValueError) as error:
-            fail(f"cannot write {image_path}: {error}")
-        out.print(f"\nWritten: {image_path}", markup=False, soft_wrap=True)
+            fail(f"--out: cannot write {show(image_path)}: {error}")
+        out.print(f"\nWritten: {show(image_path)}", markup=False, soft_wrap=True)
     if not all(check.passed for check in explanation.checks):
         raise typer.Exit(1)
 
