@@ -133,6 +133,68 @@ def test_dcnv4(cpu_backend, remove_center, softmax, dtype):
     assert_equal((output, grad_value, grad_joined), (*expected[:2], grad_offset))
 
 
+# Sizes of the last axes, after batch, height and width.
+V3_LAYOUTS = [
+    ((2, 15, 2), (2, 15)),
+    ((2, 30), (2, 15)),  # as DCNv4's scripts call DCNv3
+    ((30, 2), (30,)),
+    ((2, 5, 3, 2), (2, 5, 3)),
+    ((10, 3, 2), (1, 30, 1)),
+]
+
+
+@pytest.mark.parametrize(("offset_axes", "mask_axes"), V3_LAYOUTS)
+@pytest.mark.parametrize("places", [(3, 3, 6), (3, 18), (9, 6), (54,), (1, 54, 1)])
+def test_dcnv3_takes_axes_joined_or_apart(offset_axes, mask_axes, places):
+    value, offsets, modulation = draw(torch.float64)
+
+    def run(value, offset, mask):
+        return DCNv3Function.apply(value, offset, mask, *NUMBERS, 256, 0)
+
+    usual = with_gradients(run, (value, offsets.flatten(3), modulation.flatten(3)))
+    offset, mask = offsets.reshape(*places, *offset_axes), modulation.reshape(*places, *mask_axes)
+    output, grad_value, grad_offset, grad_mask = with_gradients(run, (value, offset, mask))
+    assert (grad_offset.shape, grad_mask.shape) == (offset.shape, mask.shape)
+    gradients = grad_offset.reshape(3, 3, 6, 60), grad_mask.reshape(3, 3, 6, 30)
+    assert_equal((output, grad_value, *gradients), usual)
+
+
+def test_dcnv3_without_the_centre_takes_axes_joined_or_apart():
+    value, offsets, modulation = draw(torch.float64, 1)
+    usual = dcn.dcnv3_forward(
+        value, offsets.flatten(3), modulation.flatten(3), *NUMBERS, 256, remove_center=True
+    )
+    apart = dcn.dcnv3_forward(value, offsets, modulation, *NUMBERS, 256, remove_center=1)
+    assert torch.equal(apart, usual)
+
+
+@pytest.mark.parametrize("places", [(3, 18, 1), (54, 1, 1), (1, 9, 6)])
+def test_dcnv4_takes_places_joined(places):
+    value, offsets, modulation = draw(torch.float64)
+    joined = torch.cat((offsets.flatten(4), modulation, torch.zeros(3, 3, 6, 2, 3)), 4).flatten(3)
+
+    def run(value, joined):
+        return DCNv4Function.apply(value, joined, *NUMBERS, 0, True)
+
+    output, grad_value, grad_joined = with_gradients(run, (value, joined.reshape(*places, -1)))
+    assert grad_joined.shape == (*places, 96)
+    usual = with_gradients(run, (value, joined))
+    assert_equal((output, grad_value, grad_joined.reshape(joined.shape)), usual)
+
+
+def test_backwards_take_a_gradient_with_axes_joined_or_apart():
+    value, offsets, modulation = draw(torch.float64)
+    grad_output = torch.randn(3, 3, 6, 6, dtype=torch.float64)
+    inputs = (value, offsets, modulation)
+    expected = dcn.dcnv3_backward(*inputs, *NUMBERS, grad_output, 256)
+    apart = grad_output.view(3, 18, 2, 3)
+    assert_equal(dcn.dcnv3_backward(*inputs, *NUMBERS, apart, 256), expected)
+    joined = torch.cat((offsets.flatten(4), modulation), 4).flatten(3)
+    expected = dcn.dcnv4_backward(value, joined, *NUMBERS, 256, grad_output, 0, 2, 256, False)
+    result = dcn.dcnv4_backward(value, joined, *NUMBERS, 256, apart, 0, 2, 256, False)
+    assert_equal(result, expected)
+
+
 SHAPES = torch.tensor([(5, 4), (2, 3)])
 STARTS = torch.tensor([0, 20])
 
@@ -167,6 +229,21 @@ def test_gradients_are_those_of_the_functions():
         lambda *tensors: DCNv3Function.apply(*tensors, *NUMBERS, 256, 0),
         [tensor.clone().requires_grad_() for tensor in inputs],
     )
+
+
+def test_flash_deform_attn_takes_axes_joined_or_apart():
+    value, points = torch.randn(3, 26, 2, 5), torch.randn(3, 7, 2, 24)
+    run = lambda v, p: FlashDeformAttnFunction.apply(v, SHAPES, STARTS, p, 2, 4)  # noqa: E731
+    output, grad_value, grad_points = with_gradients(run, (value, points.flatten(2)))
+    assert grad_points.shape == (3, 7, 48)
+    usual = with_gradients(run, (value, points))
+    assert_equal((output, grad_value, grad_points.unflatten(2, (2, 24))), usual)
+    grad_output = torch.randn(3, 7, 10)
+    backward = [
+        dcn.flash_deform_attn_backward(value, SHAPES, STARTS, points, gradient, 2, 4, 2, 128)
+        for gradient in (grad_output, grad_output.view(3, 7, 2, 5))
+    ]
+    assert_equal(backward[1], backward[0])
 
 
 def test_modules_run_on_the_functions():
@@ -210,12 +287,12 @@ JOINED = torch.cat(V3[1:], 3)
 VALUE, POINTS = torch.randn(3, 26, 2, 5), torch.randn(3, 7, 2, 24)
 
 
-def v3(value=V3[0], offset=V3[1], mask=V3[2], numbers=NUMBERS):
-    return dcn.dcnv3_forward(value, offset, mask, *numbers, 256)
+def v3(value=V3[0], offset=V3[1], mask=V3[2], numbers=NUMBERS, remove_center=0):
+    return dcn.dcnv3_forward(value, offset, mask, *numbers, 256, remove_center)
 
 
-def v4(value=V3[0], joined=JOINED):
-    return dcn.dcnv4_forward(value, joined, *NUMBERS, 256, 0, 8, 512, False)
+def v4(value=V3[0], joined=JOINED, softmax=False):
+    return dcn.dcnv4_forward(value, joined, *NUMBERS, 256, 0, 8, 512, softmax)
 
 
 def flash(value=VALUE, shapes=SHAPES, starts=STARTS, points=POINTS, num_points=4):
@@ -226,8 +303,20 @@ def flash(value=VALUE, shapes=SHAPES, starts=STARTS, points=POINTS, num_points=4
     ("call", "error", "message"),
     [
         (lambda: v3(V3[0][..., :4]), ValueError, r"input: expected \[batch, height, width, channels 6\], got"),
-        (lambda: v3(offset=V3[1][:, :2]), ValueError, r"offset: expected \[batch 3, height 3, width 6, columns 60"),
-        (lambda: v3(mask=V3[1]), ValueError, "mask: expected .*columns 30"),
+        (lambda: v3(offset=V3[1][:, :2]), ValueError, "offset: .*group 2, kernel_w 5, kernel_h 3, coordinates 2"),
+        (lambda: v3(mask=V3[1]), ValueError, "mask: expected .*kernel_w 5, kernel_h 3"),
+        (lambda: v3(offset=V3[1].movedim(3, 1)), ValueError, r"offset: expected .* got \[3, 60, 3, 6\]"),
+        (lambda: v3(mask=V3[2].unflatten(3, (15, 2))), ValueError, r"mask: expected .* got \[3, 3, 6, 15, 2\]"),
+        (lambda: v3(mask=V3[2].repeat(2, 1, 1, 1)), ValueError, r"mask: expected .* got \[6, 3, 6, 30\]"),
+        (lambda: v3(mask=V3[2].int()), ValueError, "mask: expected one of torch.float32"),
+        (lambda: v3(mask=V3[2].tolist()), TypeError, "mask: expected a Tensor, got list"),
+        (lambda: v3(remove_center=2), ValueError, "remove_center: expected 0 or 1, got 2"),
+        (lambda: v3(remove_center="False"), ValueError, "remove_center: expected 0 or 1, got 'False'"),
+        (lambda: v3(numbers=(*NUMBERS[:9], "33", 1.0)), TypeError, "group_channels: expected an int, got '33'"),
+        (lambda: v4(softmax="False"), ValueError, "softmax: expected 0 or 1, got 'False'"),
+        (lambda: v4(joined=JOINED.flatten(1, 2)), ValueError, "offset_mask: expected .*width 6, columns., got"),
+        (lambda: v4(joined=JOINED.unflatten(3, (2, 45))), ValueError, r"offset_mask: .* got \[3, 3, 6, 2, 45\]"),
+        (lambda: v4(joined=JOINED.transpose(1, 2)), ValueError, r"offset_mask: .* got \[3, 6, 3, 90\]"),
         (lambda: v3(numbers=(*NUMBERS[:8], 0, 3, 1.0)), ValueError, "group: expected at least 1, got 0"),
         (lambda: v4(joined=JOINED[..., :80]), ValueError, "offset_mask: expected at least 90 columns, group 2"),
         (lambda: v4(V3[0][:, :4, :, :5]), ValueError, "value: expected .*channels 6"),
@@ -238,6 +327,7 @@ def flash(value=VALUE, shapes=SHAPES, starts=STARTS, points=POINTS, num_points=4
         (lambda: flash(shapes=SHAPES.tolist()), TypeError, "spatial_shapes: expected a Tensor, got list"),
         (lambda: flash(shapes=SHAPES.double()), ValueError, "spatial_shapes: expected .*integer"),
         (lambda: flash(num_points=3), ValueError, "sampling_loc_attn: expected .*columns 18"),
+        (lambda: flash(points=POINTS.transpose(2, 3)), ValueError, r"sampling_loc_attn: .* \[3, 7, 24, 2\]"),
         (lambda: flash(value=VALUE[:, :25]), ValueError, "spatial_shapes: expected .*25"),
         (
             lambda: dcn.dcnv3_backward(*V3, *NUMBERS, torch.ones(3, 3, 6, 5), 256),

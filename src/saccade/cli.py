@@ -21,7 +21,8 @@ from saccade import doctor as doctor_report
 from saccade.bench.command import app as bench
 from saccade.call import Interpolation, Padding
 from saccade.export.command import export
-from saccade.terminal import err, fail, need, out
+from saccade.terminal import MaxMegapixels, Threads, err, fail, need, out, show
+from saccade.vision import MAX_MEGAPIXELS
 
 if TYPE_CHECKING:
     from saccade.vision.batch import ProcessedImage
@@ -111,7 +112,9 @@ def explain(
     image_path: Annotated[
         Path | None,
         typer.Option(
-            "--out", help="Also draw an image, for example explain.png.", show_default=False
+            "--out",
+            help="Also draw an image: a file that ends in .png, .jpg, .jpeg, .pdf or .svg.",
+            show_default=False,
         ),
     ] = None,
 ) -> None:
@@ -121,33 +124,41 @@ def explain(
     it explains one query and head of your module. The last lines check that the parts sum to the
     output of the library.
 
-    Exit code: 0 done; 1 a check failed; 2 wrong usage or a file that cannot be read.
+    Exit code: 0 done, also where the output is NaN or infinite, which the last line says; 1 a check
+    failed: the parts differ from the output; 2 wrong usage, or a file that cannot be read or written.
     """
     from saccade.vision.explain import explain_worked_example
     from saccade.vision.explain_table import print_explanation
 
     if image_path is not None:
         need("explain --out", "explain")
+        from saccade.vision.explain_image import check_path
+
+        try:
+            check_path(image_path)
+        except (OSError, ValueError) as error:
+            fail(f"--out: cannot write {show(image_path)}: {getattr(error, 'strerror', error)}")
     if (module is None) != (inputs is None):
         fail("explain takes both MODULE and INPUTS, or neither for the worked example")
+    indices = {"query": query, "batch": batch, "head": head, "channel": channel}
+    worked = (reference, interpolation, padding)
+    if module is None and any(indices.values()):
+        name = next(name for name, index in indices.items() if index)
+        fail(f"--{name}: expected 0, because the worked example has one, got {indices[name]}")
+    if module is not None and worked != ((1.5, 1.5), "linear", "zeros"):
+        fail("--reference, --interpolation and --padding are for the worked example, got a MODULE")
     try:
         if module is None or inputs is None:
             explanation = explain_worked_example(
                 reference, interpolation=interpolation, padding=padding
             )
         else:
-            from saccade.vision.explain_module import explain_module, load_inputs, load_module
+            from saccade.vision.explain_files import load_inputs, load_module
+            from saccade.vision.explain_module import explain_module
 
             loaded = load_module(module)
-            explanation = explain_module(
-                loaded,
-                load_inputs(inputs, loaded),
-                query=query,
-                batch=batch,
-                head=head,
-                channel=channel,
-            )
-    except (ValueError, TypeError, RuntimeError) as error:
+            explanation = explain_module(loaded, load_inputs(inputs, loaded), **indices)
+    except (ValueError, TypeError, RuntimeError, MemoryError) as error:
         fail(error)
     print_explanation(out, explanation, points)
     if image_path is not None:
@@ -156,8 +167,8 @@ def explain(
         try:
             save_image(explanation, image_path)
         except (OSError, ValueError) as error:
-            fail(f"cannot write {image_path}: {error}")
-        out.print(f"\nWritten: {image_path}", markup=False, soft_wrap=True)
+            fail(f"--out: cannot write {show(image_path)}: {error}")
+        out.print(f"\nWritten: {show(image_path)}", markup=False, soft_wrap=True)
     if not all(check.passed for check in explanation.checks):
         raise typer.Exit(1)
 
@@ -189,28 +200,34 @@ def detect(
             show_default=False,
         ),
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads.", show_default=False)
-    ] = None,
+    max_megapixels: MaxMegapixels = MAX_MEGAPIXELS,
+    threads: Threads = None,
 ) -> None:
     """Finds objects in images and shows where their queries looked.
 
     Writes for each image NAME_detections.png (boxes and labels), NAME_looked.png (the points that
     the queries of the objects read) and NAME.json (label, score and box in pixels).
 
-    Exit code: 0 all done; 1 some images were skipped, each named with the reason; 2 wrong usage,
-    no model, or no image could be processed.
+    The three files of an image appear together. Images are PNG, JPEG, WebP, AVIF, BMP, GIF, TIFF,
+    PPM or JPEG 2000.
+
+    Exit code: 0 all done; 1 some images were skipped, each named with the reason, for example that
+    the model's scores for it are not numbers; 2 wrong usage, no model or a broken one, or no image
+    could be processed; 130 or 143 ended by SIGINT or SIGTERM.
     """
     need("detect", "detect")
     from saccade.vision.batch import detect_images
-    from saccade.vision.detector import Detector, ModelError
+    from saccade.vision.detector import Detector
+    from saccade.vision.models import ModelError
 
+    if not 0 <= threshold <= 1:  # not every typer refuses NaN
+        fail(f"--threshold: expected 0 to 1, got {threshold}")
     if threads is not None:
         torch.set_num_threads(threads)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        fail(f"cannot make the folder {folder}: {error.strerror or error}")
+        fail(f"cannot make the folder {show(folder)}: {error.strerror or error}")
     try:
         with err.status("Loading the model") if err.is_terminal else nullcontext():
             detector = Detector.load(model)
@@ -233,11 +250,13 @@ def detect(
         disable=len(image_paths) == 1 or not screen.is_terminal,
     ) as progress:
         task = progress.add_task("Images", total=len(image_paths))
-        for result in detect_images(detector, image_paths, folder, threshold, layer):
+        for result in detect_images(
+            detector, image_paths, folder, threshold, layer, max_megapixels
+        ):
             if result.problem is not None:
                 skipped += 1
                 errors.print(
-                    f"skipped: {result.path} {result.problem}", markup=False, soft_wrap=True
+                    f"skipped: {show(result.path)} {result.problem}", markup=False, soft_wrap=True
                 )
             else:
                 _print_detections(result)
@@ -249,11 +268,11 @@ def detect(
 
 def _print_detections(result: ProcessedImage) -> None:
     objects = result.objects
-    names = ", ".join(f"{label} {score:.2f}" for label, score in objects[:8])
+    names = ", ".join(show(f"{label} {score:.2f}") for label, score in objects[:8])
     more = f", and {len(objects) - 8} more" if len(objects) > 8 else ""
     count = f"{len(objects)} object" + ("" if len(objects) == 1 else "s")
-    text = f"{result.path}: {count}" + (f" ({names}{more})" if names else "")
+    text = f"{show(result.path)}: {count}" + (f" ({names}{more})" if names else "")
     out.print(text, markup=False, soft_wrap=True)
     assert result.files is not None
     for file in result.files:
-        out.print(f"  {file}", markup=False, soft_wrap=True, style="dim")
+        out.print(f"  {show(file)}", markup=False, soft_wrap=True, style="dim")

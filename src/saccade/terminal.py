@@ -2,15 +2,43 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+import os
+import re
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
 from saccade import doctor
+from saccade.files import as_text
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
+
+# More threads than processors are slower, and a process with very many of them crashes.
+MAX_THREADS = 4 * (os.cpu_count() or 1)
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=MAX_THREADS,
+        help="CPU threads, up to four per processor.",
+        show_default=False,
+    ),
+]
+MaxMegapixels = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        metavar="MEGAPIXELS",
+        help="Larger images (width times height, in millions) are refused.",
+    ),
+]
+
+
+def show(name: str | os.PathLike[str]) -> str:
+    r"""Returns a file name as text for the screen; characters that a terminal obeys become \x1b etc."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", as_text(name))
 
 
 def fail(message: object) -> NoReturn:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +18,13 @@ from saccade.checks import check_option
 from saccade.export import formats
 from saccade.export.formats import SUFFIXES, Format, Run
 from saccade.export.verify import Comparison, compare, post_process
+from saccade.files import write_whole
 from saccade.integrations.exporter_logging import silence_exporters
 from saccade.integrations.onnx import Lowering
 from saccade.integrations.tracing import symbolic_sizes
 from saccade.timing import alternate
 from saccade.vision.detector import Detector
+from saccade.vision.models import ModelError, check_outputs, describe_error
 
 # Backbones divide the sides of an image by powers of two up to this one.
 STEP = 32
@@ -106,6 +107,7 @@ def export_detector(
 
     Raises:
         ExportError: nothing could be exported, or the file gave other results; no file is written.
+        ModelError: the detector cannot process the image, or its scores are not numbers.
         ModuleNotFoundError: a required package is not installed.
     """
     check_option("to", to, Format)
@@ -122,9 +124,8 @@ def export_detector(
     reasons: list[str] = []
     for axes in ((),) if fixed else ((0, 2, 3), (0,), ()):
         try:
-            # A folder beside the target, so that the file appears there complete or not at all.
-            with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saccade-") as folder:
-                file = Path(folder) / path.name
+            # A large ONNX model has its weights in a second file, which moves together with the first.
+            with write_whole(path) as file:
                 comparisons, runs, min_size = trial(file, axes)
                 show_progress("measuring")
                 pixels = trial.pixels(1)
@@ -134,12 +135,11 @@ def export_detector(
                 }
                 with torch.inference_mode():
                     timings = alternate(calls, seconds)
-                # A large ONNX model has its weights in a second file, which is moved first.
-                for part in sorted(Path(folder).iterdir(), key=lambda part: part.name == path.name):
-                    part.replace(path.parent / part.name)
         except _TrialFailed as error:
             reasons.append(f"{_describe_axes(axes)}: {error}")
             continue
+        except OSError as error:
+            raise ExportError(f"{path} cannot be written, no file was left: {error}") from error
         return Export(
             path,
             tuple(AXES[axis] for axis in axes),
@@ -189,11 +189,18 @@ class _Trial:
         self._to, self._lowering, self._show_progress = to, lowering, show_progress
         # The mirrored image has the same size and completes a batch of two.
         images = [image, ImageOps.mirror(image)]
-        pixels: Tensor = self._processor(images=images, return_tensors="pt")["pixel_values"]
-        dtype = next(detector.model.parameters()).dtype
-        self._pixels = pixels.to(dtype).contiguous()
-        with torch.inference_mode():
-            outputs = detector.model(pixel_values=self.pixels(1))
+        try:
+            pixels: Tensor = self._processor(images=images, return_tensors="pt")["pixel_values"]
+            dtype = next(detector.model.parameters()).dtype
+            self._pixels = pixels.to(dtype).contiguous()
+            with torch.inference_mode():
+                outputs = detector.model(pixel_values=self.pixels(1))
+                logits, boxes = outputs.logits, outputs.pred_boxes
+        except Exception as error:  # models raise errors of any type
+            raise ModelError(
+                f"{detector.name} cannot process the image: {describe_error(error)}"
+            ) from error
+        check_outputs(detector.name, logits, boxes)
         # Two-stage models return the scores by which they selected their queries.
         stages = (getattr(outputs, name, None) for name in ("enc_outputs_class", "enc_topk_logits"))
         self._selects_queries = any(scores is not None for scores in stages)
@@ -218,7 +225,7 @@ class _Trial:
             names = {axis: AXES[axis] for axis in axes}
             formats.write(program, file, self._to, self._lowering, OUTPUT_NAMES, [names])
             runs = formats.runtimes(file, self._to, self._lowering)
-        except ModuleNotFoundError:
+        except (ModuleNotFoundError, OSError):  # of packages and disks, not of these axes
             raise
         except Exception as error:  # models and exporters raise errors of any type
             raise _TrialFailed(summarize_error(error)) from error
@@ -256,6 +263,8 @@ class _Trial:
             try:
                 with torch.inference_mode():
                     expected, actual = self.run(pixels), run(pixels)
+                # A file is not verified by numbers that the model itself does not give.
+                check_outputs("the model", *expected)
                 comparisons[name] = compare(
                     expected,
                     actual,

@@ -2,95 +2,33 @@
 
 from __future__ import annotations
 
-import inspect
-from pathlib import Path
+import itertools
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from saccade.checks import apply_value_padding_mask, parse_spatial_shapes
+from saccade.checks import (
+    VALUE_DTYPES,
+    apply_value_padding_mask,
+    check_floating,
+    check_tensor,
+    parse_spatial_shapes,
+)
 from saccade.nn import DeformableAttention, MultiScaleDeformableAttention
 from saccade.sampling import Sampling
-from saccade.vision.explain import Explanation, HeadParts, check, list_points, take_apart
+from saccade.vision.explain import (
+    Explanation,
+    HeadParts,
+    check,
+    list_points,
+    take_apart,
+)
 
 Module = DeformableAttention | MultiScaleDeformableAttention
 
-# Classes that a saved module may contain. Nothing else is unpickled, so no foreign code runs.
-_ALLOWED = [DeformableAttention, MultiScaleDeformableAttention, torch.nn.Linear, set]
-
-
-def load_module(path: Path) -> Module:
-    """Loads a module that `torch.save(module, path)` wrote, without running foreign code.
-
-    Raises:
-        ValueError: the file is missing, is not a torch file, or holds an object other than a
-            `saccade.nn.DeformableAttention` or `saccade.nn.MultiScaleDeformableAttention`.
-    """
-    loaded = _load("MODULE", path)
-    if not isinstance(loaded, DeformableAttention | MultiScaleDeformableAttention):
-        hint = " (a state dict? save the module itself)" if isinstance(loaded, dict) else ""
-        raise ValueError(
-            "MODULE: expected a saccade.nn.DeformableAttention or MultiScaleDeformableAttention "
-            f"saved by torch.save(module, path), {path} holds a {type(loaded).__name__}{hint}"
-        )
-    return loaded.eval()
-
-
-def load_inputs(path: Path, module: Module) -> dict[str, Any]:
-    """Loads the keyword arguments of the module's forward that `torch.save(dict, path)` wrote.
-
-    Raises:
-        ValueError: the file is missing, is not a torch file, does not hold a dict, or its keys are
-            not the arguments of the module's forward.
-    """
-    inputs = _load("INPUTS", path)
-    signature = inspect.signature(module.forward)
-    parameters = [name for name in signature.parameters if name != "return_sampling"]
-    required = [
-        name for name in parameters if signature.parameters[name].default is inspect.Parameter.empty
-    ]
-    if not isinstance(inputs, dict):
-        raise ValueError(
-            f"INPUTS: expected a dict with the arguments of {type(module).__name__}.forward "
-            f"({', '.join(parameters)}), {path} holds a {type(inputs).__name__}"
-        )
-    inputs.pop("return_sampling", None)
-    unknown = [str(name) for name in inputs if name not in parameters]
-    missing = [name for name in required if name not in inputs]
-    if unknown or missing:
-        raise ValueError(
-            f"INPUTS: expected the arguments of {type(module).__name__}.forward "
-            f"({', '.join(parameters)}), {path} "
-            + " and ".join(
-                f"{verb} {', '.join(names)}"
-                for verb, names in (("lacks", missing), ("has in addition", unknown))
-                if names
-            )
-        )
-    return inputs
-
-
-def _load(name: str, path: Path) -> object:
-    if not path.is_file():
-        raise ValueError(f"{name}: the file {path} does not exist")
-    try:
-        with torch.serialization.safe_globals(list(_ALLOWED)):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises errors of many types for other files
-        reason = str(error)
-        if "Unsupported global" in reason or "GLOBAL" in reason:
-            global_name = reason.partition("GLOBAL ")[2].partition(" ")[0]
-            reason = (
-                f"it contains {global_name or 'objects'} besides tensors and Saccade's modules, "
-                "and is not opened because such a file can run any code"
-            )
-        else:
-            reason = (
-                "it was not written by torch.save "
-                f"({reason.splitlines()[0] if reason else error!r})"
-            )
-        raise ValueError(f"{name}: cannot load {path}: {reason}") from error
+MAX_POINTS = 2**26
+"""A call that is explained has at most so many points of all queries and heads."""
 
 
 def explain_module(
@@ -105,8 +43,10 @@ def explain_module(
     """Explains one query of a module, for one head.
 
     Args:
-        module: `saccade.nn.DeformableAttention` or `saccade.nn.MultiScaleDeformableAttention`.
-        inputs: the keyword arguments of its forward, for example `query` [B, Q, C].
+        module: `saccade.nn.DeformableAttention` or `saccade.nn.MultiScaleDeformableAttention`, in
+            any dtype, in training or evaluation mode.
+        inputs: the keyword arguments of its forward, for example `query` [B, Q, C], in the dtype and
+            on the device of the module.
         query: index of the query, 0 <= query < Q.
         batch: index of the batch element.
         head: index of the head whose points are listed; the checks cover all heads.
@@ -118,11 +58,15 @@ def explain_module(
         the module's output.
 
     Raises:
-        ValueError: an index is out of range, the module refuses the inputs, or it reads lines or
-            volumes, which cannot be explained yet.
+        TypeError: the module is of another class, or an argument is of the wrong kind.
+        ValueError: an index is out of range, the module lacks a layer or refuses the inputs, or it
+            reads lines or volumes, which cannot be explained yet.
     """
-    if module.spatial_dims != 2:
-        raise ValueError(f"module: expected spatial_dims 2, got {module.spatial_dims}")
+    _check_module(module)
+    _check_inputs(module, inputs)
+    _check_index("batch", batch, inputs["query"].shape[0])
+    _check_index("query", query, inputs["query"].shape[1])
+    _check_index("head", head, module.num_heads)
     recorded: dict[str, Tensor] = {}
     hooks = [module.output_proj.register_forward_hook(_record(recorded, "attended"))]
     if module.value_proj is not None:
@@ -133,19 +77,16 @@ def explain_module(
     finally:
         for hook in hooks:
             hook.remove()
-    assert isinstance(sampling, Sampling)
+    if not isinstance(sampling, Sampling):
+        raise TypeError(
+            "module: expected a forward that returns a Sampling with return_sampling, got "
+            f"{type(sampling).__name__}"
+        )
     attended = recorded["attended"]
     value, shapes = _projected_value(module, inputs, recorded)
-    batch_size, num_queries, num_heads = sampling.attention_weights.shape[:3]
+    num_queries, num_heads = sampling.attention_weights.shape[1:3]
     head_dim = value.shape[3]
-    for name, index, size in (
-        ("batch", batch, batch_size),
-        ("query", query, num_queries),
-        ("head", head, num_heads),
-        ("channel", channel, head_dim),
-    ):
-        if not 0 <= index < size:
-            raise ValueError(f"{name}: expected 0 to {size - 1}, got {index}")
+    _check_index("channel", channel, head_dim)
 
     def take_head_apart(head: int) -> HeadParts:
         return take_apart(
@@ -202,6 +143,69 @@ def explain_module(
             check("their output projection, the module's output", projected, output[batch, query]),
         ],
     )
+
+
+def _check_module(module: object) -> None:
+    """Raises unless the module is one that can be explained and has all its layers."""
+    if not isinstance(module, DeformableAttention | MultiScaleDeformableAttention):
+        raise TypeError(
+            "module: expected a saccade.nn.DeformableAttention or MultiScaleDeformableAttention, "
+            f"got {type(module).__name__}"
+        )
+    for name in ("sampling_offsets", "attention_weights", "output_proj"):
+        if not isinstance(getattr(module, name, None), nn.Module):
+            raise TypeError(f"module: expected a layer {name}, got none")
+    for name in ("spatial_dims", "num_heads", "num_points", "interpolation", "padding"):
+        if not hasattr(module, name):
+            raise TypeError(f"module: expected an attribute {name}, got none")
+    if not hasattr(module, "value_proj"):
+        raise TypeError("module: expected a layer value_proj, or None in its place, got neither")
+    if module.spatial_dims != 2:
+        raise ValueError(f"module: expected spatial_dims 2, got {module.spatial_dims}")
+    for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(
+                f"module: expected numbers in {name}, got a meta tensor, which has none"
+            )
+
+
+def _check_inputs(module: Module, inputs: dict[str, Any]) -> None:
+    """Raises unless the inputs fit the layers in dtype and device; the module checks their shapes."""
+    if not isinstance(inputs, dict):
+        raise TypeError(f"inputs: expected a dict, got {type(inputs).__name__}")
+    if inputs.get("queries_per_map") is not None:
+        raise ValueError(
+            "queries_per_map: expected none, because queries [T, C] cannot be explained yet"
+        )
+    map_name = "value" if isinstance(module, MultiScaleDeformableAttention) else "feature_map"
+    map_layer = module.output_proj if module.value_proj is None else module.value_proj
+    for name, layer in (("query", module.sampling_offsets), (map_name, map_layer)):
+        if name not in inputs:
+            raise ValueError(f"inputs: expected the argument {name}, got none")
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, Tensor):
+            check_floating(name, inputs[name], (weight.dtype,), weight.device)
+        else:
+            check_tensor(name, inputs[name])
+    query = inputs["query"]
+    reference_points = inputs.get("reference_points")
+    if isinstance(reference_points, Tensor):
+        check_floating("reference_points", reference_points, VALUE_DTYPES, query.device)
+    if query.dim() != 3:
+        raise ValueError(f"query: expected [batch, queries, channels], got {list(query.shape)}")
+    num_points = query.shape[0] * query.shape[1] * module.num_heads * sum(module.num_points)
+    if num_points > MAX_POINTS:
+        raise ValueError(
+            f"query: expected at most {MAX_POINTS} points of all queries and heads, got {num_points}"
+        )
+
+
+def _check_index(name: str, index: object, size: int) -> None:
+    if isinstance(index, bool) or not isinstance(index, int):
+        raise TypeError(f"{name}: expected an int, got {index!r}")
+    if not 0 <= index < size:
+        expected = f"0 to {size - 1}" if size else "inputs that have one"
+        raise ValueError(f"{name}: expected {expected}, got {index}")
 
 
 def _record(recorded: dict[str, Tensor], name: str) -> Any:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from saccade.vision.explain import Corner, Explanation, Point
+from saccade.vision.explain import Check, Corner, Explanation, Point
 
 MAX_POINTS = 32
 """The tables list at most this many points, those with the largest attention weights."""
@@ -42,7 +44,7 @@ def format_pair(values: tuple[float, ...], *, sign: bool = False, digits: int = 
     """Formats `(x, y)`; with `sign`, each value carries + or -."""
     texts = [_decimals(value, digits) for value in values]
     if sign:
-        texts = [text if text.startswith("-") else f"+{text}" for text in texts]
+        texts = [text if text[0] == "-" or text == "nan" else f"+{text}" for text in texts]
     return f"({', '.join(texts)})"
 
 
@@ -111,9 +113,17 @@ def _print_reference(console: Console, explanation: Explanation) -> None:
             console.print(f"  level {level}: p = {format_pair(reference)}", highlight=False)
 
 
-def _shown(explanation: Explanation, count: int) -> list[Point]:
-    """Returns the `count` points with the largest attention weights, in their original order."""
-    largest = sorted(explanation.points, key=lambda point: -point.attention_weight)[:count]
+def largest_points(explanation: Explanation, count: int) -> list[Point]:
+    """Returns the `count` points with the largest attention weights, in their original order.
+
+    A weight that is not a number counts as larger than any number.
+    """
+
+    def rank(point: Point) -> float:
+        weight = point.attention_weight
+        return -math.inf if math.isnan(weight) else -weight
+
+    largest = sorted(explanation.points, key=rank)[:count]
     return sorted(largest, key=lambda point: point.number)
 
 
@@ -127,7 +137,7 @@ def _limit_note(explanation: Explanation, points: list[Point]) -> list[str]:
 
 
 def _print_positions(console: Console, explanation: Explanation) -> None:
-    points = _shown(explanation, MAX_POINTS)
+    points = largest_points(explanation, MAX_POINTS)
     several_levels = len(explanation.spatial_shapes) > 1
     if explanation.coordinates == "pixel":
         formula = "position = reference point + offset; the query chooses the offsets."
@@ -176,7 +186,7 @@ def _print_positions(console: Console, explanation: Explanation) -> None:
 
 
 def _print_corners(console: Console, explanation: Explanation, num_detailed: int) -> None:
-    points = _shown(explanation, num_detailed)
+    points = largest_points(explanation, num_detailed)
     if explanation.interpolation == "nearest":
         sentences = ["Each point reads the nearest pixel; half way between two, the even one."]
     elif explanation.interpolation == "discrete":
@@ -225,12 +235,13 @@ def _corner_cells(corner: Corner | None) -> list[str]:
 
 
 def _print_sum(console: Console, explanation: Explanation) -> None:
-    points = _shown(explanation, MAX_POINTS)
+    points = largest_points(explanation, MAX_POINTS)
     total = sum(point.attention_weight for point in explanation.points)
     _step(
         console,
         "5  Attention weights and output",
-        f"output = sum of attention weight * read; the weights sum to {format_number(total)}.",
+        "output = sum of attention weight * read; the weights "
+        + (f"sum to {format_number(total)}." if math.isfinite(total) else "are not all finite."),
         *_limit_note(explanation, points),
     )
     several_levels = len(explanation.spatial_shapes) > 1
@@ -265,5 +276,20 @@ def _print_checks(console: Console, explanation: Explanation) -> None:
     )
     for check in explanation.checks:
         verdict = "[green]equal[/green]" if check.passed else "[bold red]DIFFERENT[/bold red]"
-        difference = format_number(check.largest_difference)
-        console.print(f"{verdict} (difference {difference}): {check.name}", highlight=False)
+        console.print(f"{verdict} ({_describe_difference(check)}): {check.name}", highlight=False)
+    if any(check.num_not_finite for check in explanation.checks):
+        word = "not a number" if math.isnan(explanation.library) else "not finite"
+        subject = "The output" if not math.isfinite(explanation.library) else "Part of the output"
+        console.print(
+            f"[bold]{subject} is {word}[/bold]: weights or inputs are NaN, infinite or too large.",
+            highlight=False,
+        )
+
+
+def _describe_difference(check: Check) -> str:
+    if not math.isfinite(check.largest_difference):
+        return "one side is not finite, the other another value"
+    text = f"difference {format_number(check.largest_difference)}"
+    if check.num_not_finite:
+        text += f"; {check.num_not_finite} of {check.num_values} values not finite on both sides"
+    return text
