@@ -271,7 +271,7 @@ def write_script(path):
 
 def write_nested(path):
     nested = []
-    for _ in range(150):
+    for _ in range(250):
         nested = [nested]
     torch.save(nested, path)
 
@@ -286,7 +286,7 @@ FILES = {
     "nothing": (lambda path: None, "cannot read"),
     "a folder": (lambda path: path.mkdir(), "expected a regular file, got one that is a folder"),
     "a pipe": (os.mkfifo, "expected a regular file, got one that is a FIFO"),
-    "a link to a device": (lambda path: path.symlink_to("/dev/zero"), "got a device"),
+    "a link to a device": (lambda path: path.symlink_to("/dev/zero"), "got one that is a device"),
     "a link to itself": (lambda path: path.symlink_to(path), "cannot read"),
     "empty": (lambda path: path.touch(), "expected a file of torch.save"),
     "text": (write_text, "expected a file of torch.save"),
