@@ -294,16 +294,16 @@ FILES: dict[str, tuple[str, bytes | str | None, str]] = {
     "a less nested config": (models.CONFIG, b'{"a":' * 900 + b"1" + b"}" * 900, "recursion"),
     "a config of 5 MB": (models.CONFIG, b" " * 5 * 2**20 + b"{}", "at most 4194304 bytes"),
     "a config of bytes": (models.CONFIG, b"\xff\xff", "UnicodeDecodeError"),
-    "a config without an end": (models.CONFIG, "/dev/zero", "got a device"),
+    "a config without an end": (models.CONFIG, "/dev/zero", "is a device"),
     "no processor": (models.PROCESSOR, None, "has no image processor"),
-    "a processor that is a pipe": (models.PROCESSOR, "pipe", "got a named pipe"),
+    "a processor that is a pipe": (models.PROCESSOR, "pipe", "is a FIFO"),
     "a whole processor for text": (models.WHOLE_PROCESSOR, b"[]", "expected a JSON object"),
     "no weights": (WEIGHTS, None, "has no weights"),
     "empty weights": (WEIGHTS, b"", "is broken or incomplete"),
     "half of the weights": (WEIGHTS, b"half", "is broken or incomplete.*not fully covered"),
     "weights left in Git LFS": (WEIGHTS, b"version https://git-lfs", "is broken or incomplete"),
-    "weights that are a folder": (WEIGHTS, "folder", "got a directory"),
-    "weights that are a pipe": (WEIGHTS, "pipe", "got a named pipe"),
+    "weights that are a folder": (WEIGHTS, "folder", "is a folder"),
+    "weights that are a pipe": (WEIGHTS, "pipe", "is a FIFO"),
 }
 
 

@@ -79,7 +79,7 @@ def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
     try:
         return files.open_regular(path)
     except ValueError as error:
-        raise ValueError(f"{path}: expected a regular file, got one that {error}") from None
+        raise ValueError(f"{path} {error}") from None
 
 
 def read_json(path: str | os.PathLike[str], max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
