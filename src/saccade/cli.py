@@ -21,7 +21,7 @@ from saccade import doctor as doctor_report
 from saccade.bench.command import app as bench
 from saccade.call import Interpolation, Padding
 from saccade.export.command import export
-from saccade.terminal import err, fail, need, out
+from saccade.terminal import Threads, err, fail, need, out
 
 if TYPE_CHECKING:
     from saccade.vision.batch import ProcessedImage
@@ -189,9 +189,7 @@ def detect(
             show_default=False,
         ),
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads.", show_default=False)
-    ] = None,
+    threads: Threads = None,
 ) -> None:
     """Finds objects in images and shows where their queries looked.
 

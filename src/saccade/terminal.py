@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+import os
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -11,6 +12,18 @@ from saccade import doctor
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
+
+# More threads than processors are slower, and a process with very many of them crashes.
+MAX_THREADS = 4 * (os.cpu_count() or 1)
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=MAX_THREADS,
+        help="CPU threads, up to four per processor.",
+        show_default=False,
+    ),
+]
 
 
 def fail(message: object) -> NoReturn:

@@ -13,7 +13,7 @@ from rich.table import Table
 from saccade import doctor
 from saccade.export.formats import CHECK_INPUTS, Format
 from saccade.integrations.onnx import Lowering
-from saccade.terminal import err, fail, need, out
+from saccade.terminal import Threads, err, fail, need, out
 
 if TYPE_CHECKING:
     from saccade.export.detectors import Export, RuntimeResult
@@ -73,9 +73,7 @@ def export(
         ),
     ] = 0.5,
     seconds: Annotated[float, typer.Option(min=0, help="How long to measure speed.")] = 3.0,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads.", show_default=False)
-    ] = None,
+    threads: Threads = None,
 ) -> None:
     """Writes a detector as a file for another runtime, and verifies the file.
 
@@ -125,6 +123,8 @@ def export(
                 seconds=seconds,
                 show_progress=show_progress,
             )
+        except ModelError as error:
+            fail(error)
         except (ExportError, OSError, ValueError) as error:
             err.print(f"error: {error}", markup=False, soft_wrap=True)
             raise typer.Exit(1) from error
