@@ -196,13 +196,17 @@ def detect(
     Writes for each image NAME_detections.png (boxes and labels), NAME_looked.png (the points that
     the queries of the objects read) and NAME.json (label, score and box in pixels).
 
-    Exit code: 0 all done; 1 some images were skipped, each named with the reason; 2 wrong usage,
-    no model, or no image could be processed.
+    Exit code: 0 all done; 1 some images were skipped, each named with the reason, for example that
+    the model's scores for it are not numbers; 2 wrong usage, no model or a broken one, or no image
+    could be processed.
     """
     need("detect", "detect")
     from saccade.vision.batch import detect_images
-    from saccade.vision.detector import Detector, ModelError
+    from saccade.vision.detector import Detector
+    from saccade.vision.models import ModelError
 
+    if not 0 <= threshold <= 1:  # NaN, which is within every range of the parser
+        fail(f"--threshold: expected 0 to 1, got {threshold}")
     if threads is not None:
         torch.set_num_threads(threads)
     try:

@@ -83,14 +83,16 @@ def export(
     not give the same detections is deleted.
 
     Exit code: 0 written and verified; 1 the model cannot be exported this way, or the file gave
-    other numbers, and no file is left; 2 wrong usage, no model or no image.
+    other numbers, and no file is left; 2 wrong usage, no image, no model, or one that is broken or
+    gives scores that are not numbers.
     """
     if lowering is not None and to != "onnx":
         fail(f"--lowering: expected with --to onnx only, got it with --to {to}")
     need("export", "export" if to == "onnx" else "detect")
     from saccade.export.detectors import ExportError, export_detector
-    from saccade.vision.detector import Detector, ModelError
+    from saccade.vision.detector import Detector
     from saccade.vision.images import ImageError, open_image
+    from saccade.vision.models import ModelError
 
     if threads is not None:
         torch.set_num_threads(threads)

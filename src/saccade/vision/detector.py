@@ -1,7 +1,7 @@
 """Detection with transformers' detectors whose attention runs on Saccade.
 
-The model, its image processor and its post-processing come from transformers. This module loads
-them, records where the queries looked, and converts the results to plain data.
+The model, its image processor and its post-processing come from transformers; `models` loads them.
+This module records where the queries looked, and converts the results to plain data.
 """
 
 from __future__ import annotations
@@ -138,6 +138,9 @@ class Detector:
             [image.size for image in images], inputs["pixel_values"], inputs.get("pixel_mask")
         )
         objects_per_image = self._post_process(outputs, threshold, images)
+        for objects in objects_per_image:
+            if not bool(objects["boxes"].isfinite().all()):
+                raise ModelError(f"{self.name} gives boxes that are infinite in pixels")
         queries_per_image = find_queries(self.processor, outputs, threshold)
         results = []
         for batch_index, (objects, queries, frame) in enumerate(

@@ -7,22 +7,19 @@ folder is loaded without the network, and whatever is wrong with them is a `Mode
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import os
-import stat
+import re
 import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
 from saccade import doctor
-from saccade.integrations import checkpoints
+from saccade.integrations.checkpoints.untrusted import load_torch, open_regular, read_json
 
 CONFIG = "config.json"
 PROCESSOR = "preprocessor_config.json"
@@ -40,8 +37,9 @@ MAX_SIDE = 4096
 MAX_MODULES = 20_000
 MAX_UNSAVED_ELEMENTS = 2**24
 """How many elements a model may have beyond those that its files can hold: buffers that it computes."""
-MAX_REASON = 300
-"""The length of another package's error message, in letters."""
+MAX_MESSAGE = 400
+"""The length of a message, in letters: files and other packages' errors may fill pages."""
+_LAYER = re.compile(r"(?:en|de)coder\.layers\.\d+\..*(?:weight|bias)$")
 
 
 class ModelError(Exception):
@@ -71,12 +69,12 @@ def load_model(source: str | None = None) -> tuple[str, nn.Module, Any]:
             )
         return "saccade's digits", *_load(doctor.DEFAULT_MODEL, str(doctor.DEFAULT_MODEL))
     # Unlike pathlib's functions, these return for every string.
-    path = os.path.expanduser(source)  # noqa: PTH111
-    if os.path.isdir(path):  # noqa: PTH112
+    path = os.path.expanduser(source)
+    if os.path.isdir(path):
         return source, *_load(Path(path), source)
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise ModelError(
-            f"{_printable(source)} is neither a folder nor the id of a model (owner/name)"
+            f"{_one_line(source)} is neither a folder nor the id of a model (owner/name)"
         )
     return source, *_load(_download(source), source)
 
@@ -130,12 +128,17 @@ def describe_error(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if not isinstance(error, (OSError, ValueError, RuntimeError, ImportError)) or not text:
         text = f"{type(error).__name__}: {text}".removesuffix(": ")
-    return _printable(text if len(text) <= MAX_REASON else f"{text[:MAX_REASON]}…")
+    return _one_line(text)
 
 
-def _printable(text: str) -> str:
-    """Replaces control characters, and letters that no terminal can show."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
+def _one_line(text: str) -> str:
+    """Cuts a message to its limit, and replaces control characters and half letters."""
+    short = text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]}…"
+    return "".join(letter if letter.isprintable() else "?" for letter in short)
+
+
+def _refusal(name: str, reason: str) -> ModelError:
+    return ModelError(_one_line(f"cannot load {name}: {reason}"))
 
 
 # --- files ------------------------------------------------------------------------------------
@@ -148,13 +151,13 @@ def _download(source: str) -> Path:
     def fetch(*patterns: str) -> Path:
         return Path(snapshot_download(source, allow_patterns=[*patterns]))
 
-    with _quiet_transformers():
+    with _LOADING, _quiet_transformers():
         try:
             folder = fetch(CONFIG, PROCESSOR, WHOLE_PROCESSOR, "model*.safetensors", f"*{INDEX}")
             if not list(folder.glob("*.safetensors")):
                 folder = fetch("pytorch_model*.bin")
         except Exception as error:  # the hub's client raises errors of many types
-            raise ModelError(f"cannot fetch {source}: {describe_error(error)}") from error
+            raise _refusal(source, describe_error(error)) from error
     return folder
 
 
@@ -174,103 +177,83 @@ def _check_files(folder: Path, name: str) -> int:
                 content if file == PROCESSOR else content.get("image_processor")
             )
     if not settings:
-        raise ModelError(f"cannot load {name}: it has no image processor ({PROCESSOR})")
+        raise _refusal(name, f"it has no image processor ({PROCESSOR})")
     for key, value in _iterate(settings):
         if isinstance(value, (int, float)) and not abs(value) <= MAX_SIDE:
-            raise ModelError(
-                f"cannot load {name}: expected numbers up to {MAX_SIDE} in its image processor's "
-                f"settings, got {key} = {value}"
+            raise _refusal(
+                name,
+                f"expected numbers up to {MAX_SIDE} in its image processor's settings, got "
+                f"{key} = {value}",
             )
-    files = _find_weights(folder, name)
-    for file in files:
-        _check_weights_file(file, name)
-    return 2 * sum(file.stat().st_size for file in files) + MAX_UNSAVED_ELEMENTS
+    weights = _find_weights(folder, name)
+    for path in weights:
+        _check_file(path, name)
+    # An element takes a byte or more, and each is counted when it is made and when it is read.
+    return 4 * sum(path.stat().st_size for path in weights) + MAX_UNSAVED_ELEMENTS
 
 
 def _check_config(config: dict[str, Any], name: str) -> None:
     _refuse_code(config, CONFIG, name)
     for key in ("configuration_files", "transformers_weights"):
         if config.get(key):
-            raise ModelError(f"cannot load {name}: its {CONFIG} points to other files ({key})")
+            raise _refusal(name, f"its {CONFIG} points to other files ({key})")
     for key, value in _iterate(config):
         limit = MAX_LABELS if key.endswith("num_labels") else MAX_NUMBER
         limit = MAX_SIDE if key.endswith(("image_size", "eval_size")) else limit
         if isinstance(value, int) and abs(value) > limit:
-            raise ModelError(
-                f"cannot load {name}: expected {key} up to {limit} in its {CONFIG}, got {value:.3g}"
-            )
+            raise _refusal(name, f"expected {key} up to {limit} in its {CONFIG}, got {value}")
 
 
 def _refuse_code(content: dict[str, Any], file: str, name: str) -> None:
     """Refuses settings that name code: of the folder, of another repository, or kernels of the hub."""
     for key, value in _iterate(content):
         if (key == "auto_map" and value) or (key.endswith("_implementation") and "/" in str(value)):
-            raise ModelError(
-                f"cannot load {name}: its {file} names code to run ({key}), and Saccade runs no code "
-                "of models. If transformers has the model's class, remove this entry"
+            raise _refusal(
+                name,
+                f"its {file} names code to run ({key}), and Saccade runs no code of models. If "
+                "transformers has the model's class, remove this entry",
             )
 
 
 def _find_weights(folder: Path, name: str) -> list[Path]:
     """Finds the files of the weights, in the order in which transformers looks for them."""
-    for file in WEIGHTS:
-        if (folder / file).exists():
-            return [folder / file]
-        index = folder / f"{file}{INDEX}"
+    for whole in WEIGHTS:
+        if (folder / whole).exists():
+            return [folder / whole]
+        index = folder / f"{whole}{INDEX}"
         if index.exists():
             shards = _read_json(index, name).get("weight_map")
             if not isinstance(shards, dict) or not all(
                 isinstance(shard, str) and Path(shard).name == shard for shard in shards.values()
             ):
-                raise ModelError(
-                    f"cannot load {name}: expected the names of files beside it in {index.name}"
-                )
+                raise _refusal(name, f"expected the names of files beside it in {index.name}")
             return [folder / shard for shard in sorted(set(shards.values()))]
-    raise ModelError(f"cannot load {name}: it has no weights ({' or '.join(WEIGHTS)})")
-
-
-def _check_weights_file(file: Path, name: str) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    _check_file(file, name)
-    try:
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt"):
-                pass  # The header was read, and has the size of the file.
-        else:
-            checkpoints.load(file)  # A pickle is read within its limits first.
-    except (SafetensorError, ValueError, OSError) as error:
-        raise ModelError(
-            f"cannot load {name}: {file.name} is broken or incomplete: {describe_error(error)}"
-        ) from error
+    raise _refusal(name, f"it has no weights ({' or '.join(WEIGHTS)})")
 
 
 def _check_file(file: Path, name: str) -> None:
-    """Refuses pipes and devices, which may have no end."""
+    """Refuses a file that is incomplete, or that would run code."""
+    from safetensors import SafetensorError, safe_open
+
     try:
-        mode = file.stat().st_mode
-    except OSError as error:
-        raise ModelError(f"cannot load {name}: {file.name}: {error.strerror or error}") from error
-    if not stat.S_ISREG(mode):
-        raise ModelError(f"cannot load {name}: expected {file.name} to be a regular file")
+        if file.suffix == ".bin":
+            load_torch(file)
+        else:
+            open_regular(file).close()
+            # This reads the header, and compares what it says with the size of the file.
+            with safe_open(file, framework="pt"):
+                pass
+    except (OSError, ValueError) as error:
+        raise _refusal(name, describe_error(error)) from error
+    except SafetensorError as error:
+        raise _refusal(name, f"{file.name} is broken or incomplete: {error}") from error
 
 
 def _read_json(file: Path, name: str) -> dict[str, Any]:
-    _check_file(file, name)
     try:
-        with file.open("rb") as stream:
-            text = stream.read(MAX_JSON_BYTES + 1)
-        if len(text) > MAX_JSON_BYTES:
-            raise ValueError(f"expected at most {MAX_JSON_BYTES} bytes")
-        content = json.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"cannot load {name}: {file.name}: {describe_error(error)}") from error
-    if not isinstance(content, dict):
-        raise ModelError(
-            f"cannot load {name}: expected a JSON object in {file.name}, got a "
-            f"{type(content).__name__}"
-        )
-    return content
+        return read_json(file, MAX_JSON_BYTES)
+    except (OSError, ValueError) as error:
+        raise _refusal(name, describe_error(error)) from error
 
 
 def _iterate(content: Any) -> Iterator[tuple[str, Any]]:
@@ -292,7 +275,7 @@ _LOADING = threading.Lock()
 
 
 def _load(folder: Path, name: str) -> tuple[nn.Module, Any]:
-    name = _printable(name)
+    name = _one_line(name)
     max_elements = _check_files(folder, name)
     from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
@@ -311,14 +294,12 @@ def _load(folder: Path, name: str) -> tuple[nn.Module, Any]:
         except ModelError:
             raise
         except Exception as error:  # foreign code on a foreign file raises errors of any type
-            raise ModelError(f"cannot load {name}: {_explain(error)}") from error
+            raise _refusal(name, _explain(error)) from error
     _check_loaded(name, model, info)
     check_weights(name, model)
     if not callable(getattr(processor, "post_process_object_detection", None)):
-        raise ModelError(
-            f"cannot load {name}: its image processor is a {type(processor).__name__}, which is not "
-            "for object detection"
-        )
+        kind = type(processor).__name__
+        raise _refusal(name, f"its image processor is a {kind}, which is not for object detection")
     return model, processor
 
 
@@ -338,24 +319,26 @@ def _explain(error: BaseException) -> str:
 
 def _check_loaded(name: str, model: nn.Module, info: dict[str, Any]) -> None:
     """Refuses weights that are not those of the configuration."""
-    kind = type(model).__name__
-    if info["mismatched_keys"]:
-        weight, shape, expected = min(info["mismatched_keys"])
-        raise ModelError(
-            f"cannot load {name}: {len(info['mismatched_keys'])} weights do not have the shapes of "
-            f"its {CONFIG}, among them {weight}: expected {list(expected)}, got {list(shape)}"
+    mismatched, missing = sorted(info["mismatched_keys"]), sorted(info["missing_keys"])
+    unused = sorted(key for key in info["unexpected_keys"] if _LAYER.search(key))
+    if mismatched:
+        weight, shape, expected = mismatched[0]
+        raise _refusal(
+            name,
+            f"{len(mismatched)} weights do not have the shapes of its {CONFIG}, among them {weight}: "
+            f"expected {list(expected)}, got {list(shape)}",
         )
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise ModelError(
-            f"{name} lacks {len(missing)} weights of {kind}, among them {missing[0]}: it would "
-            "detect at random"
+    if missing:
+        raise _refusal(
+            name,
+            f"it lacks {len(missing)} weights of {type(model).__name__}, among them {missing[0]}: it "
+            "would detect at random",
         )
-    layers = sorted(key for key in info["unexpected_keys"] if ".layers." in key)
-    if layers:
-        raise ModelError(
-            f"{name} has {len(layers)} weights of layers that its {CONFIG} leaves out, among them "
-            f"{layers[0]}: it would detect with a part of the model"
+    if unused:
+        raise _refusal(
+            name,
+            f"its {CONFIG} leaves out layers that have {len(unused)} weights, among them {unused[0]}: "
+            "it would detect with a part of the model",
         )
 
 
@@ -368,7 +351,8 @@ def _quiet_transformers() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             yield
     finally:
         logging.set_verbosity(verbosity)
@@ -403,18 +387,17 @@ def _limit_size(name: str, max_elements: int) -> Iterator[None]:
         if threading.get_ident() == thread:
             modules += 1
             if modules > MAX_MODULES:
-                raise ModelError(
-                    f"cannot load {name}: its {CONFIG} asks for more than {MAX_MODULES} modules"
-                )
+                raise _refusal(name, f"its {CONFIG} asks for more than {MAX_MODULES} modules")
 
     def count_elements(module: nn.Module, tensor_name: str, tensor: Tensor | None) -> None:
         nonlocal elements
         if threading.get_ident() == thread and tensor is not None:
             elements += tensor.numel()
             if elements > max_elements:
-                raise ModelError(
-                    f"cannot load {name}: its {CONFIG} asks for {elements:.2g} weights or more, and "
-                    "its files are too small for them"
+                raise _refusal(
+                    name,
+                    f"its {CONFIG} asks for {elements:.2g} weights or more, and its files are too "
+                    "small for them",
                 )
 
     handles = [
