@@ -205,7 +205,7 @@ def detect(
     from saccade.vision.detector import Detector
     from saccade.vision.models import ModelError
 
-    if not 0 <= threshold <= 1:  # NaN, which is within every range of the parser
+    if not 0 <= threshold <= 1:  # not every typer refuses NaN
         fail(f"--threshold: expected 0 to 1, got {threshold}")
     if threads is not None:
         torch.set_num_threads(threads)

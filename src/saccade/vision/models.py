@@ -348,7 +348,7 @@ def _quiet_transformers() -> Iterator[None]:
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
+    logging.set_verbosity(logging.CRITICAL)  # errors are raised too
     logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
