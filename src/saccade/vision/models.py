@@ -7,6 +7,7 @@ folder is loaded without the network, and whatever is wrong with them is a `Mode
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import threading
@@ -153,9 +154,10 @@ def _download(source: str) -> Path:
 
     with _LOADING, _quiet_transformers():
         try:
-            folder = fetch(CONFIG, PROCESSOR, WHOLE_PROCESSOR, "model*.safetensors", f"*{INDEX}")
-            if not list(folder.glob("*.safetensors")):
-                folder = fetch("pytorch_model*.bin")
+            settings = (CONFIG, PROCESSOR, WHOLE_PROCESSOR, f"*{INDEX}")
+            folder = fetch(*settings, "model.safetensors", "model-*.safetensors")
+            if not list(folder.glob("model*.safetensors")):
+                folder = fetch("pytorch_model.bin", "pytorch_model-*.bin")
         except Exception as error:  # the hub's client raises errors of many types
             raise _refusal(source, describe_error(error)) from error
     return folder
@@ -345,19 +347,19 @@ def _check_loaded(name: str, model: nn.Module, info: dict[str, Any]) -> None:
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Silences transformers' messages, warnings and progress bars while a model is loaded."""
-    from transformers.utils import logging
+    from transformers.utils import logging as messages
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)  # errors are raised too
-    logging.disable_progress_bar()
+    verbosity, bars = messages.get_verbosity(), messages.is_progress_bar_enabled()
+    messages.set_verbosity(logging.CRITICAL)  # errors are raised too
+    messages.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.set_verbosity(verbosity)
+        messages.set_verbosity(verbosity)
         if bars:
-            logging.enable_progress_bar()
+            messages.enable_progress_bar()
 
 
 @contextlib.contextmanager
