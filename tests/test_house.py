@@ -27,10 +27,10 @@ LAYERS = [
     {"reference"},
     {"sampling"},
     {"call"},
-    {"checks"},
+    {"checks", "files"},
 ]
 CORE = {
-    *("checks", "call", "sampling", "reference", "ops", "backend", "functional"),
+    *("checks", "files", "call", "sampling", "reference", "ops", "backend", "functional"),
     *("compositions", "convolution", "nn", "integrations"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 
@@ -23,9 +24,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import typer  # noqa: F401
     except ImportError as error:
         return _without_extras(arguments, error.name or "typer")
-    from saccade.cli import app
+    # A name or label that the terminal's encoding lacks is shown as an escape.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    from saccade.files import exit_on_signals
 
-    app(arguments, prog_name="saccade")
+    with exit_on_signals():
+        try:
+            from saccade.cli import app
+
+            app(arguments, prog_name="saccade")
+        except KeyboardInterrupt:
+            return 130
     return 0
 
 

@@ -21,7 +21,8 @@ from saccade import doctor as doctor_report
 from saccade.bench.command import app as bench
 from saccade.call import Interpolation, Padding
 from saccade.export.command import export
-from saccade.terminal import Threads, err, fail, need, out
+from saccade.terminal import MaxMegapixels, Threads, err, fail, need, out, show
+from saccade.vision import MAX_MEGAPIXELS
 
 if TYPE_CHECKING:
     from saccade.vision.batch import ProcessedImage
@@ -189,6 +190,7 @@ def detect(
             show_default=False,
         ),
     ] = None,
+    max_megapixels: MaxMegapixels = MAX_MEGAPIXELS,
     threads: Threads = None,
 ) -> None:
     """Finds objects in images and shows where their queries looked.
@@ -196,9 +198,12 @@ def detect(
     Writes for each image NAME_detections.png (boxes and labels), NAME_looked.png (the points that
     the queries of the objects read) and NAME.json (label, score and box in pixels).
 
+    The three files of an image appear together. Images are PNG, JPEG, WebP, AVIF, BMP, GIF, TIFF,
+    PPM or JPEG 2000.
+
     Exit code: 0 all done; 1 some images were skipped, each named with the reason, for example that
     the model's scores for it are not numbers; 2 wrong usage, no model or a broken one, or no image
-    could be processed.
+    could be processed; 130 or 143 ended by SIGINT or SIGTERM.
     """
     need("detect", "detect")
     from saccade.vision.batch import detect_images
@@ -212,7 +217,7 @@ def detect(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        fail(f"cannot make the folder {folder}: {error.strerror or error}")
+        fail(f"cannot make the folder {show(folder)}: {error.strerror or error}")
     try:
         with err.status("Loading the model") if err.is_terminal else nullcontext():
             detector = Detector.load(model)
@@ -235,11 +240,13 @@ def detect(
         disable=len(image_paths) == 1 or not screen.is_terminal,
     ) as progress:
         task = progress.add_task("Images", total=len(image_paths))
-        for result in detect_images(detector, image_paths, folder, threshold, layer):
+        for result in detect_images(
+            detector, image_paths, folder, threshold, layer, max_megapixels
+        ):
             if result.problem is not None:
                 skipped += 1
                 errors.print(
-                    f"skipped: {result.path} {result.problem}", markup=False, soft_wrap=True
+                    f"skipped: {show(result.path)} {result.problem}", markup=False, soft_wrap=True
                 )
             else:
                 _print_detections(result)
@@ -251,11 +258,11 @@ def detect(
 
 def _print_detections(result: ProcessedImage) -> None:
     objects = result.objects
-    names = ", ".join(f"{label} {score:.2f}" for label, score in objects[:8])
+    names = ", ".join(show(f"{label} {score:.2f}") for label, score in objects[:8])
     more = f", and {len(objects) - 8} more" if len(objects) > 8 else ""
     count = f"{len(objects)} object" + ("" if len(objects) == 1 else "s")
-    text = f"{result.path}: {count}" + (f" ({names}{more})" if names else "")
+    text = f"{show(result.path)}: {count}" + (f" ({names}{more})" if names else "")
     out.print(text, markup=False, soft_wrap=True)
     assert result.files is not None
     for file in result.files:
-        out.print(f"  {file}", markup=False, soft_wrap=True, style="dim")
+        out.print(f"  {show(file)}", markup=False, soft_wrap=True, style="dim")

@@ -13,7 +13,8 @@ from rich.table import Table
 from saccade import doctor
 from saccade.export.formats import CHECK_INPUTS, Format
 from saccade.integrations.onnx import Lowering
-from saccade.terminal import Threads, err, fail, need, out
+from saccade.terminal import MaxMegapixels, Threads, err, fail, need, out, show
+from saccade.vision import MAX_MEGAPIXELS
 
 if TYPE_CHECKING:
     from saccade.export.detectors import Export, RuntimeResult
@@ -61,6 +62,7 @@ def export(
             show_default=False,
         ),
     ] = None,
+    max_megapixels: MaxMegapixels = MAX_MEGAPIXELS,
     fixed: Annotated[
         bool, typer.Option("--fixed", help="Export for batch 1 and the image's resolution only.")
     ] = False,
@@ -98,15 +100,15 @@ def export(
         torch.set_num_threads(threads)
     lowering = lowering or "grid_sample"
     if path is not None and path.is_dir():
-        fail(f"--out: expected a file, got the folder {path}")
+        fail(f"--out: expected a file, got the folder {show(path)}")
     try:
-        image = open_image(image_path or doctor.EXAMPLE_IMAGE)
+        image = open_image(image_path or doctor.EXAMPLE_IMAGE, max_megapixels)
         with err.status("Loading the model") if err.is_terminal else nullcontext():
             detector = Detector.load(model)
     except ModelError as error:
         fail(error)
     except ImageError as error:
-        fail(f"{image_path or doctor.EXAMPLE_IMAGE} {error}")
+        fail(f"{show(image_path or doctor.EXAMPLE_IMAGE)} {error}")
     with err.status("Exporting") if err.is_terminal else nullcontext() as status:
 
         def show_progress(step: str) -> None:
@@ -135,7 +137,7 @@ def export(
 
 def _print(result: Export, to: Format, lowering: Lowering) -> None:
     megabytes = result.path.stat().st_size / 1e6
-    out.print(f"Written: {result.path} ({megabytes:.1f} MB)", markup=False, soft_wrap=True)
+    out.print(f"Written: {show(result.path)} ({megabytes:.1f} MB)", markup=False, soft_wrap=True)
     batch, height, width = (
         axis if axis in result.dynamic else str(size)
         for axis, size in zip(("batch", "height", "width"), (1, *result.size), strict=True)

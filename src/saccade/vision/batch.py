@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from saccade.vision import MAX_MEGAPIXELS
 from saccade.vision.detector import Detector
 from saccade.vision.images import ImageError, open_image
 from saccade.vision.report import Outputs, plan_outputs, write_outputs
@@ -28,6 +29,7 @@ def detect_images(
     folder: Path,
     threshold: float = 0.5,
     layer: int | None = None,
+    max_megapixels: float = MAX_MEGAPIXELS,
 ) -> Iterator[ProcessedImage]:
     """Detects objects in each image and writes the results, yielding after each image.
 
@@ -40,19 +42,24 @@ def detect_images(
         folder: an existing folder for the results.
         threshold: the score that an object must exceed, 0 to 1.
         layer: the decoder layer whose looks are drawn, 1 the first; None means the last.
+        max_megapixels: larger images are skipped; see `open_image`.
     """
     for path, files in zip(paths, plan_outputs(paths, folder), strict=True):
         try:
-            image = open_image(path)
-            result = detector.detect([image], threshold, layer)[0]
-            write_outputs(files, path, image, result, detector, threshold)
+            image = open_image(path, max_megapixels)
         except ImageError as error:
             yield ProcessedImage(path, [], None, str(error))
+            continue
+        try:
+            result = detector.detect([image], threshold, layer)[0]
+            write_outputs(files, path, image, result, detector, threshold)
         except OSError as error:
-            yield ProcessedImage(path, [], None, f"its results cannot be written: {error}")
+            problem = f"has results that cannot be written: {error.strerror or error}"
+            yield ProcessedImage(path, [], None, problem)
         except Exception as error:  # image processors fail on a size of 1 x 5000, for example
             reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-            yield ProcessedImage(path, [], None, f"cannot be processed: {reason}")
+            problem = f"has {image.width} x {image.height} pixels and cannot be processed: {reason}"
+            yield ProcessedImage(path, [], None, problem)
         else:
             objects = [(detection.label, detection.score) for detection in result.detections]
             yield ProcessedImage(path, objects, files, None)

@@ -71,7 +71,7 @@ def draw_looks(image: Image.Image, result: ImageResult, threshold: float) -> Ima
     if not panels:
         zoom = min(panel_size[0] / image.width, panel_size[1] / image.height)
         size = (max(1, round(image.width * zoom)), max(1, round(image.height * zoom)))
-        panels = [image.convert("RGB").resize(size, Image.Resampling.LANCZOS)]
+        panels = [image.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)]
     margin, heading = 16, font(19)
     cell_width, cell_height = panels[0].width, max(panel.height for panel in panels)
     rows = math.ceil(len(panels) / columns)
@@ -207,7 +207,8 @@ def draw_look(image: Image.Image, detection: Detection, view: View) -> Image.Ima
     large = (view.size[0] * _SMOOTH, view.size[1] * _SMOOTH)
     zoom = view.zoom * _SMOOTH
     resampling = Image.Resampling.LANCZOS if zoom < 1 else Image.Resampling.BICUBIC
-    base = image.convert("RGB").resize(large, resampling, box=_clip(view.window, image.size))
+    window = _clip(view.window, image.size)
+    base = image.resize(large, resampling, window, reducing_gap=2.0)
     pale = Image.blend(base, base.convert("L").convert("RGB"), 0.5)
     pale = Image.blend(pale, Image.new("RGB", large, PAPER), 0.3)
     layer = Image.new("RGBA", large)

@@ -19,6 +19,8 @@ Rectangle = tuple[float, float, float, float]
 
 MIN_LONGER_SIDE = 640
 """An image whose longer side is shorter is enlarged, so that labels can be read."""
+MAX_LONGER_SIDE = 4096
+"""An image whose longer side is longer is reduced, so that its drawing takes seconds at most."""
 INK, GREY, PAPER = (34, 34, 34), (110, 110, 110), (255, 255, 255)
 # Okabe and Ito's colours, which colour-blind people can tell apart too.
 _COLOURS: tuple[Colour, ...] = (
@@ -43,15 +45,17 @@ def draw_detections(image: Image.Image, detections: Sequence[Detection]) -> Imag
         detections: their boxes are in pixels of `image`.
 
     Returns:
-        An RGB image, enlarged by a whole factor if its longer side is below `MIN_LONGER_SIDE`.
+        An RGB image, enlarged by a whole factor if its longer side is below `MIN_LONGER_SIDE`, and
+        reduced to `MAX_LONGER_SIDE` if it is longer.
     """
     longest = max(image.size)
-    zoom = math.ceil(MIN_LONGER_SIDE / longest)
-    canvas = image.convert("RGB").resize(
-        (image.width * zoom, image.height * zoom), Image.Resampling.BICUBIC
-    )
+    zoom: float = math.ceil(MIN_LONGER_SIDE / longest)
+    if longest > MAX_LONGER_SIDE:
+        zoom = MAX_LONGER_SIDE / longest
+    size = max(1, round(image.width * zoom)), max(1, round(image.height * zoom))
+    canvas = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
     draw = ImageDraw.Draw(canvas)
-    longest *= zoom
+    longest = max(size)
     line, letters = max(2, round(longest / 400)), font(max(15, round(longest / 45)))
     boxes = [_fit(detection.box, zoom, canvas.size, line) for detection in detections]
     # The best object is drawn last, on top of the others.
@@ -68,7 +72,7 @@ def _label_colour(detection: Detection) -> Colour:
     return _COLOURS[:-1][detection.label_id % (len(_COLOURS) - 1)]
 
 
-def _fit(box: Rectangle, zoom: int, size: tuple[int, int], line: int) -> Rectangle:
+def _fit(box: Rectangle, zoom: float, size: tuple[int, int], line: int) -> Rectangle:
     """Converts a box to pixels of the canvas, clipped so that its outline is visible."""
     x0, y0, x1, y1 = (zoom * side for side in box)
     left, top = min(max(x0, 0), size[0] - 1), min(max(y0, 0), size[1] - 1)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
 from saccade import doctor
+from saccade.files import as_text
 from saccade.integrations.checkpoints.untrusted import load_torch, open_regular, read_json
 
 CONFIG = "config.json"
@@ -44,7 +45,11 @@ _LAYER = re.compile(r"(?:en|de)coder\.layers\.\d+\..*(?:weight|bias)$")
 
 
 class ModelError(Exception):
-    """A model cannot be loaded or used; the message names the model and the reason."""
+    """A model cannot be loaded or used; the message names the model and the reason, in one line."""
+
+    def __init__(self, message: str) -> None:
+        text = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]}…"
+        super().__init__(_one_line(text))
 
 
 def load_model(source: str | None = None) -> tuple[str, nn.Module, Any]:
@@ -74,9 +79,7 @@ def load_model(source: str | None = None) -> tuple[str, nn.Module, Any]:
     if os.path.isdir(path):
         return source, *_load(Path(path), source)
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise ModelError(
-            f"{_one_line(source)} is neither a folder nor the id of a model (owner/name)"
-        )
+        raise ModelError(f"{source[:100]} is neither a folder nor the id of a model (owner/name)")
     return source, *_load(_download(source), source)
 
 
@@ -129,17 +132,19 @@ def describe_error(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if not isinstance(error, (OSError, ValueError, RuntimeError, ImportError)) or not text:
         text = f"{type(error).__name__}: {text}".removesuffix(": ")
-    return _one_line(text)
+    return text
 
 
 def _one_line(text: str) -> str:
-    """Cuts a message to its limit, and replaces control characters and half letters."""
-    short = text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]}…"
-    return "".join(letter if letter.isprintable() else "?" for letter in short)
+    """Makes escapes of what a terminal would obey or cannot show."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in as_text(text)
+    )
 
 
 def _refusal(name: str, reason: str) -> ModelError:
-    return ModelError(_one_line(f"cannot load {name}: {reason}"))
+    return ModelError(f"cannot load {name}: {reason}")
 
 
 # --- files ------------------------------------------------------------------------------------
@@ -277,7 +282,6 @@ _LOADING = threading.Lock()
 
 
 def _load(folder: Path, name: str) -> tuple[nn.Module, Any]:
-    name = _one_line(name)
     max_elements = _check_files(folder, name)
     from transformers import AutoImageProcessor, AutoModelForObjectDetection
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import unicodedata
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 
+from saccade.files import as_text, write_whole
 from saccade.vision.detector import Detector, ImageResult
 from saccade.vision.draw_sampling import draw_looks
 from saccade.vision.drawing import draw_detections
@@ -35,26 +39,52 @@ def plan_outputs(paths: Sequence[Path], folder: Path) -> list[Outputs]:
     Returns:
         One `Outputs` for each image, in the same order.
     """
-    # Some file systems do not distinguish A from a.
-    inputs = {str(path.resolve()).casefold() for path in paths}
+    resolve = cache(os.path.realpath)  # once per folder
+
+    def get_key(path: Path) -> str:
+        """Returns a key that all spellings of one directory entry share."""
+        return _fold(os.path.join(resolve(path.parent), path.name))
+
+    inputs = {get_key(path) for path in paths}
+    # Links to an input, and its other spellings on this file system, are the same file.
+    identities = {identity for path in paths if (identity := _identify(path)) is not None}
     taken: set[str] = set()
+    next_numbers: dict[str, int] = {}
     planned = []
     for path in paths:
-        number = 1
+        stem = _fold(path.stem)
+        number = next_numbers.get(stem, 1)
         while True:
-            name = path.stem if number == 1 else f"{path.stem}-{number}"
-            files = Outputs(
-                folder / f"{name}_detections.png",
-                folder / f"{name}_looked.png",
-                folder / f"{name}.json",
-            )
-            keys = {str(file.resolve()).casefold() for file in files}
-            if not keys & taken and not keys & inputs:
-                break
+            files = _name_outputs(folder, path.stem if number == 1 else f"{path.stem}-{number}")
             number += 1
-        taken |= keys
+            if get_key(files.json) not in taken and not any(
+                get_key(file) in inputs or _identify(file) in identities for file in files
+            ):
+                break
+        next_numbers[stem] = number
+        taken.add(get_key(files.json))
         planned.append(files)
     return planned
+
+
+def _name_outputs(folder: Path, name: str) -> Outputs:
+    return Outputs(
+        folder / f"{name}_detections.png", folder / f"{name}_looked.png", folder / f"{name}.json"
+    )
+
+
+def _fold(name: str) -> str:
+    """Removes what some file systems do not distinguish: A and a, composed and decomposed letters."""
+    return unicodedata.normalize("NFC", name.casefold())
+
+
+def _identify(path: Path) -> tuple[int, int] | None:
+    """Returns device and number of the file that a path leads to, or None."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino
 
 
 def describe(
@@ -67,21 +97,21 @@ def describe(
     """Describes the detections as plain data for JSON.
 
     Returns:
-        A dict with `image` (its path), `width` and `height` (pixels, upright), `model`,
-        `threshold`, `backend` and `detections`: a list of `label`, `label_id`, `score`, `box`
-        ([x0, y0, x1, y1] in pixels of the upright image, 0 is its left or upper edge; boxes may
-        extend beyond the edges) and `query`.
+        A dict with `image` (its path; bytes that are not UTF-8 become escapes), `width` and
+        `height` (pixels, upright), `model`, `threshold`, `backend` and `detections`: a list of
+        `label`, `label_id`, `score`, `box` ([x0, y0, x1, y1] in pixels of the upright image, 0 is
+        its left or upper edge; boxes may extend beyond the edges) and `query`.
     """
     return {
-        "image": str(image_path),
+        "image": as_text(image_path),
         "width": image.width,
         "height": image.height,
-        "model": detector.name,
+        "model": as_text(detector.name),
         "threshold": threshold,
         "backend": detector.backend.name,
         "detections": [
             {
-                "label": detection.label,
+                "label": as_text(detection.label),
                 "label_id": detection.label_id,
                 "score": round(detection.score, 4),
                 "box": [round(side, 2) for side in detection.box],
@@ -100,12 +130,16 @@ def write_outputs(
     detector: Detector,
     threshold: float,
 ) -> None:
-    """Writes all files for one image.
+    """Writes all files for one image, or none of them.
 
     Raises:
         OSError: a file cannot be written.
+        ValueError: a score or a box is not finite, which JSON cannot express.
     """
-    draw_detections(image, result.detections).save(files.detections)
-    draw_looks(image, result, threshold).save(files.looks)
     report = describe(image_path, image, result, detector, threshold)
-    files.json.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
+    with write_whole(files.json) as temporary:
+        detections = draw_detections(image, result.detections)
+        detections.save(temporary.with_name(files.detections.name))
+        draw_looks(image, result, threshold).save(temporary.with_name(files.looks.name))
+        temporary.write_text(text + "\n", encoding="utf-8")
