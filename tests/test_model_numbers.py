@@ -22,6 +22,7 @@ from model_folders import (
     replace_weights,
     write,
 )
+from PIL import Image
 from vision_helpers import gradient_image
 
 from saccade import doctor
@@ -54,6 +55,14 @@ def test_scores_that_are_not_numbers(folder) -> None:
     detector = Detector.load(str(folder))
     with pytest.raises(ModelError, match=f"scores are not numbers: {folder} gives .* 30 of 30"):
         detector.detect([IMAGE])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_a_model_of_another_precision_detects(folder, dtype) -> None:
+    write(folder, CONFIG | {"dtype": dtype})
+    (result,) = Detector.load(str(folder)).detect([Image.open(doctor.EXAMPLE_IMAGE).convert("RGB")])
+    labels = sorted(detection.label for detection in result.detections)
+    assert labels == ["1", "2", "2", "5", "8", "9", "9"]
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,9 @@ class Detector:
         for image in images:
             check_resized(self.name, self.processor, image.size)
         inputs = self.processor(images=list(images), return_tensors="pt")
+        # Processors give float32, also to models that were saved in another precision.
+        dtype = next(self.model.parameters()).dtype
+        inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
         recorder = Recorder(self.model, self.operators, layer)
         with torch.inference_mode(), recorder:
             outputs = self.model(**inputs)
