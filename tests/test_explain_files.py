@@ -300,7 +300,7 @@ FILES = {
     "text": (write_text, "expected a file of torch.save"),
     "truncated": (write_truncated, "expected a whole zip archive"),
     "nested deeply": (write_nested, "depth"),
-    "in itself": (write_loop, ""),
+    "in itself": (write_loop, "expected containers"),
 }
 
 
