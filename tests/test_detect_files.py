@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -59,12 +60,13 @@ def outputs(name: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_bad_input_costs_itself_only(detect, scene, tmp_path) -> None:
+def test_a_bad_input_costs_itself_only(detect, scene, tmp_path, monkeypatch) -> None:
     (tmp_path / "loop.png").symlink_to("loop.png")
     (tmp_path / "zero.png").symlink_to("/dev/zero")
     os.mkfifo(tmp_path / "fifo.png")
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(os.path.relpath(tmp_path / "socket.png"))
+        monkeypatch.chdir(tmp_path)  # the path of a socket is short
+        listener.bind("socket.png")
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "cut.png").write_bytes(scene.read_bytes()[:-30])
     Image.new("1", (1400, 1000)).save(tmp_path / "large.png")
@@ -129,6 +131,14 @@ def test_a_box_that_is_not_finite_leaves_no_file(scene, tmp_path, monkeypatch) -
     (done,) = detect_images(FakeDetector(), [scene], tmp_path)
     assert "has 40 x 30 pixels and cannot be processed" in str(done.problem)
     assert names(tmp_path) == ["scene.png"]
+
+
+def test_a_label_that_is_not_text_is_escaped() -> None:
+    """JSON can hold half of a surrogate pair, which can be neither printed nor drawn."""
+    config = SimpleNamespace(id2label={0: json.loads('"\\ud800 cat"')})
+    fake = SimpleNamespace(model=SimpleNamespace(config=config))
+    assert Detector._label(fake, 0) == "\\ud800 cat"
+    assert Detector._label(fake, 1) == "1"
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 30000), (30000, 1), (3, 2)])
