@@ -73,11 +73,16 @@ def test_an_error_while_the_files_move_restores_the_previous_ones(
         assert contents(tmp_path) == dict.fromkeys(("a.png", "b.png", "x.json"), "two")
 
 
-def test_a_target_that_is_a_folder_is_refused(tmp_path) -> None:
-    (tmp_path / "x.json").mkdir()
-    with pytest.raises(IsADirectoryError, match=r"x\.json is a folder"):
+@pytest.mark.parametrize("name", ["a.png", "x.json"])
+def test_only_a_regular_file_is_replaced(tmp_path, name) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(OSError, match=rf"{name} is a folder, not a file"):
         write_three(tmp_path / "x.json", "one")
-    assert contents(tmp_path) == {"x.json": ""}
+    assert contents(tmp_path) == {name: ""}
+    (tmp_path / "null").symlink_to("/dev/null")
+    with pytest.raises(OSError, match="null is a device"):
+        write_three(tmp_path / "null", "one")
+    assert (tmp_path / "null").is_symlink()
 
 
 # It pauses at one of three places: while writing, between two moves, and while removing the folder.
@@ -139,14 +144,15 @@ def test_an_error_names_the_target(tmp_path) -> None:
         assert ".saccade-" not in str(caught.value)
 
 
-def test_only_regular_files_are_opened(tmp_path) -> None:
+def test_only_regular_files_are_opened(tmp_path, monkeypatch) -> None:
     (tmp_path / "file").write_bytes(b"data")
     (tmp_path / "link").symlink_to("file")
     os.mkfifo(tmp_path / "fifo")
     with open_regular(tmp_path / "link") as file:
         assert file.read() == b"data"
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(os.path.relpath(tmp_path / "socket"))
+        monkeypatch.chdir(tmp_path)  # the path of a socket is short
+        listener.bind("socket")
     for path, reason in {
         "fifo": "is a FIFO",
         "socket": "is a socket",

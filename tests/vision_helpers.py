@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
+
+from saccade.vision.detector import Detection, ImageResult
+from saccade.vision.sampling_record import Frame, Look
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -101,3 +105,21 @@ def gradient_image(width: int, height: int) -> Image.Image:
     red = Image.linear_gradient("L").rotate(90).resize((width, height))
     green = Image.linear_gradient("L").resize((width, height))
     return Image.merge("RGB", (red, green, Image.new("L", (width, height), 128)))
+
+
+class FakeDetector:
+    """A detector without a model: it finds one object in the middle of every image."""
+
+    name, num_layers = "a fake", 1
+    backend = SimpleNamespace(name="none")
+
+    def detect(self, images: Any, threshold: float = 0.5, layer: Any = None) -> list[ImageResult]:
+        return [self._detect(image) for image in images]
+
+    def _detect(self, image: Image.Image) -> ImageResult:
+        width, height = image.size
+        positions = torch.tensor([[[width / 2, height / 2], [0.0, 0.0]]], dtype=torch.float64)
+        look = Look(positions, torch.tensor([[0.75, 0.25]]), (width / 2, height / 2))
+        box = (0.25 * width, 0.25 * height, 0.75 * width, 0.75 * height)
+        frame = Frame(image.size, image.size, (0, 0, width, height))
+        return ImageResult([Detection("middle", 0, 0.9, box, 3, look)], frame, 1, 1)

@@ -27,11 +27,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A name or label that the terminal's encoding lacks is shown as an escape.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-    from saccade.cli import app
     from saccade.files import exit_on_signals
 
     with exit_on_signals():
-        app(arguments, prog_name="saccade")
+        try:
+            from saccade.cli import app
+
+            app(arguments, prog_name="saccade")
+        except KeyboardInterrupt:
+            return 130
     return 0
 
 

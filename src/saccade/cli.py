@@ -267,7 +267,7 @@ def detect(
 
 def _print_detections(result: ProcessedImage) -> None:
     objects = result.objects
-    names = ", ".join(f"{label} {score:.2f}" for label, score in objects[:8])
+    names = ", ".join(show(f"{label} {score:.2f}") for label, score in objects[:8])
     more = f", and {len(objects) - 8} more" if len(objects) > 8 else ""
     count = f"{len(objects)} object" + ("" if len(objects) == 1 else "s")
     text = f"{show(result.path)}: {count}" + (f" ({names}{more})" if names else "")

@@ -64,8 +64,9 @@ def write_whole(path: Path) -> Iterator[Path]:
         path: the file to write; its folder exists.
 
     Raises:
-        OSError: a file cannot be written, or a target is a folder.
+        OSError: a file cannot be written, or a target exists that is not a regular file.
     """
+    _check_replaceable(path)
     folder = path.parent / f".saccade-{secrets.token_hex(8)}"
     try:
         folder.mkdir()
@@ -82,11 +83,19 @@ def write_whole(path: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def _check_replaceable(path: Path) -> None:
+    try:
+        _check_regular(path.stat().st_mode)
+    except FileNotFoundError:
+        return
+    except ValueError as error:
+        raise OSError(f"{path} {error}") from error
+
+
 def _move_together(parts: list[Path], folder: Path) -> None:
     """Moves all files into a folder, or none of them."""
     for part in parts:
-        if (folder / part.name).is_dir():
-            raise IsADirectoryError(f"{folder / part.name} is a folder")
+        _check_replaceable(folder / part.name)
     with contextlib.ExitStack() as undo:
         for part in parts[:-1]:
             target, previous = folder / part.name, part.with_name(f"{secrets.token_hex(8)}.old")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from saccade.checks import check_option
 from saccade.export import formats
 from saccade.export.formats import SUFFIXES, Format, Run
 from saccade.export.verify import Comparison, compare, post_process
+from saccade.files import write_whole
 from saccade.integrations.exporter_logging import silence_exporters
 from saccade.integrations.onnx import Lowering
 from saccade.integrations.tracing import symbolic_sizes
@@ -122,9 +122,8 @@ def export_detector(
     reasons: list[str] = []
     for axes in ((),) if fixed else ((0, 2, 3), (0,), ()):
         try:
-            # A folder beside the target, so that the file appears there complete or not at all.
-            with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saccade-") as folder:
-                file = Path(folder) / path.name
+            # A large ONNX model has its weights in a second file, which moves together with the first.
+            with write_whole(path) as file:
                 comparisons, runs, min_size = trial(file, axes)
                 show_progress("measuring")
                 pixels = trial.pixels(1)
@@ -134,12 +133,11 @@ def export_detector(
                 }
                 with torch.inference_mode():
                     timings = alternate(calls, seconds)
-                # A large ONNX model has its weights in a second file, which is moved first.
-                for part in sorted(Path(folder).iterdir(), key=lambda part: part.name == path.name):
-                    part.replace(path.parent / part.name)
         except _TrialFailed as error:
             reasons.append(f"{_describe_axes(axes)}: {error}")
             continue
+        except OSError as error:
+            raise ExportError(f"{path} cannot be written, no file was left: {error}") from error
         return Export(
             path,
             tuple(AXES[axis] for axis in axes),
@@ -218,7 +216,7 @@ class _Trial:
             names = {axis: AXES[axis] for axis in axes}
             formats.write(program, file, self._to, self._lowering, OUTPUT_NAMES, [names])
             runs = formats.runtimes(file, self._to, self._lowering)
-        except ModuleNotFoundError:
+        except (ModuleNotFoundError, OSError):  # of packages and disks, not of these axes
             raise
         except Exception as error:  # models and exporters raise errors of any type
             raise _TrialFailed(summarize_error(error)) from error

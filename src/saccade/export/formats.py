@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -45,18 +46,24 @@ def write(
 
     For torch, the example inputs and the stack traces are removed from `program` itself, because
     `torch.export.save` would write them to the file.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     if to == "onnx":
         write_onnx(program, path, lowering, output_names, axes)
         return
+    # torch aborts the process where it cannot write an archive to a file, on a full disk for example.
+    archive = io.BytesIO()
     with silence_exporters():
         if to == "torch":
             _remove_private_data(program)
-            torch.export.save(program, path)
+            torch.export.save(program, archive)
         else:
             torch._inductor.aoti_compile_and_package(
-                program, package_path=str(path), inductor_configs=AOTI_OPTIONS
+                program, package_path=archive, inductor_configs=AOTI_OPTIONS
             )
+    path.write_bytes(archive.getbuffer())
 
 
 def write_onnx(

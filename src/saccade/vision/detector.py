@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from saccade import doctor
 from saccade.backend import which_backend
+from saccade.files import as_text
 from saccade.integrations import patch
 from saccade.vision.sampling_record import (
     Frame,
@@ -184,7 +185,7 @@ class Detector:
 
     def _label(self, label_id: int) -> str:
         names = getattr(self.model.config, "id2label", None) or {}
-        return str(names.get(label_id, label_id))
+        return as_text(str(names.get(label_id, label_id)))
 
 
 def find_queries(processor: Any, outputs: Any, threshold: float) -> list[list[int]]:
