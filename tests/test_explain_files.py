@@ -193,7 +193,7 @@ def test_a_module_without_optional_layers_is_loaded(tmp_path) -> None:
 
 INPUTS = {
     "a list": (lambda i: [1], "INPUTS: expected a dict", "holds a list"),
-    "a module": (lambda i: multi_scale()[0], "holds a pickled module"),
+    "a module": (lambda i: multi_scale()[0], "holds a MultiScaleDeformableAttention"),
     "a missing argument": (lambda i: {n: i[n] for n in i if n != "value"}, "lacks value"),
     "keys that are not text": (lambda i: {**i, 3: 4}, "has in addition a key of type int"),
     "keys that a terminal obeys": (lambda i: {**i, "\x1b[31m": 4}, r"has in addition \x1b[31m"),
