@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import torch
@@ -369,6 +370,7 @@ def test_a_reference_point_far_away_is_drawn(reference, tmp_path) -> None:
     [
         (".", OSError, "a folder"),
         ("folder.png", OSError, "a folder"),
+        ("pipe.png", OSError, "a pipe or a device"),
         ("no/explain.png", OSError, "does not exist"),
         ("explain", ValueError, "ends in .png, .jpg, .jpeg, .pdf, .svg, got no suffix"),
         ("explain.xyz", ValueError, "ends in .png, .jpg, .jpeg, .pdf, .svg, got .xyz"),
@@ -385,6 +387,7 @@ def test_an_image_that_cannot_be_written_is_refused_before_it_is_drawn(
     from saccade.vision.explain_image import save_image
 
     (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(error, match=message):
         save_image(explain_worked_example(), tmp_path / name)
     monkeypatch.setattr(explain, "explain_worked_example", None)
@@ -392,7 +395,7 @@ def test_an_image_that_cannot_be_written_is_refused_before_it_is_drawn(
     assert result.exit_code == 2
     assert result.stderr.startswith(f"error: --out: cannot write {tmp_path / name}: ")
     assert message in result.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.png", "pipe.png"]
 
 
 @pytest.mark.slow

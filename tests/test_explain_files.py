@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections import OrderedDict
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from test_explain import multi_scale, single_scale
 
 import saccade
+from saccade.integrations.checkpoints.pickle_bounds import Limits
 from saccade.vision.explain_files import load_inputs, load_module
 from saccade.vision.explain_module import explain_module
 
@@ -191,9 +193,10 @@ def test_a_module_without_optional_layers_is_loaded(tmp_path) -> None:
 
 INPUTS = {
     "a list": (lambda i: [1], "INPUTS: expected a dict", "holds a list"),
-    "a module": (lambda i: multi_scale()[0], "holds a pickled module"),
+    "a module": (lambda i: multi_scale()[0], "holds a MultiScaleDeformableAttention"),
     "a missing argument": (lambda i: {n: i[n] for n in i if n != "value"}, "lacks value"),
     "keys that are not text": (lambda i: {**i, 3: 4}, "has in addition a key of type int"),
+    "keys that a terminal obeys": (lambda i: {**i, "\x1b[31m": 4}, r"has in addition \x1b[31m"),
     "long keys": (lambda i: {**i, "x" * 10**6: 4}, "has in addition xxx"),
     "text": (lambda i: {**i, "query": "x"}, "INPUTS: query: expected a tensor, integers or None"),
     "a number": (lambda i: {**i, "query": 1}, "query: expected a Tensor, got int"),
@@ -271,9 +274,14 @@ def write_script(path):
 
 def write_nested(path):
     nested = []
-    for _ in range(250):
+    for _ in range(Limits().depth + 50):
         nested = [nested]
-    torch.save(nested, path)
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(10 * (limit + Limits().depth))
+    try:
+        torch.save(nested, path)
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def write_loop(path):
@@ -292,7 +300,7 @@ FILES = {
     "text": (write_text, "expected a file of torch.save"),
     "truncated": (write_truncated, "expected a whole zip archive"),
     "nested deeply": (write_nested, "depth"),
-    "in itself": (write_loop, ""),
+    "in itself": (write_loop, "expected containers"),
 }
 
 
@@ -350,3 +358,34 @@ def test_equal_values_that_are_not_finite_are_equal(value, words, tmp_path) -> N
     assert "DIFFERENT" not in result.stdout
     assert "16 of 16 values not finite on both sides" in " ".join(result.stdout.split())
     assert f"The output {words}" in result.stdout
+
+
+def test_the_example_of_the_page_runs(tmp_path, monkeypatch) -> None:
+    import doctest
+    from pathlib import Path
+
+    page = Path(__file__).resolve().parent.parent / "docs/explain.md"
+    monkeypatch.chdir(tmp_path)
+    result = doctest.testfile(str(page), module_relative=False)
+    assert result.attempted > 0
+    assert not result.failed
+    command = "module.pt inputs.pt --query 5 --head 1"
+    assert f"saccade explain {command}" in page.read_text()
+    assert invoke(*command.split()).exit_code == 0
+
+
+@pytest.mark.slow
+def test_names_that_are_not_utf8_are_printed(tmp_path) -> None:
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / os.fsdecode(b"\xff")
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("this file system takes names in UTF-8 only")
+    result = invoke("--out", folder / "explain.svg")
+    assert result.exit_code == 0, result.exception
+    assert r"\xff/explain.svg" in result.stdout.replace("\n", "")
+    assert (folder / "explain.svg").stat().st_size > 1000
+    result = invoke(folder / "module.pt", folder / "inputs.pt")
+    assert result.exit_code == 2, result.exception
+    assert "MODULE: cannot read" in result.stderr

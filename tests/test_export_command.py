@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -184,6 +187,60 @@ def test_numbers_that_are_right_for_one_image_only(tmp_path, monkeypatch):
     assert [reason.split(": ")[:2] for reason in result.reasons_not_dynamic] == [
         ["batch and height and width", "batch 2, 64 x 96"], ["batch", "batch 2, 64 x 96"]
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_an_error_with_its_reason(invoke, tmp_path, monkeypatch):
+    calls = []
+
+    def fail(program, path, *arguments):
+        calls.append(path)
+        path.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Detector, "load", lambda model: tiny())
+    monkeypatch.setattr(formats, "write", fail)
+    path = tmp_path / "tiny.pt2"
+    path.write_text("an older file")
+    result = invoke("--to", "torch", "--out", path)
+    assert result.exit_code == 1, result.output
+    assert f"{path} cannot be written, no file was left: [Errno 28] No space" in result.stderr
+    assert len(calls) == 1  # Other sizes would not fit either.
+    assert path.read_text() == "an older file"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+WRITE_TO_A_FULL_DISK = """
+import sys
+import torch
+from pathlib import Path
+from saccade.export import formats
+
+program = torch.export.export(torch.nn.Linear(64, 64), (torch.zeros(2, 64),))
+path = Path("x" + formats.SUFFIXES[sys.argv[1]])
+path.symlink_to("/dev/full")
+try:
+    formats.write(program, path, sys.argv[1], "grid_sample")
+except OSError as error:
+    sys.exit(error.strerror)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device /dev/full")
+@pytest.mark.parametrize(
+    "to", ["torch", *(pytest.param(to, marks=pytest.mark.nightly) for to in ("onnx", "aoti"))]
+)
+def test_a_write_that_fails_is_an_exception(tmp_path, to):
+    """torch's writer of archives aborts the process instead, if it writes to a file itself."""
+    source = str(Path(formats.__file__).resolve().parent.parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", WRITE_TO_A_FULL_DISK, to],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": source},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.endswith("No space left on device\n")
 
 
 def test_a_wrong_name():

@@ -159,7 +159,8 @@ def explain(
             loaded = load_module(module)
             explanation = explain_module(loaded, load_inputs(inputs, loaded), **indices)
     except (ValueError, TypeError, RuntimeError, MemoryError) as error:
-        fail(error)
+        # Names in a file may hold characters that a terminal obeys.
+        fail(show(str(error).partition("\n")[0] or type(error).__name__))
     print_explanation(out, explanation, points)
     if image_path is not None:
         from saccade.vision.explain_image import save_image

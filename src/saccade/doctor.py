@@ -193,11 +193,14 @@ def summarize_errors(kernel: str, errors: dict[str, float]) -> CheckResult:
     name, worst = max(errors.items(), key=lambda entry: (entry[1] != entry[1], entry[1]))
     passed = worst <= TOLERANCE
     verdict = "agrees with" if passed else "DISAGREES with"
+    # The inputs are finite, so that NaN and infinity are faults even where the reference has them too.
+    largest = f"largest relative error {worst:.1e}, in {name}"
+    if not math.isfinite(worst):
+        largest = f"NaN or infinity, in {name}"
     return CheckResult(
         "Self check",
         kernel,
-        f"{verdict} the reference, forward and gradients\n"
-        f"largest relative error {worst:.1e}, in {name}",
+        f"{verdict} the reference, forward and gradients\n{largest}",
         passed,
     )
 

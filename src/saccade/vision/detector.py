@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from saccade.backend import which_backend
+from saccade.files import as_text
 from saccade.integrations import patch
 from saccade.vision.models import ModelError, check_outputs, check_resized, load_model
 from saccade.vision.sampling_record import (
@@ -177,7 +178,7 @@ class Detector:
 
     def _label(self, label_id: int) -> str:
         names = getattr(self.model.config, "id2label", None) or {}
-        return str(names.get(label_id, label_id))
+        return as_text(str(names.get(label_id, label_id)))
 
 
 def find_queries(processor: Any, outputs: Any, threshold: float) -> list[list[int]]:

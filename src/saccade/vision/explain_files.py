@@ -75,10 +75,9 @@ def load_module(path: Path) -> Module:
     loaded = _load("MODULE", path)
     if not isinstance(loaded, _SingleMapRecord | _MultiScaleRecord):
         hint = " (a state dict? save the module itself)" if isinstance(loaded, dict) else ""
-        kind = "Linear" if isinstance(loaded, _Record) else type(loaded).__name__
         raise ValueError(
             "MODULE: expected a saccade.nn.DeformableAttention or MultiScaleDeformableAttention "
-            f"saved by torch.save(module, path), {path} holds a {kind}{hint}"
+            f"saved by torch.save(module, path), {path} holds a {_kind(loaded)}{hint}"
         )
     try:
         return _make_module(loaded)
@@ -110,10 +109,9 @@ def load_inputs(path: Path, module: Module) -> dict[str, Any]:
         name for name in parameters if signature.parameters[name].default is inspect.Parameter.empty
     ]
     if not isinstance(inputs, dict):
-        kind = "pickled module" if isinstance(inputs, _Record) else type(inputs).__name__
         raise ValueError(
             f"INPUTS: expected a dict with the arguments of {type(module).__name__}.forward "
-            f"({', '.join(parameters)}), {path} holds a {kind}"
+            f"({', '.join(parameters)}), {path} holds a {_kind(inputs)}"
         )
     inputs = {name: value for name, value in inputs.items() if name != "return_sampling"}
     unknown = [_format_key(name) for name in inputs if name not in parameters]
@@ -156,7 +154,7 @@ def _to_plain(name: str, value: object) -> object:
     if isinstance(value, list | tuple):
         return [_to_plain(name, item) for item in value]
     if value is not None and not isinstance(value, int):
-        raise ValueError(f"{name}: expected a tensor, integers or None, got {type(value).__name__}")
+        raise ValueError(f"{name}: expected a tensor, integers or None, got {_kind(value)}")
     return value
 
 
@@ -235,7 +233,12 @@ def _describe(value: object) -> str:
     """The value as an error message shows it: short, whatever a file holds."""
     if value is None:
         return "none"
-    return f"{value!r:.60}" if isinstance(value, int | str | list) else type(value).__name__
+    return f"{value!r:.60}" if isinstance(value, int | str | list) else _kind(value)
+
+
+def _kind(value: object) -> str:
+    """The name of a value's class, of a record that of the class in the file."""
+    return value.name.rpartition(".")[2] if isinstance(value, _Record) else type(value).__name__
 
 
 def _read_weights(record: _Record) -> dict[str, Tensor]:

@@ -37,11 +37,13 @@ def check_path(path: Path) -> None:
     """Raises unless an image can be written to a path: a known suffix, and a file in a folder.
 
     Raises:
-        OSError: the folder of the file does not exist, or the path is a folder itself.
+        OSError: the folder of the file does not exist, or the path is a folder, pipe or device.
         ValueError: the suffix is none of `SUFFIXES`.
     """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "it is a folder, expected the name of a file")
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "it is a pipe or a device, expected a file")
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(
             f"expected a name that ends in {', '.join(SUFFIXES)}, got {path.suffix or 'no suffix'}"

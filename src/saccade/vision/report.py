@@ -111,7 +111,7 @@ def describe(
         "backend": detector.backend.name,
         "detections": [
             {
-                "label": as_text(detection.label),
+                "label": detection.label,
                 "label_id": detection.label_id,
                 "score": round(detection.score, 4),
                 "box": [round(side, 2) for side in detection.box],
