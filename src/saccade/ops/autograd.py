@@ -56,6 +56,15 @@ def compute_gradients(
     )
 
 
+class _TangentError(Exception):
+    """A tensor that autograd records carries a tangent."""
+
+
+def _raise_tangent_error(*_: Any) -> Any:
+    # torch calls this after the forward of a function, where an input has a tangent.
+    raise _TangentError
+
+
 class DeformableAttention(torch.autograd.Function):
     """The operator with its gradient. The inputs are kept for the backward, nothing else.
 
@@ -79,6 +88,8 @@ class DeformableAttention(torch.autograd.Function):
         arguments = _with_tensors(ctx.arguments, ctx.saved_tensors)
         gradients = compute_gradients(grad_output, arguments, output_mask)
         return (None, *_with_tensors(_NO_GRADIENTS, gradients))
+
+    jvp = staticmethod(_raise_tangent_error)
 
 
 class DeformableAttentionBackward(torch.autograd.Function):
@@ -139,6 +150,8 @@ class DeformableAttentionBackward(torch.autograd.Function):
         arguments = _with_tensors(_NO_GRADIENTS, derivatives[1:])
         return (None, derivatives[0], *arguments, None)
 
+    jvp = staticmethod(_raise_tangent_error)
+
 
 # --- what the dispatcher calls on its Autograd key --------------------------------------------------------
 
@@ -168,10 +181,11 @@ def _choose_kernel(
     if transforms_are_active():
         return _outside_dynamo(fallback)(*inputs)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
-        return function.apply(keyset, *inputs)
-    if any(_has_tangent(each) for each in inputs):
-        return _outside_dynamo(fallback)(*inputs)
-    return _below_autograd(operator, keyset, *inputs)
+        with contextlib.suppress(_TangentError):
+            return function.apply(keyset, *inputs)
+    elif not any(_has_tangent(each) for each in inputs):
+        return _below_autograd(operator, keyset, *inputs)
+    return _outside_dynamo(fallback)(*inputs)
 
 
 def _outside_dynamo(function: Any) -> Any:
