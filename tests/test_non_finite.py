@@ -108,7 +108,9 @@ def narrow(tensor: Tensor, dtype: torch.dtype, huge: float) -> Tensor:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, by which Triton interprets
-@pytest.mark.parametrize("kernel", [pytest.param(kernel, marks=WITH_TRITON) for kernel in FEW_PAIRS])
+@pytest.mark.parametrize(
+    "kernel", [pytest.param(kernel, marks=WITH_TRITON) for kernel in FEW_PAIRS]
+)
 def test_gpu_kernels_are_as_the_loops(monkeypatch, kernel):
     for number in range(60 if ALL else 4):
         seed = 2 * number + (kernel == "points")
