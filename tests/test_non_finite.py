@@ -60,8 +60,6 @@ def test_every_cpu_backend_is_as_the_loops():
         finite = has_no_huge_element(call, grad_output)
         for backend in BACKENDS:
             actual = run_cpu(call, grad_output, backend)
-            expected = [one.view_as(got) if one.numel() else got for one, got in zip(
-                expected, actual, strict=True)]  # fmt: skip
             assert_alike(actual, expected, finite, f"seed {seed} on {backend}")
         for tensor in expected:
             counts["NaN"] += int(tensor.isnan().sum())
