@@ -177,7 +177,9 @@ def read_corners(options: Any, shape: tuple[int, ...], location: list[float]) ->
         return []
     axes = []  # of x, y, z: the cells along each
     for number, size in zip(location, reversed(shape), strict=True):
-        scale = {"normalized": size, "normalized_corners": size - 1, "pixel": 1}[options.coordinates]
+        scale = {"normalized": size, "normalized_corners": size - 1, "pixel": 1}[
+            options.coordinates
+        ]
         shift = -0.5 if options.coordinates == "normalized" else 0.0
         position = number * scale + (shift + 1 if options.interpolation == "discrete" else shift)
         slope = float(scale)
@@ -201,7 +203,9 @@ def read_corners(options: Any, shape: tuple[int, ...], location: list[float]) ->
         if not all(0 <= i < size for i, size in zip(index, shape, strict=True)):
             continue
         slopes = [
-            math.prod((weight for other, (_, weight, _) in enumerate(cells) if other != n), start=slope)
+            math.prod(
+                (weight for other, (_, weight, _) in enumerate(cells) if other != n), start=slope
+            )
             for n, (_, _, slope) in enumerate(cells)
         ]
         corners.append((index, math.prod(weight for _, weight, _ in cells), slopes))

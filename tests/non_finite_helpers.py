@@ -48,13 +48,17 @@ def draw_odd_call(seed: int) -> tuple[Call, Tensor]:
         for point, shape in enumerate(levels):
             for axis, size in enumerate(reversed(shape)):
                 column = call.points[:, :, :, point, axis]
-                column[:] = _fill(column, generator, lambda size=size: _border(call, size, generator))
+                column[:] = _fill(
+                    column, generator, lambda size=size: _border(call, size, generator)
+                )
     else:
         shape = generator.choice(shapes)
         for axis, size in enumerate(reversed(shape)):
             column = call.reference_points[..., axis]
             column[:] = _fill(column, generator, lambda size=size: _border(call, size, generator))
-        call.points[:] = _fill(call.points, generator, lambda: generator.choice([-1, -0.5, 0, 0.5, 1]))
+        call.points[:] = _fill(
+            call.points, generator, lambda: generator.choice([-1, -0.5, 0, 0.5, 1])
+        )
         odd = _spoil(call.reference_points, generator, COORDINATES, generator.choice(rates))
         call.reference_points[:] = odd
     call.points[:] = _spoil(call.points, generator, COORDINATES, generator.choice(rates))
@@ -96,7 +100,9 @@ def true_results(call: Call, grad_output: Tensor) -> list[Tensor]:
         torch.zeros_like(tensor) for tensor in (call.value, call.points, call.weights)
     )
     references = call.reference_points
-    grad_references = torch.zeros_like(call.value[:0, 0, 0, 0] if references is None else references)
+    grad_references = torch.zeros_like(
+        call.value[:0, 0, 0, 0] if references is None else references
+    )
     counts = options.queries_per_map or [num_queries] * batch_size
     map_of_query = [index for index, count in enumerate(counts) for _ in range(count)]
     for row, map_index in enumerate(map_of_query):
@@ -130,7 +136,9 @@ def true_results(call: Call, grad_output: Tensor) -> list[Tensor]:
                     for d in range(head_dim):
                         sums[d] += attention * sampled[d]
                     slopes_of_weights.append(grad_weight)
-                    _reverse(call, b, q, m, point, grad_location, chain, grad_points, grad_references)
+                    _reverse(
+                        call, b, q, m, point, grad_location, chain, grad_points, grad_references
+                    )
                     point += 1
                 first_row += math.prod(shape)
             if options.softmax:
@@ -139,7 +147,9 @@ def true_results(call: Call, grad_output: Tensor) -> list[Tensor]:
                     a * (slope - mean) for a, slope in zip(weights, slopes_of_weights, strict=True)
                 ]
             grad_weights[b, q, m] = torch.tensor(slopes_of_weights, dtype=torch.float64)
-            output[b, q, m * head_dim : (m + 1) * head_dim] = torch.tensor(sums, dtype=torch.float64)
+            output[b, q, m * head_dim : (m + 1) * head_dim] = torch.tensor(
+                sums, dtype=torch.float64
+            )
     return [output, grad_value, grad_points, grad_weights, grad_references]
 
 

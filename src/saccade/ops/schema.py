@@ -161,7 +161,7 @@ def backward_fallback(grad_output: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     call = arguments.checked_call()
     check_backward_inputs(grad_output, call, output_mask)
     if not call.has_queries:
-        return zero_gradients(arguments, output_mask)
+        call = arguments.call()  # with all its points, whose gradients have their shape
     gradients = reference.execute_backward(grad_output, call, output_mask)
     return tuple(
         _empty(arguments.points if tensor is None else tensor)
@@ -188,16 +188,6 @@ def check_backward_inputs(grad_output: Tensor, call: Call, output_mask: Sequence
         raise ValueError(
             "output_mask: expected no gradient of reference_points without reference_points"
         )
-
-
-def zero_gradients(arguments: Arguments, output_mask: Sequence[bool]) -> tuple[Tensor, ...]:
-    """The results of the backward operator for a call without queries."""
-    return tuple(
-        tensor.new_zeros(tensor.shape)
-        if included and tensor is not None
-        else _empty(arguments.points if tensor is None else tensor)
-        for tensor, included in zip(arguments.tensors, output_mask, strict=True)
-    )
 
 
 def split_backward_inputs(inputs: Sequence[Any]) -> tuple[Arguments, Sequence[bool]]:

@@ -71,7 +71,7 @@ from saccade.backends.triton.rule_backward import (
 )
 from saccade.backends.triton.tuning import Form
 from saccade.call import Call
-from saccade.ops.schema import check_backward_inputs, split_backward_inputs, zero_gradients
+from saccade.ops.schema import backward_fallback, check_backward_inputs, split_backward_inputs
 
 
 class Gradients(NamedTuple):
@@ -558,7 +558,7 @@ def backward(grad_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     call = call_arguments.checked_call()
     check_backward_inputs(grad_output, call, output_mask)
     if not call.has_queries:
-        return zero_gradients(call_arguments, output_mask)
+        return backward_fallback(grad_output, *arguments)
     deterministic = torch.are_deterministic_algorithms_enabled()
     key = ("triton backward", *output_mask, deterministic)
     planned: BackwardPlan | None = call.plans.get(key)

@@ -48,7 +48,7 @@ from saccade.backends.triton.rule import (
 )
 from saccade.backends.triton.tuning import Form
 from saccade.call import Call
-from saccade.ops.schema import Arguments
+from saccade.ops.schema import Arguments, fallback
 
 # Arguments of both directions' kernels that change from call to call, and compile no kernel of their own.
 SCALARS = ("num_queries", "num_blocks", "num_positions", "first_map", "first_query")
@@ -383,8 +383,7 @@ def forward(*arguments: Any) -> Tensor:
     """`saccade::deformable_attention` on a GPU; the arguments are those of the operator."""
     call = Arguments(*arguments).checked_call()
     if not call.has_queries:
-        batch_size, num_queries, num_heads = call.points.shape[:3]
-        return call.value.new_empty((batch_size, num_queries, num_heads * call.value.shape[3]))
+        return fallback(*arguments)
     planned: ForwardPlan | None = call.plans.get("triton forward")
     if planned is None:
         planned = call.plans["triton forward"] = forward_plan(call)
