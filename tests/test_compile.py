@@ -1,4 +1,4 @@
-"""torch.compile: one graph, and no second one for another batch, number of queries or resolution."""
+"""torch.compile and torch.export: one graph for every batch, number of queries and resolution."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ import shutil
 
 import pytest
 import torch
+import torch.fx.experimental._config
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import RTDetrV2Config
 from transformers.models.rt_detr_v2.modeling_rt_detr_v2 import (
     RTDetrV2MultiscaleDeformableAttention,
 )
+from vision_helpers import random_rt_detr
 
 import saccade
+from saccade.integrations.ms_deform_extensions import ms_deform_attn_forward
+from saccade.ops.registration import BACKWARD_OPERATOR, OPERATOR
+from saccade.ops.schema import Arguments
 
 pytestmark = pytest.mark.slow
 
@@ -64,9 +69,15 @@ def for_convolution(batch, queries, scale):
     return (torch.randn(batch, 7 * scale, 5 * scale, CHANNELS),)
 
 
+def with_boxes(batch, queries, scale):
+    value, shapes, _, *rest = fused(batch, queries, scale)
+    return value, shapes, torch.rand(batch, queries, 2, 4), *rest
+
+
 CASES = {
     "op": (lambda: saccade.deformable_attention, plain),
     "fused op": (lambda: saccade.fused_deformable_attention, fused),
+    "op with boxes": (lambda: saccade.fused_deformable_attention, with_boxes),
     "MultiScaleDeformableAttention": (
         lambda: saccade.nn.MultiScaleDeformableAttention(CHANNELS, HEADS, 2, 4), for_levels,
     ),
@@ -81,10 +92,10 @@ CASES = {
 SIZES = [(3, 10, 1), (2, 11, 2), (5, 13, 3)]
 
 
-def count_graphs(function, calls):
+def count_graphs(function, calls, backend="eager"):
     """The number of graphs after each call; the results are compared with those of eager calls."""
     torch.compiler.reset()
-    counter = CompileCounterWithBackend("eager")
+    counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
     counts = []
     with torch.no_grad():
@@ -122,7 +133,7 @@ def test_gradients_of_one_graph_for_all_sizes(name):
         tensors = [*parameters, *(each for each in leaves if isinstance(each, torch.Tensor))]
         return [output, *torch.autograd.grad(output.square().sum(), tensors)]
 
-    # Not 2 first: torch would take that size and the two coordinates for one and the same number.
+    # Not 2 first: torch would take that size and the two coordinates for one and the same size.
     for size in SIZES:
         call = inputs(*size)
         for result, want in zip(run(compiled, call), run(function, call), strict=True):
@@ -130,20 +141,176 @@ def test_gradients_of_one_graph_for_all_sizes(name):
     assert counter.frame_count == 1, "recompiled for another batch size or number of queries"
 
 
-def test_a_first_batch_of_two():
-    """The compiler takes sizes that are equal at first for one size: 2 images, 2 coordinates.
+# (batch, queries, scale) of the first call, in which the batch is as large as another size: the coordinates,
+# heads and points, and queries and head_dim.
+COINCIDENCES = [(2, 10, 1), (4, 10, 1), (8, 8, 1)]
 
-    It decides that before it runs a line of saccade, unless the batch is marked as dynamic.
-    """
+
+@pytest.mark.parametrize("first", COINCIDENCES)
+@pytest.mark.parametrize("name", ["op", "op with boxes", "MultiScaleDeformableAttention"])
+def test_a_first_batch_as_large_as_another_size(name, first):
+    """One graph, where the compiler does not take sizes that are equal at first for one size."""
+    make, inputs = CASES[name]
+    calls = [inputs(*size) for size in (first, *SIZES)]
+    with torch.fx.experimental._config.patch(use_duck_shape=False):
+        assert count_graphs(make(), calls) == [1] * len(calls)
+
+
+def test_a_first_batch_of_two():
+    """The compiler takes a batch of 2 and two coordinates for one size before it runs a line of saccade."""
     calls = [plain(batch, 10, 1) for batch in (2, 3, 4)]
     assert count_graphs(saccade.deformable_attention, calls) == [1, 2, 2]
+    # A function that looks at no size has the same two graphs, because its inputs share a symbol.
+    tensors = [(value, locations) for value, _, locations, _ in calls]
+    assert count_graphs(lambda value, locations: value.sum() + locations.sum(), tensors) == [
+        1,
+        2,
+        2,
+    ]
     for value, _, locations, weights in calls:
         for tensor in (value, locations, weights):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
     assert count_graphs(saccade.deformable_attention, calls) == [1, 1, 1]
-    # A module without coordinates among its inputs needs no mark.
-    module = saccade.nn.DeformableAttention(CHANNELS, HEADS, 4)
-    assert count_graphs(module, [for_map(batch, 10, 1) for batch in (2, 3, 4)]) == [1, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["DeformableAttention", "DeformableConv"])
+def test_modules_without_coordinates_among_their_inputs_need_nothing(name):
+    make, inputs = CASES[name]
+    assert count_graphs(make(), [inputs(batch, 10, 1) for batch in (2, 3, 4)]) == [1, 1, 1]
+
+
+@pytest.mark.nightly
+def test_one_graph_of_a_patched_detector():
+    detector = random_rt_detr()
+    saccade.patch(detector)
+    calls = [(torch.randn(batch, 3, 64, 64),) for batch in (2, 4)]
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        counts = count_graphs(lambda pixels: detector(pixel_values=pixels).pred_boxes, calls)
+    assert counts == [1, 1]
+
+
+def direct(value, shapes, locations, weights):
+    """The operator and its backward without the public function and its checks."""
+    arguments = Arguments(
+        value, [size for shape in shapes for size in shape], locations.flatten(3, 4),
+        weights.flatten(3, 4), None, None, False, [4, 4], "linear", "zeros", "normalized", None,
+    )  # fmt: skip
+    output = OPERATOR(*arguments)
+    return output, BACKWARD_OPERATOR(output, *arguments, [True, True, True, False])[:3]
+
+
+def test_the_fake_kernels_fix_no_size():
+    calls = [plain(*size) for size in SIZES]
+    assert count_graphs(direct, calls, "aot_eager") == [1] * len(calls)
+
+
+# --- spatial_shapes as a tensor -------------------------------------------------------------------------
+
+
+class Function(torch.nn.Module):
+    """A function as a module, which torch.export takes."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, value, shapes, *tensors):
+        return self.function(value, shapes, *tensors)
+
+
+def extension(value, shapes, locations, weights, starts):
+    return ms_deform_attn_forward(value, shapes, starts, locations, weights, 64)
+
+
+def for_extension(batch, queries, scale):
+    return *plain(batch, queries, scale), torch.tensor([0, 48 * scale**2])
+
+
+class LevelsSecond(torch.nn.Module):
+    """The module with its arguments in the order of the operator's."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = saccade.nn.MultiScaleDeformableAttention(CHANNELS, HEADS, 2, 4)
+
+    def forward(self, value, shapes, *tensors):
+        query, reference_points = tensors
+        return self.attention(query, reference_points, value, shapes)
+
+
+def for_module(batch, queries, scale):
+    query, reference_points, value, shapes = for_levels(batch, queries, scale)
+    return value, shapes, query, reference_points
+
+
+WITH_TENSOR = {
+    "op": (lambda: Function(saccade.deformable_attention), plain),
+    "fused op": (lambda: Function(saccade.fused_deformable_attention), fused),
+    "extension": (lambda: Function(extension), for_extension),
+    "module": (LevelsSecond, for_module),
+}
+
+
+def check_shapes_of_a_tensor(program, module, make_inputs, sizes):
+    """The program is right for these sizes and for shapes turned round, and refuses others."""
+    with torch.no_grad():
+        for size in sizes:
+            value, shapes, *tensors = make_inputs(*size)
+            shapes = torch.tensor(shapes)
+            for each in (shapes, shapes.flip(1)):
+                expected = module(value, each, *tensors)
+                torch.testing.assert_close(program(value, each, *tensors), expected)
+            for wrong in (shapes + 1, -shapes, shapes * 0, shapes * 2**16):
+                with pytest.raises(RuntimeError, match="Runtime assertion failed for expression"):
+                    program(value, wrong, *tensors)
+            if module.__dict__.get("function") is extension:
+                with pytest.raises(RuntimeError, match="Runtime assertion failed for expression"):
+                    program(value, shapes, *tensors[:-1], tensors[-1] + 1)
+
+
+@pytest.mark.parametrize("name", WITH_TENSOR)
+def test_compile_with_shapes_as_a_tensor(name):
+    torch.compiler.reset()
+    make, inputs = WITH_TENSOR[name]
+    module, counter = make(), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
+    check_shapes_of_a_tensor(compiled, module, inputs, SIZES)
+    assert counter.frame_count == 1
+
+
+def test_gradients_with_shapes_as_a_tensor():
+    torch.compiler.reset()
+    compiled = torch.compile(saccade.deformable_attention, fullgraph=True, backend="aot_eager")
+    value, shapes, locations, weights = plain(3, 10, 1)
+    leaves = [tensor.requires_grad_() for tensor in (value, locations, weights)]
+    for each in (torch.tensor(shapes), torch.tensor(shapes).flip(1)):
+        call = value, each, locations, weights
+        expected = saccade.deformable_attention(*call)
+        output = compiled(*call)
+        torch.testing.assert_close(
+            torch.autograd.grad(output.square().sum(), leaves),
+            torch.autograd.grad(expected.square().sum(), leaves),
+        )
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("name", WITH_TENSOR)
+def test_export_with_shapes_as_a_tensor(name, strict):
+    make, inputs = WITH_TENSOR[name]
+    module = make().eval()
+    batch, queries, positions = map(torch.export.Dim, ("batch", "queries", "positions"))
+    value, shapes, *tensors = inputs(3, 10, 1)
+    # Start indices have no batch.
+    dynamic = tuple(
+        {0: batch, 1: queries} if tensor.is_floating_point() else {} for tensor in tensors
+    )
+    program = torch.export.export(
+        module,
+        (value, torch.tensor(shapes), *tensors),
+        dynamic_shapes=({0: batch, 1: positions}, {}, dynamic),
+        strict=strict,
+    )
+    check_shapes_of_a_tensor(program.module(), module, inputs, SIZES)
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
