@@ -181,13 +181,23 @@ void write_grad_points(const Plan& plan, const PointReader<T>& reader, const Til
     finite = apply_chain_rule<decltype(axes)::value>(
         plan, corners, tile.num_pairs(), &grads.locations[0], &grads.attention_weights[0]);
   });
-  if (!finite) {
+  // An infinite weight times a sum of products may be infinite where the sum of its products with
+  // each of them, which is the definition, is NaN.
+  if (!finite || !corners.weights_are_finite) {
     tile.for_each_pair(plan, [&](int64_t pair, int64_t row, int64_t head) {
-      exact_backward_points(plan, corners.get_pair(plan, reader, tile, row),
-                            rows.value + head * rows.head_stride, rows.stride,
-                            grad_output + row * plan.call.head_dim,
-                            &grads.locations[spatial_dims * pair * total_points],
-                            &grads.attention_weights[pair * total_points]);
+      T* const grad_locations = &grads.locations[spatial_dims * pair * total_points];
+      T* const grad_weights = &grads.attention_weights[pair * total_points];
+      const T* const weights = &corners.kept.attention_weights[pair * total_points];
+      const auto is_nan = [](T element) { return element != element; };
+      const auto is_odd = [](T element) { return element - element != T(0); };
+      // A pair without such elements keeps its results, whatever its neighbours hold.
+      if (std::any_of(grad_locations, grad_locations + spatial_dims * total_points, is_nan) ||
+          std::any_of(grad_weights, grad_weights + total_points, is_nan) ||
+          std::any_of(weights, weights + total_points, is_odd)) {
+        exact_backward_points(plan, corners.get_pair(plan, reader, tile, row),
+                              rows.value + head * rows.head_stride, rows.stride,
+                              grad_output + row * plan.call.head_dim, grad_locations, grad_weights);
+      }
     });
   }
   if (plan.call.prepares_points()) {

@@ -11,6 +11,8 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <array>
+#include <cstdint>
 #include <cstring>
 #include <initializer_list>
 #include <memory>
@@ -137,9 +139,34 @@ inline void check_shape(const char* name, const Tensor& tensor,
                   ": expected ", format_list(expected), ", got ", format_list(sizes));
 }
 
+// The largest number of elements of a tensor: their bytes, and products with the small factors that
+// plans multiply by, are counted in 64 bits.
+constexpr int64_t kMaxElements = (int64_t(1) << 60) - 1;
+
+// Whether a tensor of these sizes can be counted. A size of 0 counts as 1, since the strides of an
+// empty tensor are products of its other sizes.
+template <class Sizes>
+bool can_be_counted(const Sizes& sizes) {
+  int64_t elements = 1;
+  for (const int64_t size : sizes) {
+    if (size > kMaxElements / elements) {
+      return false;
+    }
+    elements *= std::max<int64_t>(size, 1);
+  }
+  return true;
+}
+
+inline void check_elements(const char* name, const Tensor& tensor) {
+  STD_TORCH_CHECK(can_be_counted(tensor.sizes()), name, ": expected at most ", kMaxElements,
+                  " elements, a size of 0 counted as 1, got ", format_list(tensor.sizes()));
+}
+
 // The storage type of a tensor, which is checked to be one that the kernels can read.
 inline Storage parse_storage(const char* name, const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor");
+  STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor, got one on ",
+                  tensor.is_cuda() ? "a GPU" : "another device");
+  check_elements(name, tensor);
   STD_TORCH_CHECK(tensor.numel() == 0 || tensor.const_data_ptr() != nullptr, name,
                   ": expected a tensor with memory, got one whose storage was freed");
   switch (tensor.scalar_type()) {
@@ -221,8 +248,8 @@ inline void parse_levels(Call& call, const Arguments& arguments) {
                       " positions for each level, got ", format_list(shape));
       positions *= size;
     }
-    STD_TORCH_CHECK(num_points[i] >= 1 && num_points[i] <= kMax,
-                    "num_points: expected at least 1 for each level, got ", num_points[i]);
+    STD_TORCH_CHECK(num_points[i] >= 1 && num_points[i] <= kMax, "num_points: expected 1 to ", kMax,
+                    " for each level, got ", num_points[i]);
     call.levels.push_back(
         {sizes[0], sizes[1], sizes[2], call.num_positions, call.total_points, num_points[i]});
     call.total_points += num_points[i];
@@ -235,9 +262,12 @@ inline void parse_levels(Call& call, const Arguments& arguments) {
 inline void parse_queries(Call& call, const Arguments& arguments) {
   const int64_t num_queries = arguments.points.size(1);
   const std::optional<Ints>& counts = arguments.queries_per_map;
-  call.first_queries.reserve(call.batch_size + 1);
   call.first_queries.push_back(0);
   if (!counts) {
+    if (num_queries == 0) {
+      return;  // nothing is computed, and there may be as many maps as can be counted
+    }
+    call.first_queries.reserve(call.batch_size + 1);
     for (int64_t batch_index = 1; batch_index <= call.batch_size; ++batch_index) {
       call.first_queries.push_back(batch_index * num_queries);
     }
@@ -246,6 +276,7 @@ inline void parse_queries(Call& call, const Arguments& arguments) {
   STD_TORCH_CHECK(static_cast<int64_t>(counts->size()) == call.batch_size,
                   "queries_per_map: expected ", call.batch_size,
                   " numbers, one for each map of value, got ", format_list(*counts));
+  call.first_queries.reserve(call.batch_size + 1);
   const auto check_sum = [&](bool condition) {
     STD_TORCH_CHECK(condition, "queries_per_map: expected numbers that sum to the ", num_queries,
                     " queries of ", arguments.points_name(), ", got ", format_list(*counts));
@@ -260,8 +291,8 @@ inline void parse_queries(Call& call, const Arguments& arguments) {
 inline void parse_references(Call& call, const Arguments& arguments, int64_t batch_size) {
   STD_TORCH_CHECK(arguments.reference_points.has_value() == arguments.reference_index.has_value(),
                   "reference_index: expected ",
-                  arguments.reference_points ? "a list of numbers" : "None",
-                  arguments.reference_points ? " with" : " without", " reference_points");
+                  arguments.reference_points ? "a list of numbers with" : "None without",
+                  " reference_points, got ", arguments.reference_index ? "a list" : "None");
   if (!arguments.reference_points) {
     return;
   }
@@ -292,6 +323,12 @@ inline void parse_references(Call& call, const Arguments& arguments, int64_t bat
   }
 }
 
+// [batch, queries, heads, head_dim]: the output, whose last two axes are one.
+inline std::array<int64_t, 4> output_sizes(const Arguments& arguments) {
+  const Tensor& points = arguments.points;
+  return {points.size(0), points.size(1), points.size(2), arguments.value.size(3)};
+}
+
 // Everything is checked here, before any parallel region: an exception inside one loses its
 // message.
 inline Call parse_call(const Arguments& arguments) {
@@ -316,6 +353,11 @@ inline Call parse_call(const Arguments& arguments) {
   call.value_heads = value.size(2);
   call.head_dim = value.size(3);
   call.num_heads = points.size(2);
+  STD_TORCH_CHECK(can_be_counted(output_sizes(arguments)), "value: expected an output [batch, ",
+                  "queries, heads * head_dim] of at most ", kMaxElements,
+                  " elements, a size of 0 counted as 1, got ", format_list(value.sizes()), " with ",
+                  call.num_heads, " heads of ", arguments.points_name(), " ",
+                  format_list(points.sizes()));
   STD_TORCH_CHECK(call.value_heads == 1 || call.value_heads == call.num_heads,
                   "value: expected 1 or ", call.num_heads, " heads, got ",
                   format_list(value.sizes()));

@@ -68,10 +68,11 @@ struct Plan {
   }
   int64_t num_tiles() const { return call.num_heads / heads_per_tile * first_chunks.back(); }
   int64_t num_value_tasks() const { return call.batch_size * call.value_heads * num_bands; }
-  // Values that one tile gathers, by which the work is divided among threads.
-  int64_t tile_cost() const {
-    return queries_per_chunk * heads_per_tile * call.total_points * call.num_corners() *
-           call.head_dim;
+  // Values that one tile gathers, by which the work is divided among threads. 64 bits do not hold
+  // the product of all sizes.
+  double tile_cost() const {
+    return static_cast<double>(queries_per_chunk * heads_per_tile * call.total_points) *
+           static_cast<double>(call.num_corners() * call.head_dim);
   }
 };
 

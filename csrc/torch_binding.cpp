@@ -7,6 +7,7 @@
 #endif
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -52,7 +53,7 @@ Tensor empty(IntHeaderOnlyArrayRef sizes, ScalarType type) {
   int64_t stride = 1;
   for (size_t axis = sizes.size(); axis-- > 0;) {
     strides[axis] = stride;
-    stride *= std::max<int64_t>(sizes[axis], 1);
+    stride *= std::max<int64_t>(sizes[axis], 1);  // checked by can_be_counted()
   }
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
@@ -64,11 +65,6 @@ Tensor empty(IntHeaderOnlyArrayRef sizes, ScalarType type) {
   return tensor;
 }
 
-// The plan of a checked call for torch's number of threads.
-std::shared_ptr<const Plan> plan_call(const Arguments& arguments) {
-  return find_plan(parse_call(arguments), torch::stable::get_num_threads());
-}
-
 Value describe_value(const Tensor& value) {
   return {value.const_data_ptr(), value.stride(0), value.stride(1), value.stride(2)};
 }
@@ -78,10 +74,11 @@ Tensor with_contiguous_channels(const Tensor& value) {
 }
 
 template <class Work>
-void in_parallel(int64_t count, int64_t cost, const Work& work) {
+void in_parallel(int64_t count, double cost, const Work& work) {
   // Waking a thread pays from some tens of microseconds of gathers on.
-  constexpr int64_t kThreadCost = 1 << 16;
-  const int64_t grain = std::max<int64_t>(1, kThreadCost / std::max<int64_t>(1, cost));
+  constexpr double kThreadCost = 1 << 16;
+  const int64_t grain =
+      std::max<int64_t>(1, static_cast<int64_t>(kThreadCost / std::max(1.0, cost)));
   if (count > 0) {
     torch::stable::parallel_for(0, count, grain, work);
   }
@@ -118,14 +115,19 @@ class ContiguousPoints {
 }  // namespace
 
 Tensor run_forward(const Arguments& arguments) {
-  const std::shared_ptr<const Plan> plan_owner = plan_call(arguments);
+  Call call = parse_call(arguments);
+  Tensor output =
+      empty({arguments.points.size(0), arguments.points.size(1), call.num_heads * call.head_dim},
+            arguments.value.scalar_type());
+  if (call.total_queries() == 0) {
+    return output;
+  }
+  const std::shared_ptr<const Plan> plan_owner =
+      find_plan(std::move(call), torch::stable::get_num_threads());
   const Plan& plan = *plan_owner;
   const Kernels& kernels = active_kernels();
   const Tensor rows = with_contiguous_channels(arguments.value);
   const ContiguousPoints points(arguments, compute_type(plan.call));
-  Tensor output = empty({arguments.points.size(0), arguments.points.size(1),
-                         plan.call.num_heads * plan.call.head_dim},
-                        arguments.value.scalar_type());
   const Value value = describe_value(rows);
   void* const output_data = output.mutable_data_ptr();
   in_parallel(plan.num_tiles(), plan.tile_cost(), [&](int64_t begin, int64_t end) {
@@ -148,8 +150,9 @@ Tensor run_backward_value(const Plan& plan, const Tensor& value, const void* gra
   }
   const int64_t chunks_per_map =
       plan.first_chunks.back() / std::max<int64_t>(plan.call.batch_size, 1);
-  const int64_t cost = chunks_per_map * plan.tile_cost() +
-                       plan.call.num_positions * plan.call.head_dim / plan.num_bands;
+  const double cost =
+      static_cast<double>(chunks_per_map) * plan.tile_cost() +
+      static_cast<double>(plan.call.num_positions * plan.call.head_dim / plan.num_bands);
   const Kernels& kernels = active_kernels();
   in_parallel(plan.num_value_tasks(), cost, [&](int64_t begin, int64_t end) {
     kernels.backward_value(plan, grad_output, inputs, grad_data, begin, end);
@@ -162,7 +165,7 @@ template <class T>
 void sum_heads(const Call& call, const T* per_head, T* sums) {
   const int64_t elements_per_query = call.num_references * call.reference_size();
   const int64_t stride = call.num_heads * elements_per_query;
-  in_parallel(call.total_queries(), stride, [&](int64_t begin, int64_t end) {
+  in_parallel(call.total_queries(), static_cast<double>(stride), [&](int64_t begin, int64_t end) {
     for (int64_t query = begin; query < end; ++query) {
       T* const sum = sums + query * elements_per_query;
       std::fill_n(sum, elements_per_query, T(0));
@@ -192,6 +195,12 @@ PointGradientTensors run_backward_points(const Plan& plan, const Arguments& argu
   Tensor references = make_empty_gradient(weights);
   Tensor references_per_head = references;
   if (needs_references) {
+    STD_TORCH_CHECK(
+        can_be_counted(std::array<int64_t, 4>{call.total_queries(), call.num_heads,
+                                              call.num_references, call.reference_size()}),
+        "reference_points: expected at most ", kMaxElements,
+        " elements for all heads together, got ", format_list(arguments.reference_points->sizes()),
+        " for ", call.num_heads, " heads");
     references = empty(arguments.reference_points->sizes(), type);
     references_per_head = empty(
         {call.total_queries(), call.num_heads, call.num_references, call.reference_size()}, type);
@@ -222,21 +231,34 @@ Gradients run_backward(const Tensor& grad_output, const Arguments& arguments,
   const bool needs_value = output_mask[0], needs_points = output_mask[1];
   const bool needs_weights = output_mask[2], needs_references = output_mask[3];
   STD_TORCH_CHECK(!needs_references || arguments.reference_points,
-                  "output_mask: expected no gradient of reference_points without "
-                  "reference_points");
+                  "output_mask: expected False for the gradient of reference_points in a call "
+                  "without reference_points, got True");
   const Tensor& value = arguments.value;
-  const std::shared_ptr<const Plan> plan_owner = plan_call(arguments);
-  const Plan& plan = *plan_owner;
-  STD_TORCH_CHECK(parse_storage("grad_output", grad_output) == plan.call.storage,
-                  "grad_output: expected the dtype of value");
+  Call call = parse_call(arguments);
+  STD_TORCH_CHECK(parse_storage("grad_output", grad_output) == call.storage,
+                  "grad_output: expected the dtype of value, ",
+                  torch::headeronly::toString(value.scalar_type()), ", got ",
+                  torch::headeronly::toString(grad_output.scalar_type()));
   check_shape("grad_output", grad_output,
-              {arguments.points.size(0), arguments.points.size(1),
-               plan.call.num_heads * plan.call.head_dim});
+              {arguments.points.size(0), arguments.points.size(1), call.num_heads * call.head_dim});
+  const Tensor& references =
+      arguments.reference_points ? *arguments.reference_points : arguments.points;
+  if (call.total_queries() == 0) {
+    const auto zeros = [](bool needed, const Tensor& tensor) {
+      const Tensor gradient =
+          needed ? empty(tensor.sizes(), tensor.scalar_type()) : make_empty_gradient(tensor);
+      fill_with_zeros(gradient);
+      return gradient;
+    };
+    return {zeros(needs_value, value), zeros(needs_points, arguments.points),
+            zeros(needs_weights, arguments.weights), zeros(needs_references, references)};
+  }
+  const std::shared_ptr<const Plan> plan_owner =
+      find_plan(std::move(call), torch::stable::get_num_threads());
+  const Plan& plan = *plan_owner;
   const Tensor grad = contiguous_as(grad_output, value.scalar_type());
   const void* const grad_data = grad.const_data_ptr();
   const ContiguousPoints points(arguments, compute_type(plan.call));
-  const Tensor& references =
-      arguments.reference_points ? *arguments.reference_points : arguments.points;
   Gradients gradients = {make_empty_gradient(value), make_empty_gradient(arguments.points),
                          make_empty_gradient(arguments.weights), make_empty_gradient(references)};
   if (needs_value) {

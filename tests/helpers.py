@@ -160,38 +160,56 @@ def loops(case: Case, value: Tensor, locations: Tensor, weights: Tensor) -> Tens
 
 def sample(case: Case, level: Tensor, location: list[float]) -> float:
     """The value at a location on one level and channel, a tensor of one to three axes."""
+    corners = read_corners(case, tuple(level.shape), location)
+    return sum((weight * float(level[index]) for index, weight, _ in corners), start=0.0)
 
-    def cell(index: tuple[int, ...]) -> float:
-        inside = all(0 <= i < size for i, size in zip(index, level.shape, strict=True))
-        return float(level[index]) if inside else 0.0
 
+# The index of a pixel, its weight, and the derivatives of the weight by the coordinates (x, y, z).
+TrueCorner = tuple[tuple[int, ...], float, list[float]]
+
+
+def read_corners(options: Any, shape: tuple[int, ...], location: list[float]) -> list[TrueCorner]:
+    """The pixels inside a map of this shape that a point at this location reads, number by number.
+
+    `options` has the attributes interpolation, padding and coordinates.
+    """
     if not all(map(math.isfinite, location)):
-        return 0.0
-    pixels = []
-    for number, size in zip(location, reversed(level.shape), strict=True):
-        if case.coordinates == "normalized":
-            number = number * size - 0.5
-        elif case.coordinates == "normalized_corners":
-            number = number * (size - 1)
-        if case.interpolation == "discrete":
-            number = number + 1
-        if case.padding != "zeros":
-            clamped = min(size, level.shape[0]) if case.padding == "border_height" else size
-            number = min(max(number, 0.0), clamped - 1.0)
-        pixels.append(number)
-    if case.interpolation == "nearest":
-        return cell(tuple(round(pixel) for pixel in reversed(pixels)))
-    if case.interpolation == "discrete":
-        return cell(tuple(math.floor(pixel) for pixel in reversed(pixels)))
-    total = 0.0
-    for corner in itertools.product((0, 1), repeat=len(pixels)):
-        share, index = 1.0, []
-        for pixel, above in zip(pixels, corner, strict=True):
-            fraction = pixel - math.floor(pixel)
-            share *= fraction if above else 1 - fraction
-            index.append(math.floor(pixel) + above)
-        total += share * cell(tuple(reversed(index)))
-    return total
+        return []
+    axes = []  # of x, y, z: the cells along each
+    for number, size in zip(location, reversed(shape), strict=True):
+        scale = {"normalized": size, "normalized_corners": size - 1, "pixel": 1}[
+            options.coordinates
+        ]
+        shift = -0.5 if options.coordinates == "normalized" else 0.0
+        position = number * scale + (shift + 1 if options.interpolation == "discrete" else shift)
+        slope = float(scale)
+        if options.padding != "zeros":
+            clamped = min(size, shape[0]) if options.padding == "border_height" else size
+            slope = slope if 0 < position < clamped - 1 else 0.0
+            position = min(max(position, 0.0), clamped - 1.0)
+        if math.isinf(position):
+            return []  # the product overflowed: far outside
+        if options.interpolation == "nearest":
+            axes.append([(round(position), 1.0, 0.0)])
+        elif options.interpolation == "discrete":
+            axes.append([(math.floor(position), 1.0, 0.0)])
+        else:
+            lower = math.floor(position)
+            fraction = position - lower
+            axes.append([(lower, 1 - fraction, -slope), (lower + 1, fraction, slope)])
+    corners = []
+    for cells in itertools.product(*axes):
+        index = tuple(cell for cell, _, _ in reversed(cells))
+        if not all(0 <= i < size for i, size in zip(index, shape, strict=True)):
+            continue
+        slopes = [
+            math.prod(
+                (weight for other, (_, weight, _) in enumerate(cells) if other != n), start=slope
+            )
+            for n, (_, _, slope) in enumerate(cells)
+        ]
+        corners.append((index, math.prod(weight for _, weight, _ in cells), slopes))
+    return corners
 
 
 def read_points(

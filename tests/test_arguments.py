@@ -6,6 +6,7 @@ import pytest
 import torch
 from fused_helpers import COMBINATIONS
 from helpers import Case
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import saccade
@@ -14,10 +15,6 @@ from saccade.call import MAX_CACHED, parse_call
 from saccade.ops import native
 from saccade.ops.registration import BACKWARD_OPERATOR, OPERATOR
 from saccade.ops.schema import to_arguments
-
-NEEDS_NATIVE = pytest.mark.skipif(
-    native.failure is not None, reason=f"no native library: {native.failure}"
-)
 
 CASE = Case()
 VALUE, LOCATIONS, WEIGHTS = CASE.draw()
@@ -170,79 +167,237 @@ FUSED_ARGUMENTS = ARGUMENTS._replace(
 )
 
 
-@NEEDS_NATIVE
-@pytest.mark.parametrize(
-    ("arguments", "changes", "message"),
-    [
-        (arguments, changes, message)
-        for arguments, rows in (
-            (
-                ARGUMENTS,
-                [
-                    ({"spatial_shapes": [6, 7, 3, 400000]}, "value: expected"),
-                    ({"spatial_shapes": [6, 7, 3]}, "spatial_shapes: expected"),
-                    ({"spatial_shapes": [2**40, 2**40, 3, 4]}, "spatial_shapes: expected"),
-                    ({"spatial_shapes": [-6, -7, 3, 4]}, "spatial_shapes: expected"),
-                    ({"num_points": [3, 300]}, "sampling_locations: expected"),
-                    ({"num_points": [7, -1]}, "num_points: expected"),
-                    ({"num_points": []}, "spatial_shapes: expected"),
-                    ({"weights": WEIGHTS[:1]}, "attention_weights: expected"),
-                    ({"weights": WEIGHTS[:1], "softmax": True}, "attention_logits: expected"),
-                    ({"points": LOCATIONS[..., :1]}, "spatial_shapes: expected 1 for each"),
-                    ({"points": LOCATIONS[..., :0]}, "sampling_locations: expected"),
-                    ({"value": VALUE.int()}, "value: expected"),
-                    ({"value": VALUE[:, :, :2]}, "value: expected 1 or 3 heads"),
-                    ({"padding": "reflect"}, "padding: .*'border_height', got 'reflect'"),
-                    ({"padding": "border_height"}, "padding: .* interpolation 'discrete'"),
-                    ({"reference_index": [0] * 6}, "reference_index: expected"),
-                    ({"queries_per_map": [11, 11]}, r"sampling_locations: expected \[1, 11"),
-                    ({**RAGGED, "queries_per_map": [11, 12]}, "queries_per_map: .* that sum"),
-                    ({**RAGGED, "queries_per_map": [-1, 23]}, "queries_per_map: .* that sum"),
-                    ({**RAGGED, "queries_per_map": [2**62, 2**62]}, "queries_per_map: expected"),
-                    ({**RAGGED, "queries_per_map": [1, 21, 0]}, "queries_per_map: .* 2 numbers"),
-                ],
-            ),
-            (
-                FUSED_ARGUMENTS,
-                [
-                    ({"reference_points": torch.rand(2, 11, 1, 3)}, "reference_points: expected"),
-                    ({"reference_points": torch.rand(2, 10, 1, 2)}, "reference_points: expected"),
-                    ({"reference_index": None}, "reference_index: expected a list"),
-                    ({"reference_index": [0] * 5}, "reference_index: expected 6 numbers"),
-                    ({"reference_index": [0] * 5 + [1]}, "reference_index: .* 0 to 0, got 1"),
-                    ({"reference_index": [-1] * 6}, "reference_index: .* 0 to 0, got -1"),
-                    ({"points": LOCATIONS[:, :5]}, "attention_logits: expected"),
-                    ({"num_points": [3, 300]}, "sampling_offsets: expected"),
-                ],
-            ),
+GRADIENT = torch.rand(2, 11, 24)
+TWO_MAPS = {**RAGGED, "queries_per_map": [11, 11]}
+RAGGED_REFERENCES = {**TWO_MAPS, "reference_points": torch.rand(1, 22, 1, 2)}
+
+
+def wrong_kinds(name, tensor, **others):
+    """Changes to calls in which one tensor has a wrong dtype, device or number of axes."""
+    return [
+        ({**others, name: tensor.int()}, f"{tensor_name(name)}: expected"),
+        ({**others, name: tensor > 0}, f"{tensor_name(name)}: expected"),
+        ({**others, name: tensor + 0j}, f"{tensor_name(name)}: expected"),
+        ({**others, name: tensor[None]}, ": expected"),
+        ({**others, name: tensor[0]}, ": expected"),
+    ]
+
+
+def tensor_name(argument):
+    names = {"points": "sampling_(locations|offsets)", "weights": "attention_(weights|logits)"}
+    return names.get(argument, argument)
+
+
+# Direct calls of the operator that the kernels refuse, with the kernel's message.
+WRONG_CALLS = [
+    (arguments, changes, message)
+    for arguments, rows in (
+        (
+            ARGUMENTS,
+            [
+                *wrong_kinds("value", VALUE),
+                *wrong_kinds("points", LOCATIONS),
+                *wrong_kinds("weights", WEIGHTS),
+                ({"spatial_shapes": [6, 7, 3, 400000]}, "value: expected"),
+                ({"spatial_shapes": [6, 7, 3]}, "spatial_shapes: expected"),
+                ({"spatial_shapes": [6, 9]}, "spatial_shapes: expected"),
+                ({"spatial_shapes": []}, "spatial_shapes: expected"),
+                ({"spatial_shapes": [6, 7, 3, 4, 1, 1]}, "spatial_shapes: expected"),
+                ({"spatial_shapes": [6, 7, 0, 4]}, "spatial_shapes: expected"),
+                ({"spatial_shapes": [6, 7, 3, 5]}, "value: expected"),
+                ({"spatial_shapes": [2**40, 2**40, 3, 4]}, "spatial_shapes: expected"),
+                ({"spatial_shapes": [-6, -7, 3, 4]}, "spatial_shapes: expected"),
+                ({"num_points": [3, 300]}, "sampling_locations: expected"),
+                ({"num_points": [3, 4]}, "sampling_locations: expected"),
+                ({"num_points": [7, -1]}, "num_points: expected"),
+                ({"num_points": [6, 0]}, "num_points: expected"),
+                ({"num_points": [6]}, "spatial_shapes: expected"),
+                ({"num_points": [2, 2, 2]}, "spatial_shapes: expected"),
+                ({"num_points": []}, "spatial_shapes: expected"),
+                ({"weights": WEIGHTS[:1]}, "attention_weights: expected"),
+                ({"weights": WEIGHTS[:, :10]}, "attention_weights: expected"),
+                ({"weights": WEIGHTS[:, :, :1]}, "attention_weights: expected"),
+                ({"weights": WEIGHTS[..., :5]}, "attention_weights: expected"),
+                ({"weights": WEIGHTS[:1], "softmax": True}, "attention_logits: expected"),
+                ({"points": LOCATIONS[:1]}, "sampling_locations: expected"),
+                ({"points": LOCATIONS[:, :10]}, "attention_weights: expected"),
+                ({"points": LOCATIONS[:, :, :2]}, ": expected"),
+                ({"points": LOCATIONS[:, :, :0], "weights": WEIGHTS[:, :, :0]}, "sampling_loc"),
+                ({"points": LOCATIONS[..., :5, :]}, "sampling_locations: expected"),
+                ({"points": LOCATIONS[..., :1]}, "spatial_shapes: expected 1 for each"),
+                ({"points": LOCATIONS[..., :0]}, "sampling_locations: expected"),
+                ({"points": torch.rand(2, 11, 3, 6, 4)}, "sampling_locations: expected"),
+                ({"value": VALUE[:1]}, "sampling_locations: expected"),
+                ({"value": VALUE[:, :-1]}, "value: expected"),
+                ({"value": VALUE[:, :, :2]}, "value: expected 1 or 3 heads"),
+                ({"value": VALUE[:, :, :0]}, "value: expected 1 or 3 heads"),
+                ({"value": VALUE[..., :0]}, "value: expected"),
+                ({"interpolation": "cubic"}, "interpolation: .*'discrete', got 'cubic'"),
+                ({"coordinates": "pixels"}, "coordinates: .*'pixel', got 'pixels'"),
+                ({"padding": "reflect"}, "padding: .*'border_height', got 'reflect'"),
+                ({"padding": "border_height"}, "padding: .* interpolation 'discrete'"),
+                (
+                    {
+                        "padding": "border_height",
+                        "interpolation": "discrete",
+                        "points": LOCATIONS[..., :1],
+                        "spatial_shapes": [42, 12],
+                    },
+                    "padding: expected",
+                ),
+                ({"reference_index": [0] * 6}, "reference_index: expected"),
+                ({"queries_per_map": [11, 11]}, r"sampling_locations: expected \[1, 11"),
+                ({"queries_per_map": [22, 22]}, r"sampling_locations: expected \[1, 11"),
+                (RAGGED, r"sampling_locations: expected \[2, 22"),
+                ({**RAGGED, "queries_per_map": [11, 12]}, "queries_per_map: .* that sum"),
+                ({**RAGGED, "queries_per_map": [11, 10]}, "queries_per_map: .* that sum"),
+                ({**RAGGED, "queries_per_map": [-1, 23]}, "queries_per_map: .* that sum"),
+                ({**RAGGED, "queries_per_map": [2**62, 2**62]}, "queries_per_map: expected"),
+                ({**RAGGED, "queries_per_map": [1, 21, 0]}, "queries_per_map: .* 2 numbers"),
+                ({**RAGGED, "queries_per_map": []}, "queries_per_map: .* 2 numbers"),
+                ({**TWO_MAPS, "weights": WEIGHTS}, "attention_weights: expected"),
+            ],
+        ),
+        (
+            FUSED_ARGUMENTS,
+            [
+                *wrong_kinds("reference_points", torch.rand(2, 11, 1, 2)),
+                ({"reference_points": torch.rand(2, 11, 1, 3)}, "reference_points: expected"),
+                ({"reference_points": torch.rand(2, 11, 1, 1)}, "reference_points: expected"),
+                ({"reference_points": torch.rand(2, 11, 0, 2)}, "reference_points: expected"),
+                ({"reference_points": torch.rand(2, 10, 1, 2)}, "reference_points: expected"),
+                ({"reference_points": torch.rand(1, 11, 1, 2)}, "reference_points: expected"),
+                ({"reference_points": None}, "reference_index: expected None"),
+                ({"reference_index": None}, "reference_index: expected a list"),
+                ({"reference_index": [0] * 5}, "reference_index: expected 6 numbers"),
+                ({"reference_index": []}, "reference_index: expected 6 numbers"),
+                ({"reference_index": [0] * 5 + [1]}, "reference_index: .* 0 to 0, got 1"),
+                ({"reference_index": [-1] * 6}, "reference_index: .* 0 to 0, got -1"),
+                ({"points": LOCATIONS[:, :5]}, "attention_logits: expected"),
+                ({"num_points": [3, 300]}, "sampling_offsets: expected"),
+                (
+                    {**RAGGED_REFERENCES, "reference_points": torch.rand(1, 21, 1, 2)},
+                    "reference_points: expected",
+                ),
+                (
+                    {**RAGGED_REFERENCES, "reference_points": torch.rand(2, 11, 1, 2)},
+                    "reference_points: expected",
+                ),
+            ],
+        ),
+    )
+    for changes, message in rows
+]
+RIGHT_CALLS = [
+    ARGUMENTS,
+    ARGUMENTS._replace(value=VALUE[:, :, :1], softmax=True, padding="border"),
+    ARGUMENTS._replace(points=LOCATIONS.double(), weights=WEIGHTS.half()),
+    ARGUMENTS._replace(interpolation="discrete", padding="border_height", coordinates="pixel"),
+    ARGUMENTS._replace(points=LOCATIONS[..., :1], spatial_shapes=[42, 12]),
+    ARGUMENTS._replace(points=LOCATIONS[:, :0], weights=WEIGHTS[:, :0]),
+    ARGUMENTS._replace(value=VALUE[:0], points=LOCATIONS[:0], weights=WEIGHTS[:0]),
+    ARGUMENTS._replace(**TWO_MAPS),
+    FUSED_ARGUMENTS,
+    FUSED_ARGUMENTS._replace(reference_points=torch.rand(2, 11, 7, 4), reference_index=[6] * 6),
+    FUSED_ARGUMENTS._replace(**RAGGED_REFERENCES),
+]
+
+
+def fake_call(operator, *arguments):
+    """A call of an operator with fake tensors."""
+    with FakeTensorMode() as mode:
+        return operator(
+            *(
+                mode.from_tensor(each) if isinstance(each, torch.Tensor) else each
+                for each in arguments
+            )
         )
-        for changes, message in rows
-    ],
-)
+
+
+@pytest.mark.parametrize(("arguments", "changes", "message"), WRONG_CALLS)
 def test_the_operator_itself_checks_what_could_read_out_of_bounds(arguments, changes, message):
-    assert OPERATOR(*arguments).shape == (2, 11, 24)
     wrong = arguments._replace(**changes)
-    with pytest.raises(RuntimeError, match=message):
-        OPERATOR(*wrong)
-    # The reference checks the same, with messages of its own.
-    with saccade.use_backend("reference"):
-        assert OPERATOR(*arguments).shape == (2, 11, 24)
-        with pytest.raises((TypeError, ValueError), match=": expected"):
+    mask = [True, True, True, wrong.reference_points is not None]
+    if native.failure is None:
+        with pytest.raises(RuntimeError, match=message):
             OPERATOR(*wrong)
+        with pytest.raises(RuntimeError, match=message):
+            BACKWARD_OPERATOR(GRADIENT, *wrong, mask)
+    # The reference and the fake kernels check the same, with messages of their own.
+    for operator, inputs in ((OPERATOR, wrong), (BACKWARD_OPERATOR, (GRADIENT, *wrong, mask))):
+        with (
+            saccade.use_backend("reference"),
+            pytest.raises((TypeError, ValueError), match=": expected"),
+        ):
+            operator(*inputs)
+        with pytest.raises((TypeError, ValueError), match=": expected"):
+            fake_call(operator, *inputs)
 
 
-@NEEDS_NATIVE
+@pytest.mark.parametrize("arguments", RIGHT_CALLS)
+def test_the_kernels_and_the_fake_ones_take_the_same(arguments):
+    output = OPERATOR(*arguments)
+    mask = [True, True, True, arguments.reference_points is not None]
+    inputs = (OPERATOR, arguments), (BACKWARD_OPERATOR, (output, *arguments, mask))
+    with saccade.use_backend("reference"):
+        expected = [operator(*call) for operator, call in inputs]
+    for results in (
+        [operator(*call) for operator, call in inputs],
+        [fake_call(operator, *call) for operator, call in inputs],
+    ):
+        for tensor, expected_tensor in zip(
+            (results[0], *results[1]), (expected[0], *expected[1]), strict=True
+        ):
+            assert (tensor.shape, tensor.dtype) == (expected_tensor.shape, expected_tensor.dtype)
+
+
+@pytest.mark.parametrize("name", ["points", "weights", "reference_points"])
+def test_tensors_on_two_devices_are_refused(name):
+    arguments = FUSED_ARGUMENTS._replace(**{name: getattr(FUSED_ARGUMENTS, name).to("meta")})
+    mask = [True] * 4
+    for call in (
+        lambda: OPERATOR(*arguments),
+        lambda: fake_call(OPERATOR, *arguments),
+        lambda: BACKWARD_OPERATOR(GRADIENT, *arguments, mask),
+        lambda: fake_call(BACKWARD_OPERATOR, GRADIENT, *arguments, mask),
+        lambda: fake_call(BACKWARD_OPERATOR, GRADIENT.to("meta"), *FUSED_ARGUMENTS, mask),
+    ):
+        with pytest.raises(ValueError, match="expected a tensor on (cpu|meta) like value, got"):
+            call()
+
+
 @pytest.mark.parametrize(
-    ("arguments", "output_mask", "message"),
+    ("arguments", "grad_output", "output_mask", "message"),
     [
-        (ARGUMENTS, [True] * 3, "output_mask: expected 4"),
-        (FUSED_ARGUMENTS, [True] * 5, "output_mask: expected 4"),
-        (ARGUMENTS, [True] * 4, "output_mask: .*reference_points"),
+        (ARGUMENTS, GRADIENT, [True] * 3, "output_mask: expected 4"),
+        (FUSED_ARGUMENTS, GRADIENT, [True] * 5, "output_mask: expected 4"),
+        (ARGUMENTS, GRADIENT, [], "output_mask: expected 4"),
+        (ARGUMENTS, GRADIENT, [True] * 4, "output_mask: .*reference_points"),
+        *(
+            (FUSED_ARGUMENTS, gradient, [True] * 4, "grad_output: expected")
+            for gradient in (
+                GRADIENT.double(),
+                GRADIENT.int(),
+                GRADIENT[0],
+                GRADIENT[None],
+                GRADIENT[:1],
+                GRADIENT[:, :10],
+                GRADIENT[..., :23],
+                GRADIENT.unflatten(2, (3, 8)),
+            )
+        ),
+        (ARGUMENTS._replace(**TWO_MAPS), GRADIENT, [True] * 3 + [False], "grad_output: exp"),
     ],
 )
-def test_the_backward_operator_checks_its_mask(arguments, output_mask, message):
-    with pytest.raises(RuntimeError, match=message):
-        BACKWARD_OPERATOR(torch.rand(2, 11, 24), *arguments, output_mask)
+def test_the_backward_operator_checks_its_own_inputs(arguments, grad_output, output_mask, message):
+    inputs = (grad_output, *arguments, output_mask)
+    if native.failure is None:
+        with pytest.raises(RuntimeError, match=message):
+            BACKWARD_OPERATOR(*inputs)
+    with saccade.use_backend("reference"), pytest.raises(ValueError, match=message):
+        BACKWARD_OPERATOR(*inputs)
+    with pytest.raises(ValueError, match=message):
+        fake_call(BACKWARD_OPERATOR, *inputs)
 
 
 @pytest.mark.parametrize(

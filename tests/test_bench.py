@@ -204,6 +204,9 @@ def test_a_patched_model_with_other_outputs_is_an_error(small_models, monkeypatc
     other = [torch.zeros(4), torch.tensor([1.5, -torch.inf])]
     assert models.compare_outputs(one, one) == (0, 0)
     assert models.compare_outputs(other, one) == (0.5, 0.5)
+    infinite = [torch.full((4,), torch.inf)]
+    assert models.compare_outputs(infinite, infinite) == (0, 0)
+    assert models.compare_outputs([torch.full((4,), torch.nan)], [torch.ones(4)]) == (1, torch.inf)
     monkeypatch.setattr(models, "compare_outputs", lambda *_: (0.5, 0.5))
     code, output = bench("models", "--model", "d-fine", "--seconds", 0)
     assert code == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -331,6 +332,19 @@ def test_detect_with_wrong_usage_ends_with_2(model, images, tmp_path, arguments,
     assert result.exit_code == 2
     assert message in result.output
     assert invoke("detect").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "command", [("detect", "x.png"), ("export",), ("bench",), ("bench", "models")]
+)
+def test_more_threads_than_the_processors_can_run_are_refused(command, monkeypatch) -> None:
+    """Hundreds of thousands of threads end the process after a minute."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: pytest.fail(f"{count} threads"))
+    limit = 4 * os.cpu_count()
+    for threads, bound in {0: 1, -1: 1, limit + 1: limit, 999_999: limit}.items():
+        result = invoke(*command, "--threads", threads)
+        assert result.exit_code == 2, result.output
+        assert re.search(rf"--threads.*\b{bound}\b", " ".join(result.stderr.split()))
 
 
 def test_detect_into_a_folder_that_is_a_file_ends_with_2(model, images, tmp_path) -> None:

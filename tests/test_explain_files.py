@@ -292,9 +292,9 @@ def write_loop(path):
 
 FILES = {
     "nothing": (lambda path: None, "cannot read"),
-    "a folder": (lambda path: path.mkdir(), " file"),
-    "a pipe": (os.mkfifo, " file"),
-    "a link to a device": (lambda path: path.symlink_to("/dev/zero"), " file"),
+    "a folder": (lambda path: path.mkdir(), "is a folder"),
+    "a pipe": (os.mkfifo, "is a FIFO"),
+    "a link to a device": (lambda path: path.symlink_to("/dev/zero"), "is a device"),
     "a link to itself": (lambda path: path.symlink_to(path), "cannot read"),
     "empty": (lambda path: path.touch(), "expected a file of torch.save"),
     "text": (write_text, "expected a file of torch.save"),

@@ -47,6 +47,15 @@ def best(image=0):
     return int(outputs()[0][image].amax(-1).argmax())
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_elements_that_are_not_numbers_in_one_run_or_both(value):
+    logits, boxes = changed(logits=(1, 3, value))
+    with pytest.raises(ValueError, match="not finite"):
+        compare_to_outputs((logits, boxes))
+    with pytest.raises(ValueError, match="not finite"):
+        compare((logits, boxes), (logits, boxes), get_detections)
+
+
 def test_equal_and_nearly_equal():
     assert compare_to_outputs(outputs()).same
     assert compare_to_outputs(outputs()).largest_difference == 0

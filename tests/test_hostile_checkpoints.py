@@ -413,12 +413,12 @@ for name in names:
     )
     folder, loop, *others = result.stdout.splitlines()
     path = os.path.join("folder", "model.safetensors")
-    assert folder == f"{path}: expected a regular file, got a directory"
+    assert folder == f"{path} is a folder, not a file"
     assert "loop" in loop
     assert others == [
-        f"{name}.{suffix}: expected a regular file, got {kind}"
+        f"{name}.{suffix} is a {kind}, not a file"
         for suffix in ("pth", "pkl", "safetensors")
-        for name, kind in (("pipe", "a named pipe"), ("zero", "a device"))
+        for name, kind in (("pipe", "FIFO"), ("zero", "device"))
     ]
 
 
@@ -469,7 +469,7 @@ def test_indices_of_shards_that_name_no_files(tmp_path, weight_map):
 def test_files_are_opened_only_if_they_are_regular(tmp_path):
     with pytest.raises(FileNotFoundError):
         open_regular(tmp_path / "none")
-    with pytest.raises(ValueError, match="expected a regular file, got a directory"):
+    with pytest.raises(ValueError, match="is a folder"):
         open_regular(tmp_path)
     (tmp_path / "file").write_bytes(b"content")
     with open_regular(tmp_path / "file") as file:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from fused_helpers import COMBINATIONS, FusedCase, fused_loops, run_fused
 from helpers import ALL, Case, assert_same, calls_on_native_backends, python, run, some
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import saccade
@@ -281,45 +280,6 @@ def test_under_autocast_values_may_be_16_bit_and_locations_stay_float32(cpu_back
         assert case.call(value, locations, weights).dtype == torch.float32
         low = case.call(value.bfloat16(), locations, weights)
     assert low.dtype == torch.bfloat16
-
-
-def test_fake_tensors_on_different_devices_are_refused():
-    arguments = draw_arguments(Case(), requires_grad=False)
-    with pytest.raises(ValueError, match="sampling_locations: expected a tensor on cpu like value"):
-        OPERATOR(*arguments._replace(points=arguments.points.to("meta")))
-
-
-@pytest.mark.parametrize(
-    ("name", "field", "message"),
-    [
-        (
-            "locations-weights",
-            "value",
-            r"value: expected 4 axes \[batch, positions, .*got 3 axes \[54, 3, 8\]",
-        ),
-        (
-            "locations-weights",
-            "points",
-            r"sampling_locations: expected 5 axes .*got 4 axes \[11, 3, 6, 2\]",
-        ),
-        ("locations-weights", "weights", "attention_weights: expected 4 axes"),
-        ("locations-logits", "weights", "attention_logits: expected 4 axes"),
-        ("offsets-weights", "points", "sampling_offsets: expected 5 axes"),
-        ("offsets-weights", "reference_points", "reference_points: expected 4 axes"),
-    ],
-)
-def test_fake_tensors_with_other_axes_are_refused(name, field, message):
-    arguments = draw_arguments(COMBINATIONS[name], requires_grad=False)
-    with FakeTensorMode() as mode:
-        fakes = Arguments(
-            *(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments)
-        )
-        fakes = fakes._replace(**{field: getattr(fakes, field)[0]})
-        grad_output = fakes.points.new_empty(2, 11, 24)
-        with pytest.raises(ValueError, match=message):
-            OPERATOR(*fakes)
-        with pytest.raises(ValueError, match=message):
-            BACKWARD_OPERATOR(grad_output, *fakes, [True, True, True, False])
 
 
 # --- FLOPs ----------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from volumes import SHAPE, TEST, TRAIN, blobs, rule_of_thumb
 
 from saccade.nn import DeformableAttention
+from saccade.terminal import MAX_THREADS
 
 GRID = (3, 4, 4)  # where the queries start: 8 voxels apart along depth, height and width
 TOLERANCE = 2.0  # voxels between a blob's centre and its prediction
@@ -181,7 +182,10 @@ def report(name: str, score: float) -> None:
 def main(
     steps: Annotated[int, typer.Option(help="Training steps.")] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of the weights and the volumes.")] = 0,
-    threads: Annotated[int, typer.Option(help="CPU threads; another number rounds otherwise.")] = 1,
+    threads: Annotated[
+        int,
+        typer.Option(min=1, max=MAX_THREADS, help="CPU threads; another number rounds otherwise."),
+    ] = 1,
     held_out: Annotated[int, typer.Option(help="Held-out volumes to score.")] = 400,
     freeze_offsets: Annotated[bool, typer.Option(help="Look at the references only.")] = False,
     image_path: Annotated[

@@ -29,6 +29,7 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection
 from transformers.utils import logging
 
 import saccade
+from saccade.terminal import MAX_THREADS
 
 SHIPPED_MODEL = Path(saccade.__file__).parent / "vision" / "model"
 SHIPPED_SCENES = Path(__file__).parent / "scenes"
@@ -103,9 +104,10 @@ def average_precision(
 
 def load(folder: Path) -> tuple[torch.nn.Module, Any]:
     """Returns the model of a transformers folder, running through Saccade, and its processor."""
-    model = AutoModelForObjectDetection.from_pretrained(folder)
+    options = {"trust_remote_code": False, "local_files_only": True}
+    model = AutoModelForObjectDetection.from_pretrained(folder, **options)
     saccade.patch(model)
-    return model.eval(), AutoImageProcessor.from_pretrained(folder)
+    return model.eval(), AutoImageProcessor.from_pretrained(folder, **options)
 
 
 def write_shipped_scenes(model: torch.nn.Module, processor: Any, folder: Path) -> Path:
@@ -143,7 +145,9 @@ def main(
     count: Annotated[int, typer.Option(help="Number of held-out scenes.")] = TEST_SCENES,
     width: Annotated[int, typer.Option(help="Width of the scenes.")] = SCENE_SIZE[0],
     height: Annotated[int, typer.Option(help="Height of the scenes.")] = SCENE_SIZE[1],
-    threads: Annotated[int, typer.Option(help="CPU threads for PyTorch; 0: its choice.")] = 0,
+    threads: Annotated[
+        int, typer.Option(min=0, max=MAX_THREADS, help="CPU threads for PyTorch; 0: its choice.")
+    ] = 0,
     output: Annotated[Path | None, typer.Option(help="JSON file for the metrics.")] = None,
     write_expected: Annotated[
         bool, typer.Option("--write-expected", help="Only write the scenes that are shipped.")

@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers.utils import logging
 
 import saccade
+from saccade.terminal import MAX_THREADS
 
 LEARNING_RATE = 2e-3
 LAST_LEARNING_RATE = 0.005  # share of it at the end of the cosine
@@ -188,7 +189,9 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder for checkpoints and the model.")],
     steps: Annotated[int, typer.Option(help="Training steps in all.")] = 6500,
     batch_size: Annotated[int, typer.Option(help="Scenes a step.")] = 16,
-    threads: Annotated[int, typer.Option(help="CPU threads for PyTorch; 0: its choice.")] = 0,
+    threads: Annotated[
+        int, typer.Option(min=0, max=MAX_THREADS, help="CPU threads for PyTorch; 0: its choice.")
+    ] = 0,
     workers: Annotated[int, typer.Option(help="Processes that draw scenes.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the scenes.")] = 0,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 250,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from saccade.nn import MultiScaleDeformableAttention
+from saccade.terminal import MAX_THREADS
 
 NONE = 2  # class of a query that predicts no beat
 TOLERANCE = 0.05  # seconds between a beat and its prediction
@@ -199,7 +200,10 @@ def report(name: str, scores: tuple[float, float]) -> None:
 def main(
     steps: Annotated[int, typer.Option(help="Training steps.")] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of the weights and the signals.")] = 0,
-    threads: Annotated[int, typer.Option(help="CPU threads; another number rounds otherwise.")] = 1,
+    threads: Annotated[
+        int,
+        typer.Option(min=1, max=MAX_THREADS, help="CPU threads; another number rounds otherwise."),
+    ] = 1,
     held_out: Annotated[int, typer.Option(help="Held-out windows to score.")] = 400,
     freeze_offsets: Annotated[bool, typer.Option(help="Look at the references only.")] = False,
     image_path: Annotated[

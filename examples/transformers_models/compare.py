@@ -29,8 +29,10 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=10)
     chosen = arguments.parse_args()
 
-    processor = AutoImageProcessor.from_pretrained(chosen.model)
-    model = AutoModelForObjectDetection.from_pretrained(chosen.model).eval()
+    # Code that comes with a model does not run.
+    options = {"trust_remote_code": False}
+    processor = AutoImageProcessor.from_pretrained(chosen.model, **options)
+    model = AutoModelForObjectDetection.from_pretrained(chosen.model, **options).eval()
     picture = Image.open(chosen.picture).convert("RGB")
     inputs = processor(images=picture, return_tensors="pt")
     sizes = [(picture.height, picture.width)]

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from saccade.ops import gpu, native, schema
+from saccade.ops.autograd import transforms_are_active
 
 # What `use_backend("reference")` registers in place of the kernels, while it is in force.
 _reference_library: torch.library.Library | None = None
@@ -160,12 +160,3 @@ def _override_kernels(by_reference: bool) -> None:
             library.impl(schema.FORWARD, schema.fallback, key, allow_override=True)
             library.impl(schema.BACKWARD, schema.backward_fallback, key, allow_override=True)
     _reference_library = library
-
-
-def transforms_are_active() -> bool:
-    """Whether a transform is active that only the reference supports.
-
-    Those are forward-mode derivatives and the transforms of `torch.func`: the registered operator has
-    a backward only, and would drop a tangent without an error.
-    """
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()

@@ -9,7 +9,6 @@ model calls with few different sizes, so their results are kept in one cache.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Hashable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -21,10 +20,14 @@ from saccade.checks import (
     SpatialShapes,
     apply_value_padding_mask,
     check_border_height,
+    check_elements,
     check_floating,
     check_option,
+    check_positions,
     check_shape,
     format_shape,
+    has_queries,
+    holds,
     parse_num_points,
     parse_reference_index,
     parse_spatial_shapes,
@@ -75,6 +78,11 @@ class Call(NamedTuple):
     plans: dict[Hashable, Any]
     """What backends derived from sizes, dtypes, device and options; it lives as long as the cache entry."""
 
+    @property
+    def has_queries(self) -> bool:
+        """Whether there is anything to compute."""
+        return self.options.queries_per_map != () and has_queries(self.points.shape[:2])
+
 
 class _Recipe(NamedTuple):
     """The result of the checks of calls with certain sizes."""
@@ -82,6 +90,7 @@ class _Recipe(NamedTuple):
     options: Options
     level_axis: int | None  # of points and weights, where levels and points have an axis each
     adds_batch_axis: bool
+    num_kept_points: int | None  # of a call without queries, whose points have no elements
     plans: dict[Hashable, Any]
 
 
@@ -146,6 +155,9 @@ def parse_call(
     axis = recipe.level_axis
     if axis is not None:
         points, weights = points.flatten(axis, axis + 1), weights.flatten(axis, axis + 1)
+    if recipe.num_kept_points is not None:
+        points = points[..., : recipe.num_kept_points, :]
+        weights = weights[..., : recipe.num_kept_points]
     if recipe.adds_batch_axis:
         points, weights = points[None], weights[None]
         reference_points = None if reference_points is None else reference_points[None]
@@ -265,14 +277,8 @@ def _check(request: _Request) -> _Recipe:
     shapes = parse_spatial_shapes(request.spatial_shapes)
     spatial_dims = len(shapes[0])
     check_border_height(request.padding, request.interpolation, spatial_dims)
-    num_positions, head_dim = value.shape[1], value.shape[3]
-    expected_positions = sum(map(math.prod, shapes))
-    if num_positions != expected_positions:
-        raise ValueError(
-            f"spatial_shapes: expected shapes whose products sum to {num_positions}, the number of "
-            f"positions of value {format_shape(value)}, got {shapes} which sum to {expected_positions}"
-        )
-    if head_dim < 1:
+    check_positions(value, shapes)
+    if value.shape[3] < 1:
         raise ValueError(f"value: expected a head_dim of at least 1, got {format_shape(value)}")
 
     ragged = request.queries_per_map is not None
@@ -289,6 +295,17 @@ def _check(request: _Request) -> _Recipe:
     queries_per_map = _check_queries(points_name, points, value, request.queries_per_map)
     check_shape(weights_name, weights, points.shape[:-1])
     leading = 1 if ragged else 2
+    num_kept_points = None
+    if not torch.compiler.is_compiling():
+        for name, tensor in tensors.items():
+            check_elements(name, tensor.shape)
+        output_sizes = (*points.shape[:leading], points.shape[leading] * value.shape[3])
+        check_elements("value", output_sizes, "an output [queries, heads * head_dim] of ")
+        if not has_queries(points.shape[:leading]):
+            # One point of each level says as much, without lists that are as long as all points.
+            num_kept_points = len(shapes)
+            if request.reference_index is None:
+                num_points = [1] * num_kept_points
     index = None
     if reference_points is not None:
         index = tuple(
@@ -300,6 +317,8 @@ def _check(request: _Request) -> _Recipe:
                 spatial_dims,
             )
         )
+        if num_kept_points is not None:
+            index = index[:num_kept_points]
     elif request.reference_index is not None:
         raise ValueError(
             "reference_index: expected None without reference_points, "
@@ -307,7 +326,7 @@ def _check(request: _Request) -> _Recipe:
         )
     options = Options(
         spatial_shapes=tuple(shapes),
-        num_points=tuple(num_points),
+        num_points=tuple(num_points) if num_kept_points is None else (1,) * num_kept_points,
         interpolation=request.interpolation,
         padding=request.padding,
         coordinates=request.coordinates,
@@ -316,7 +335,8 @@ def _check(request: _Request) -> _Recipe:
         queries_per_map=None if queries_per_map is None else tuple(queries_per_map),
     )
     level_axis = leading + 1 if points.dim() == leading + 4 else None
-    return _Recipe(options, level_axis, ragged and not request.batch_axis, {})
+    adds_batch_axis = ragged and not request.batch_axis
+    return _Recipe(options, level_axis, adds_batch_axis, num_kept_points, {})
 
 
 def _check_queries(
@@ -332,16 +352,7 @@ def _check_queries(
             f"{format_shape(value)}, got {len(queries)}"
         )
     total = points.shape[0]
-    if torch.compiler.is_compiling():
-        # Numbers that are read from a tensor are not known yet: the compiled program checks them when it
-        # runs. The messages that torch prints then can hold no numbers.
-        for count in queries:
-            torch._check(count >= 0, lambda: "queries_per_map: expected at least 0, got less")
-        torch._check(
-            sum(queries) == total,
-            lambda: "queries_per_map: expected the number of all queries as their sum, got another",
-        )
-    elif any(count < 0 for count in queries) or sum(queries) != total:
+    if not (all(holds(count >= 0) for count in queries) and holds(sum(queries) == total)):
         raise ValueError(
             f"queries_per_map: expected numbers of at least 0 that sum to {total}, the number of "
             f"queries of {name} {format_shape(points)}, got {queries}"

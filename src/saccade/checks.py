@@ -20,8 +20,31 @@ SPATIAL_DIMS = (1, 2, 3)
 # Positions of one level: the kernels keep the index of a position within its level in 32 bits.
 MAX_POSITIONS = 2**31 - 1
 
+# Points of a query and head: the kernels keep the index of a point in 32 bits.
+MAX_POINTS = 2**31 - 1
+
+# Elements of a tensor: the kernels count its bytes, and small multiples of its elements, in 64 bits.
+MAX_ELEMENTS = 2**60 - 1
+
 # Reference points of a query: the kernels keep the index of a coordinate among all of them in 32 bits.
 MAX_REFERENCES = (2**31 - 1) // 6
+
+
+def holds(condition: bool | torch.SymBool) -> bool:
+    """Whether a condition on sizes or numbers holds; where it does not, the caller raises its error.
+
+    Numbers that are read from a tensor while a compiler traces are unknown. For a condition on those the
+    result is True, and the compiled program raises a RuntimeError where it does not hold.
+    """
+    if not torch.compiler.is_compiling() and not isinstance(condition, torch.SymBool):
+        return bool(condition)  # a tensor, while torch.jit traces
+    from torch.fx.experimental.symbolic_shapes import guard_or_true  # it imports sympy
+
+    if not guard_or_true(condition):
+        return False
+    # Without a message, which strict export cannot hold, and which torch replaces by the condition.
+    torch._check(condition)
+    return True
 
 
 def parse_spatial_shapes(spatial_shapes: SpatialShapes) -> list[tuple[int, ...]]:
@@ -51,15 +74,25 @@ def parse_spatial_shapes(spatial_shapes: SpatialShapes) -> list[tuple[int, ...]]
                 f"same for each level, got {shape} in {shapes}"
             )
         for size in shape:
-            if size < 1:
+            if not holds(size >= 1):
                 raise ValueError(
                     f"spatial_shapes: expected positive sizes, got {shape} in {shapes}"
                 )
-        if math.prod(shape) > MAX_POSITIONS:
+        if not holds(math.prod(shape) <= MAX_POSITIONS):
             raise ValueError(
                 f"spatial_shapes: expected at most {MAX_POSITIONS} positions per level, got {shape}"
             )
     return shapes
+
+
+def check_positions(value: Tensor, shapes: Sequence[tuple[int, ...]]) -> None:
+    """Raises a ValueError unless these levels have as many positions as `value` [B, S, ...]."""
+    expected = sum(map(math.prod, shapes))
+    if not holds(value.shape[1] == expected):
+        raise ValueError(
+            f"spatial_shapes: expected shapes whose products sum to {value.shape[1]}, the number of "
+            f"positions of value {format_shape(value)}, got {shapes} which sum to {expected}"
+        )
 
 
 def _to_shape(row: Sequence[int]) -> tuple[int, ...]:
@@ -146,6 +179,8 @@ def parse_num_points(
         )
     if min(counts) < 1:
         raise ValueError(f"num_points: expected at least 1 point for each level, got {counts}")
+    if sum(counts) > MAX_POINTS:
+        raise ValueError(f"num_points: expected at most {MAX_POINTS} points in all, got {counts}")
     return counts
 
 
@@ -172,7 +207,7 @@ def parse_reference_index(
     counts_without_index = (1, len(num_points))
     if (
         count < 1
-        or sizes[:-2] != list(leading)
+        or not all(holds(size == expected) for size, expected in zip(sizes, leading, strict=False))
         or sizes[-1] not in (spatial_dims, 2 * spatial_dims)
         or (reference_index is None and count not in counts_without_index)
     ):
@@ -278,13 +313,27 @@ def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
 
 def check_shape(name: str, tensor: Tensor, expected: Sequence[int | None], hint: str = "") -> None:
     """Raises a ValueError unless the tensor has these sizes; None stands for any size."""
-    matches = tensor.dim() == len(expected)
-    if matches:
-        for size, expected_size in zip(tensor.shape, expected, strict=True):
-            matches = matches and (expected_size is None or size == expected_size)
-    if not matches:
+    if tensor.dim() != len(expected) or not all(
+        expected_size is None or holds(size == expected_size)
+        for size, expected_size in zip(tensor.shape, expected, strict=True)
+    ):
         sizes = ", ".join("any" if size is None else f"{size}" for size in expected)
         raise ValueError(f"{name}: expected [{sizes}], got {format_shape(tensor)}{hint}")
+
+
+def check_elements(name: str, sizes: Sequence[int], what: str = "") -> None:
+    """Raises a ValueError if a tensor of these sizes has too many elements, a size of 0 counted as 1.
+
+    The strides of a tensor without elements are products of its other sizes, which have to fit as well.
+    """
+    # A symbolic size would be guarded by the comparison; it comes from a tensor that fits into memory.
+    if any(type(size) is not int for size in sizes):
+        return
+    if math.prod(max(size, 1) for size in sizes) > MAX_ELEMENTS:
+        raise ValueError(
+            f"{name}: expected {what}at most {MAX_ELEMENTS} elements, a size of 0 counted as 1, "
+            f"got {list(sizes)}"
+        )
 
 
 def check_axes(name: str, tensor: Tensor, value: Tensor | None, **axes: int | None) -> None:
@@ -302,6 +351,16 @@ def check_axes(name: str, tensor: Tensor, value: Tensor | None, **axes: int | No
             axis if expected is None else f"{axis} {expected}" for axis, expected in axes.items()
         )
         raise ValueError(f"{name}: expected [{names}], got {format_shape(tensor)}")
+
+
+def has_queries(leading: Sequence[int]) -> bool:
+    """Whether the axes of batch and queries have elements: without, there is nothing to compute.
+
+    Sizes that torch.compile traces, and other symbolic ones, count as such: the question would fix them.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    return not any(type(size) is int and size == 0 for size in leading)
 
 
 def compute_dtype(value: Tensor) -> torch.dtype:

@@ -21,7 +21,7 @@ from saccade import doctor as doctor_report
 from saccade.bench.command import app as bench
 from saccade.call import Interpolation, Padding
 from saccade.export.command import export
-from saccade.terminal import MaxMegapixels, err, fail, need, out, show
+from saccade.terminal import MaxMegapixels, Threads, err, fail, need, out, show
 from saccade.vision import MAX_MEGAPIXELS
 
 if TYPE_CHECKING:
@@ -202,9 +202,7 @@ def detect(
         ),
     ] = None,
     max_megapixels: MaxMegapixels = MAX_MEGAPIXELS,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads.", show_default=False)
-    ] = None,
+    threads: Threads = None,
 ) -> None:
     """Finds objects in images and shows where their queries looked.
 
@@ -214,13 +212,17 @@ def detect(
     The three files of an image appear together. Images are PNG, JPEG, WebP, AVIF, BMP, GIF, TIFF,
     PPM or JPEG 2000.
 
-    Exit code: 0 all done; 1 some images were skipped, each named with the reason; 2 wrong usage,
-    no model, or no image could be processed; 130 or 143 ended by SIGINT or SIGTERM.
+    Exit code: 0 all done; 1 some images were skipped, each named with the reason, for example that
+    the model's scores for it are not numbers; 2 wrong usage, no model or a broken one, or no image
+    could be processed; 130 or 143 ended by SIGINT or SIGTERM.
     """
     need("detect", "detect")
     from saccade.vision.batch import detect_images
-    from saccade.vision.detector import Detector, ModelError
+    from saccade.vision.detector import Detector
+    from saccade.vision.models import ModelError
 
+    if not 0 <= threshold <= 1:  # not every typer refuses NaN
+        fail(f"--threshold: expected 0 to 1, got {threshold}")
     if threads is not None:
         torch.set_num_threads(threads)
     try:

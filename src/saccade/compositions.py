@@ -16,7 +16,9 @@ from torch import Tensor
 from saccade.checks import (
     SpatialShapes,
     check_axes,
+    check_positions,
     compute_dtype,
+    has_queries,
     parse_spatial_shapes,
 )
 from saccade.functional import deformable_attention
@@ -78,7 +80,7 @@ def depth_weighted_deformable_attention(
     """
     shapes = _images(spatial_shapes)
     check_axes("value", value, None, batch=None, positions=None, heads=None, head_dim=None)
-    _check_positions(value, shapes)
+    check_positions(value, shapes)
     check_axes(
         "sampling_locations", sampling_locations, value,
         batch=value.shape[0], queries=None, heads=None, levels=len(shapes), points=None,
@@ -102,6 +104,10 @@ def depth_weighted_deformable_attention(
                 f"got {tensor.shape[2]} in {list(tensor.shape)}"
             )
 
+    if not has_queries(sampling_locations.shape[:2]):
+        # Nothing is read; the sum of no elements leaves the depths their gradient.
+        attention_weights = attention_weights + depth_distribution[:, :0].sum()
+        return deformable_attention(value, shapes, sampling_locations[..., :2], attention_weights)
     dtype = compute_dtype(value)
     # Converted before it is gathered from, so that its gradient sums up in the compute dtype.
     depths = depth_distribution.to(dtype).flatten(1)
@@ -233,7 +239,7 @@ def multi_camera_deformable_aggregation(
     shapes = [shape for levels in cameras for shape in levels]
     check_axes("value", value, None, batch=None, positions=None, channels=None)
     batch_size, _, num_channels = value.shape
-    _check_positions(value, shapes)
+    check_positions(value, shapes)
     check_axes(
         "sampling_locations", sampling_locations, value,
         batch=batch_size, anchors=None, points=None, cameras=len(cameras), coordinates=2,
@@ -285,12 +291,3 @@ def _cameras(spatial_shapes: Sequence[SpatialShapes] | Tensor) -> list[list[tupl
     if len({len(levels) for levels in cameras}) > 1:
         raise ValueError(f"{expected}, the same number of levels for each, got {cameras}")
     return cameras
-
-
-def _check_positions(value: Tensor, shapes: list[tuple[int, ...]]) -> None:
-    num_positions = sum(math.prod(shape) for shape in shapes)
-    if value.shape[1] != num_positions:
-        raise ValueError(
-            f"spatial_shapes: expected shapes whose products sum to {value.shape[1]}, the number of "
-            f"positions of value {list(value.shape)}, got {shapes} which sum to {num_positions}"
-        )

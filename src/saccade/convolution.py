@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saccade.checks import check_axes, compute_dtype, format_shape, to_ints
+from saccade.checks import check_axes, compute_dtype, format_shape, has_queries, to_ints
 from saccade.functional import deformable_attention, fused_deformable_attention
 
 
@@ -106,7 +106,12 @@ def deformable_convolution(
     heads = value.flatten(1, 2).unflatten(2, (num_groups, -1))
     offsets, weights = sampling_offsets.flatten(1, 2), modulation.flatten(1, 2)
     dtype = compute_dtype(value)
-    points = window.points(rows, columns, offset_scale, dtype, value.device)
+    if not has_queries((batch_size,)):
+        # The points at rest are as many as the windows of one map: nothing reads them.
+        points = offsets.new_zeros(1, dtype=dtype).expand(1, rows * columns, window.num_points, 2)
+        softmax = False
+    else:
+        points = window.points(rows, columns, offset_scale, dtype, value.device)
     if softmax:
         # The points at rest are the reference points, so that the offsets can stay as they are.
         if offset_scale != 1:

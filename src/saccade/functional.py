@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from saccade import backend, reference
 from saccade.call import Call, Coordinates, Interpolation, Padding, drop_batch_axis, parse_call
 from saccade.checks import SpatialShapes, check_tensor
-from saccade.ops.autograd import needs_autograd
-from saccade.ops.registration import BACKWARD_OPERATOR, OPERATOR
+from saccade.ops.autograd import compute_gradients, needs_autograd
+from saccade.ops.registration import OPERATOR
 from saccade.ops.schema import to_arguments
 
 
@@ -219,15 +218,14 @@ def fused_deformable_attention(
 
 def run(call: Call) -> Tensor:
     """The output of a checked call: Tensor[B, Q, M * D], or [T, M * D] with `queries_per_map`."""
-    compiling = torch.compiler.is_compiling()  # the compiler has to see the plain call
-    if not compiling and backend.transforms_are_active():
-        output = reference.execute(call)
-    elif compiling or needs_autograd(call.value, call.points, call.weights, call.reference_points):
-        output = OPERATOR(*to_arguments(call))
+    arguments = to_arguments(call)
+    # The compiler has to see the plain call.
+    if torch.compiler.is_compiling() or needs_autograd(*arguments.tensors):
+        output = OPERATOR(*arguments)
     else:
         # Passing through autograd takes as long as a small call, even where it has nothing to do.
         with torch._C._AutoDispatchBelowAutograd():
-            output = OPERATOR(*to_arguments(call))
+            output = OPERATOR(*arguments)
     return output if call.options.queries_per_map is None else drop_batch_axis(output, call)
 
 
@@ -241,15 +239,4 @@ def run_backward(
         call: the checked call whose output that is.
         output_mask: which of the four gradients are computed; the others are None.
     """
-    compiling = torch.compiler.is_compiling()
-    if not compiling and backend.transforms_are_active():
-        return reference.execute_backward(grad_output, call, output_mask)
-    arguments = to_arguments(call)
-    if compiling or needs_autograd(grad_output, *arguments.tensors):
-        results = BACKWARD_OPERATOR(grad_output, *arguments, output_mask)
-    else:
-        with torch._C._AutoDispatchBelowAutograd():
-            results = BACKWARD_OPERATOR(grad_output, *arguments, output_mask)
-    return tuple(
-        result if included else None for result, included in zip(results, output_mask, strict=True)
-    )
+    return compute_gradients(grad_output, to_arguments(call), output_mask)

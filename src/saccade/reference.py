@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from saccade.call import Call, Options, drop_batch_axis, parse_call
-from saccade.checks import SpatialShapes, check_tensor, compute_dtype
+from saccade.checks import SpatialShapes, check_tensor, compute_dtype, has_queries
 from saccade.sampling import Corner, corners, offset_step, sampling_locations
 
 # Queries are worked on in slices so that no intermediate tensor has more elements than this
@@ -96,15 +96,16 @@ def fused_deformable_attention(
 
 def execute(call: Call) -> Tensor:
     """The operator on a checked call: [B, Q, M * D] in the value's dtype."""
+    if not call.has_queries:
+        batch_size, num_queries, num_heads = call.points.shape[:3]
+        return _zeros((batch_size, num_queries, num_heads * call.value.shape[3]), call.value, call)
     locations, weights = _locations_and_weights(call)
     outputs = [
-        _execute_maps(maps, call.options) for maps, _ in _maps(call.value, locations, weights, call)
+        _execute_maps(maps, call.options)
+        for maps, _ in _maps(call.value, locations, weights, call)
+        if has_queries(maps.locations.shape[:2])
     ]
-    if outputs:
-        return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
-    # A call with `queries_per_map` and no maps has no queries: its output is that of an empty map.
-    no_value = call.value.sum(0, keepdim=True)
-    return _execute_maps(_Maps(no_value, locations, weights), call.options)
+    return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
 
 
 def execute_backward(
@@ -122,12 +123,24 @@ def execute_backward(
         output_mask: which of the four gradients are computed.
     """
     value_mask, points_mask, weights_mask, reference_mask = output_mask
+    if not call.has_queries:
+        value, points, weights, references = (
+            _zeros(tensor.shape, tensor, call, grad_output)
+            if included and tensor is not None
+            else None
+            for tensor, included in zip(
+                (call.value, call.points, call.weights, call.reference_points),
+                output_mask,
+                strict=True,
+            )
+        )
+        return value, points, weights, references
     locations, weights = _locations_and_weights(call)  # [B, Q, M, P, N], [B, Q, M, P]
-    # The empty first parts serve a call without maps.
-    grads_value, grads_locations, grads_weights = (
-        [call.value[:0]], [locations[:, :0]], [weights[:, :0]]
-    )  # fmt: skip
+    grads_value, grads_locations, grads_weights = [], [], []
     for maps, queries in _maps(call.value, locations, weights, call):
+        if not has_queries(maps.locations.shape[:2]):
+            grads_value.append(torch.zeros_like(maps.value))
+            continue
         grad_value, grad_locations, grad_weights = _execute_backward_maps(
             grad_output[:, queries],
             maps,
@@ -154,6 +167,15 @@ def execute_backward(
         grad_weights.to(call.weights.dtype) if weights_mask else None,
         grad_reference_points if reference_mask else None,
     )
+
+
+def _zeros(shape: Sequence[int], like: Tensor, call: Call, *others: Tensor) -> Tensor:
+    """Zeros in the dtype of `like` for a call without queries; they depend on all its tensors, so that
+    each has a gradient, without work on any.
+    """
+    tensors = (call.value, call.points, call.weights, call.reference_points, *others)
+    parts = [tensor[:, :0].sum().to(like.dtype) for tensor in tensors if tensor is not None]
+    return torch.stack(parts).sum().expand(shape).contiguous()
 
 
 # --- from what a call predicts to locations and weights, and back ------------------------------------
@@ -337,7 +359,7 @@ def _query_slices(maps: _Maps, options: Options) -> Iterator[slice]:
     batch_size, num_queries, num_heads = maps.locations.shape[:3]
     elements_per_query = batch_size * num_heads * max(options.num_points) * maps.value.shape[3]
     step = max(1, MAX_INTERMEDIATE_ELEMENTS // max(1, elements_per_query))
-    # At least one slice, so that a call without queries still yields its empty output.
+    # At least one slice, so that a traced call without queries still yields its empty output.
     for begin in range(0, max(1, num_queries), step):
         yield slice(begin, begin + step)
 
@@ -353,26 +375,33 @@ def _levels(maps: _Maps, options: Options, queries: slice) -> Iterator[_Level]:
     )
     for value, shape, locations, weights in levels:
         # Converted before it is gathered from, so that its gradient is summed in the compute dtype.
-        yield _Level(value.to(dtype), shape, locations, weights)
-
-
-def _batch_and_head(value: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
-    """Index tensors that broadcast against `row` [B, q, M, K]; a single head serves all heads."""
-    batch = torch.arange(row.shape[0], device=row.device).view(-1, 1, 1, 1)
-    head = torch.arange(row.shape[2], device=row.device).view(1, 1, -1, 1)
-    return batch, head if value.shape[2] > 1 else torch.zeros_like(head)
+        yield _Level(value.to(dtype).contiguous(), shape, locations, weights)
 
 
 def _gather(value: Tensor, corner: Corner) -> Tensor:
     """The value rows at a corner, 0 outside the map: [B, q, M, K, D]."""
-    batch, head = _batch_and_head(value, corner.row)
-    rows = value[batch, corner.row, head]
+    rows = value.flatten(0, 2).gather(0, _row_index(value, corner.row))
     # Masked, not multiplied by 0: an infinite value must not leak from a row that no point reads.
+    rows = rows.view(*corner.row.shape, value.shape[3])
     return rows.masked_fill(~corner.inside[..., None], 0)
 
 
 def _scatter(grad_value: Tensor, corner: Corner, rows: Tensor) -> Tensor:
     """`grad_value` with `rows` added at a corner: the transpose of `_gather`."""
-    batch, head = _batch_and_head(grad_value, corner.row)
     rows = rows.masked_fill(~corner.inside[..., None], 0)
-    return grad_value.index_put((batch, corner.row, head), rows, accumulate=True)
+    index = _row_index(grad_value, corner.row)
+    return grad_value.flatten(0, 2).scatter_add(0, index, rows.flatten(0, 3)).view(grad_value.shape)
+
+
+def _row_index(value: Tensor, row: Tensor) -> Tensor:
+    """Where each point reads in `value.flatten(0, 2)`: [B * q * M * K, D].
+
+    For gather and scatter_add, because Inductor computes wrong forward-mode derivatives of `value[index]`
+    and `index_put`.
+    """
+    batch_size, num_positions, num_heads, head_dim = value.shape
+    batch = torch.arange(batch_size, device=row.device).view(-1, 1, 1, 1)
+    head = torch.arange(row.shape[2], device=row.device).view(1, 1, -1, 1)
+    # A single head serves all heads.
+    index = (batch * num_positions + row) * num_heads + (head if num_heads > 1 else 0)
+    return index.view(-1, 1).expand(-1, head_dim)

@@ -15,6 +15,17 @@ from saccade.files import as_text
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
+# More threads than processors are slower, and a process with very many of them crashes.
+MAX_THREADS = 4 * (os.cpu_count() or 1)
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=MAX_THREADS,
+        help="CPU threads, up to four per processor.",
+        show_default=False,
+    ),
+]
 MaxMegapixels = Annotated[
     int,
     typer.Option(

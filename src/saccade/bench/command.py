@@ -23,7 +23,7 @@ from saccade.bench import models, operator
 from saccade.bench.models import MODELS
 from saccade.bench.operator import BASELINES, DEFAULT_WORKLOADS, DTYPES, WORKLOADS, Row
 from saccade.doctor import processor_name
-from saccade.terminal import fail, need, out
+from saccade.terminal import MAX_THREADS, Threads, fail, need, out
 
 PACKAGES = ("transformers", "torch-ms-deform-attn", "onnxruntime")  # whose versions are recorded
 Names = list[str] | None
@@ -41,7 +41,10 @@ def bench(
         Names, typer.Option(help="float32 (default), bfloat16 or float16; repeat it.")
     ] = None,
     threads: Annotated[
-        list[int] | None, typer.Option(min=1, help="CPU threads; repeat it.")
+        list[int] | None,
+        typer.Option(
+            min=1, max=MAX_THREADS, help="CPU threads, up to four per processor; repeat it."
+        ),
     ] = None,
     backward: Annotated[
         bool, typer.Option("--backward", help="Also time forward and backward together.")
@@ -92,7 +95,7 @@ def bench(
 @app.command("models")
 def bench_models(
     model: Annotated[Names, typer.Option(help="A model, by name; repeat it. Default: all.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    threads: Threads = None,
     seconds: Seconds = 10.0,
     json: JsonFile = None,
 ) -> None:

@@ -13,7 +13,7 @@ from rich.table import Table
 from saccade import doctor
 from saccade.export.formats import CHECK_INPUTS, Format
 from saccade.integrations.onnx import Lowering
-from saccade.terminal import MaxMegapixels, err, fail, need, out, show
+from saccade.terminal import MaxMegapixels, Threads, err, fail, need, out, show
 from saccade.vision import MAX_MEGAPIXELS
 
 if TYPE_CHECKING:
@@ -75,9 +75,7 @@ def export(
         ),
     ] = 0.5,
     seconds: Annotated[float, typer.Option(min=0, help="How long to measure speed.")] = 3.0,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads.", show_default=False)
-    ] = None,
+    threads: Threads = None,
 ) -> None:
     """Writes a detector as a file for another runtime, and verifies the file.
 
@@ -87,15 +85,16 @@ def export(
     not give the same detections is deleted.
 
     Exit code: 0 written and verified; 1 the model cannot be exported this way, or the file gave
-    other numbers, and no file is left, or the disk is full; 2 wrong usage, no model or no image; 130 or 143 ended
-    by SIGINT or SIGTERM.
+    other numbers, and no file is left, or the disk is full; 2 wrong usage, no image, no model, or one
+    that is broken or gives scores that are not numbers; 130 or 143 ended by SIGINT or SIGTERM.
     """
     if lowering is not None and to != "onnx":
         fail(f"--lowering: expected with --to onnx only, got it with --to {to}")
     need("export", "export" if to == "onnx" else "detect")
     from saccade.export.detectors import ExportError, export_detector
-    from saccade.vision.detector import Detector, ModelError
+    from saccade.vision.detector import Detector
     from saccade.vision.images import ImageError, open_image
+    from saccade.vision.models import ModelError
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -128,6 +127,8 @@ def export(
                 seconds=seconds,
                 show_progress=show_progress,
             )
+        except ModelError as error:
+            fail(error)
         except (ExportError, OSError, ValueError) as error:
             err.print(f"error: {error}", markup=False, soft_wrap=True)
             raise typer.Exit(1) from error

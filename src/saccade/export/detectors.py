@@ -24,6 +24,7 @@ from saccade.integrations.onnx import Lowering
 from saccade.integrations.tracing import symbolic_sizes
 from saccade.timing import alternate
 from saccade.vision.detector import Detector
+from saccade.vision.models import ModelError, check_outputs, describe_error
 
 # Backbones divide the sides of an image by powers of two up to this one.
 STEP = 32
@@ -106,6 +107,7 @@ def export_detector(
 
     Raises:
         ExportError: nothing could be exported, or the file gave other results; no file is written.
+        ModelError: the detector cannot process the image, or its scores are not numbers.
         ModuleNotFoundError: a required package is not installed.
     """
     check_option("to", to, Format)
@@ -187,11 +189,18 @@ class _Trial:
         self._to, self._lowering, self._show_progress = to, lowering, show_progress
         # The mirrored image has the same size and completes a batch of two.
         images = [image, ImageOps.mirror(image)]
-        pixels: Tensor = self._processor(images=images, return_tensors="pt")["pixel_values"]
-        dtype = next(detector.model.parameters()).dtype
-        self._pixels = pixels.to(dtype).contiguous()
-        with torch.inference_mode():
-            outputs = detector.model(pixel_values=self.pixels(1))
+        try:
+            pixels: Tensor = self._processor(images=images, return_tensors="pt")["pixel_values"]
+            dtype = next(detector.model.parameters()).dtype
+            self._pixels = pixels.to(dtype).contiguous()
+            with torch.inference_mode():
+                outputs = detector.model(pixel_values=self.pixels(1))
+                logits, boxes = outputs.logits, outputs.pred_boxes
+        except Exception as error:  # models raise errors of any type
+            raise ModelError(
+                f"{detector.name} cannot process the image: {describe_error(error)}"
+            ) from error
+        check_outputs(detector.name, logits, boxes)
         # Two-stage models return the scores by which they selected their queries.
         stages = (getattr(outputs, name, None) for name in ("enc_outputs_class", "enc_topk_logits"))
         self._selects_queries = any(scores is not None for scores in stages)
@@ -254,6 +263,8 @@ class _Trial:
             try:
                 with torch.inference_mode():
                     expected, actual = self.run(pixels), run(pixels)
+                # A file is not verified by numbers that the model itself does not give.
+                check_outputs("the model", *expected)
                 comparisons[name] = compare(
                     expected,
                     actual,

@@ -66,7 +66,8 @@ def compare(
             and a few may belong to other queries; otherwise each row is compared with its own.
 
     Raises:
-        ValueError: the number of outputs, their shapes, or the elements that are not finite differ.
+        ValueError: the number of outputs, their shapes, or the elements that are not finite differ;
+            or the expected outputs are not numbers. Minus infinity is the logit of a score of 0.
     """
     if len(actual) != len(expected):
         raise ValueError(f"expected {len(expected)} outputs, got {len(actual)}")
@@ -75,9 +76,10 @@ def compare(
             raise ValueError(
                 f"expected an output {list(reference.shape)}, got {list(output.shape)}"
             )
-        finite = reference.isfinite()
-        if not bool((output.isfinite() == finite).all()) or not output[~finite].equal(
-            reference[~finite]
+        if not bool((reference.isfinite() | reference.isneginf()).all()):
+            raise ValueError("expected numbers of the model itself, got some that are not finite")
+        if not bool((output.isneginf() == reference.isneginf()).all()) or not bool(
+            (output.isfinite() == reference.isfinite()).all()
         ):
             raise ValueError("elements of an output are not finite, unlike in the expected one")
     expected_rows, actual_rows = _concatenate(expected), _concatenate(actual)
@@ -95,7 +97,7 @@ def compare(
 
 
 def _concatenate(outputs: Sequence[Tensor]) -> Tensor:
-    """Joins logits and boxes to [B, Q, classes + 4]; elements that are not finite count as 0."""
+    """Joins logits and boxes to [B, Q, classes + 4]; elements that are minus infinity count as 0."""
     return torch.cat([output.double().nan_to_num(0.0, 0.0, 0.0) for output in outputs], -1)
 
 

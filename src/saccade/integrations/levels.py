@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from saccade.checks import check_shape, check_tensor
+from saccade.checks import check_shape, check_tensor, holds
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -41,9 +41,12 @@ def parse_levels(**tensors: Tensor) -> list[tuple[int, int]]:
     levels = len(spatial_shapes)
     shapes = list(zip(values[: 2 * levels : 2], values[1 : 2 * levels : 2], strict=True))
     *expected_starts, _ = itertools.accumulate(map(math.prod, shapes), initial=0)
-    if values[2 * levels :] != expected_starts:
+    starts = values[2 * levels :]
+    if len(starts) != levels or not all(
+        holds(start == expected) for start, expected in zip(starts, expected_starts, strict=True)
+    ):
         raise ValueError(
             f"{starts_name}: expected {expected_starts}, where the levels {shapes} of "
-            f"{shapes_name} start, got {values[2 * levels :]}"
+            f"{shapes_name} start, got {starts}"
         )
     return shapes

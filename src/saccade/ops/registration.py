@@ -12,20 +12,28 @@ def _register() -> torch.library.Library:
     if native.failure is not None:
         for name, signature in schema.SCHEMAS.items():
             library.define(name + signature)
-    for name, fallback, fake, gpu_kernel in (
-        (schema.FORWARD, schema.fallback, schema.fake, gpu.forward),
-        (schema.BACKWARD, schema.backward_fallback, schema.backward_fake, gpu.backward),
+    for name, fallback, fake, gpu_kernel, autograd_kernel in (
+        (
+            schema.FORWARD,
+            schema.fallback,
+            schema.fake,
+            gpu.forward,
+            autograd.autograd_kernel,
+        ),
+        (
+            schema.BACKWARD,
+            schema.backward_fallback,
+            schema.backward_fake,
+            gpu.backward,
+            autograd.backward_autograd_kernel,
+        ),
     ):
         library.impl(name, fallback, "CompositeExplicitAutograd")
         library.impl(name, gpu_kernel, "CUDA")
+        library.impl(name, autograd_kernel, "Autograd", with_keyset=True)
+        # torch.func.vmap would run the kernel once for each entry of the mapped axis.
+        library.impl(name, fallback, "FuncTorchBatched")
         torch.library.register_fake(f"saccade::{name}", fake, lib=library)
-    library.impl(schema.FORWARD, autograd.autograd_kernel, "Autograd", with_keyset=True)
-    torch.library.register_autograd(
-        f"saccade::{schema.BACKWARD}",
-        autograd.backward_of_backward,
-        setup_context=autograd.save_for_second_order,
-        lib=library,
-    )
     return library
 
 

@@ -160,6 +160,8 @@ def backward_fallback(grad_output: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     arguments, output_mask = split_backward_inputs(inputs)
     call = arguments.checked_call()
     check_backward_inputs(grad_output, call, output_mask)
+    if not call.has_queries:
+        return zero_gradients(arguments, output_mask)
     gradients = reference.execute_backward(grad_output, call, output_mask)
     return tuple(
         _empty(arguments.points if tensor is None else tensor)
@@ -188,6 +190,16 @@ def check_backward_inputs(grad_output: Tensor, call: Call, output_mask: Sequence
         )
 
 
+def zero_gradients(arguments: Arguments, output_mask: Sequence[bool]) -> tuple[Tensor, ...]:
+    """The results of the backward operator for a call without queries."""
+    return tuple(
+        tensor.new_zeros(tensor.shape)
+        if included and tensor is not None
+        else _empty(arguments.points if tensor is None else tensor)
+        for tensor, included in zip(arguments.tensors, output_mask, strict=True)
+    )
+
+
 def split_backward_inputs(inputs: Sequence[Any]) -> tuple[Arguments, Sequence[bool]]:
     """The inputs of the backward operator behind `grad_output`: arguments and output mask."""
     *arguments, output_mask = inputs
@@ -203,46 +215,19 @@ def _empty(like: Tensor) -> Tensor:
 
 
 def fake(*inputs: Any) -> Tensor:
-    """The operator's output without content."""
-    arguments = Arguments(*inputs)
-    _check_axes_and_devices(arguments)
-    batch_size, num_queries, num_heads = arguments.points.shape[:3]
-    return arguments.value.new_empty(
-        (batch_size, num_queries, num_heads * arguments.value.shape[3])
-    )
+    """The operator's output without content, after the checks of the fallback."""
+    call = Arguments(*inputs).checked_call()
+    batch_size, num_queries, num_heads = call.points.shape[:3]
+    return call.value.new_empty((batch_size, num_queries, num_heads * call.value.shape[3]))
 
 
 def backward_fake(grad_output: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    """The backward operator's results without content."""
+    """The backward operator's results without content, after the checks of the fallback."""
     arguments, output_mask = split_backward_inputs(inputs)
-    _check_axes_and_devices(arguments, grad_output)
+    check_backward_inputs(grad_output, arguments.checked_call(), output_mask)
     return tuple(
         tensor.new_empty(tensor.shape)
         if included and tensor is not None
         else _empty(arguments.points if tensor is None else tensor)
         for tensor, included in zip(arguments.tensors, output_mask, strict=True)
     )
-
-
-def _check_axes_and_devices(arguments: Arguments, grad_output: Tensor | None = None) -> None:
-    # No sizes are compared: a symbolic one would be fixed, or guarded, by that.
-    queries = ("batch", "queries")
-    for name, tensor, axes in (
-        ("value", arguments.value, ("batch", "positions", "heads or 1", "head_dim")),
-        ("grad_output", grad_output, (*queries, "heads * head_dim")),
-        (arguments.points_name, arguments.points, (*queries, "heads", "points", "spatial_dims")),
-        (arguments.weights_name, arguments.weights, (*queries, "heads", "points")),
-        (
-            "reference_points",
-            arguments.reference_points,
-            (*queries, "references", "spatial_dims or 2 * spatial_dims"),
-        ),
-    ):
-        if tensor is None:
-            continue
-        if tensor.dim() != len(axes):
-            raise ValueError(
-                f"{name}: expected {len(axes)} axes [{', '.join(axes)}], "
-                f"got {tensor.dim()} axes {format_shape(tensor)}"
-            )
-        check_device(name, tensor, arguments.value.device)

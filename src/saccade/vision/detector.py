@@ -1,15 +1,13 @@
 """Detection with transformers' detectors whose attention runs on Saccade.
 
-The model, its image processor and its post-processing come from transformers. This module loads
-them, records where the queries looked, and converts the results to plain data.
+The model, its image processor and its post-processing come from transformers; `models` loads them.
+This module records where the queries looked, and converts the results to plain data.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,10 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from saccade import doctor
 from saccade.backend import which_backend
 from saccade.files import as_text
 from saccade.integrations import patch
+from saccade.vision.models import ModelError, check_outputs, check_resized, load_model
 from saccade.vision.sampling_record import (
     Frame,
     Look,
@@ -29,10 +27,6 @@ from saccade.vision.sampling_record import (
     find_frames,
     get_look,
 )
-
-
-class ModelError(Exception):
-    """A model cannot be loaded or used; the message names the model and the reason."""
 
 
 @dataclass(frozen=True)
@@ -102,22 +96,11 @@ class Detector:
                 the id of a model on the Hugging Face hub; None means the model shipped with Saccade.
 
         Raises:
-            ModelError: the model does not exist, cannot be loaded, lacks weights, or is not a
-                detector with deformable attention.
+            ModelError: the model does not exist, cannot be loaded, lacks weights, has weights that
+                are not numbers, would run code of its own, or is not a detector with deformable
+                attention.
         """
-        if source is None:
-            missing = doctor.missing_model_files()
-            if missing:
-                raise ModelError(
-                    f"this installation has no default model ({', '.join(missing)} missing in "
-                    f"{doctor.DEFAULT_MODEL}); choose one with --model"
-                )
-            return cls("saccade's digits", *_from_pretrained(str(doctor.DEFAULT_MODEL), local=True))
-        local = Path(source).expanduser().is_dir()
-        if not local and (source.startswith((".", "/", "~")) or source.count("/") != 1):
-            raise ModelError(f"{source} is neither a folder nor the id of a model (owner/name)")
-        path = str(Path(source).expanduser()) if local else source
-        return cls(source, *_from_pretrained(path, local=local))
+        return cls(*load_model(source))
 
     @property
     def num_layers(self) -> int:
@@ -142,16 +125,23 @@ class Detector:
 
         Raises:
             ValueError: the decoder has no such layer.
+            ModelError: scores or boxes are not numbers, or an image becomes too large for the model.
         """
+        for image in images:
+            check_resized(self.name, self.processor, image.size)
         inputs = self.processor(images=list(images), return_tensors="pt")
         recorder = Recorder(self.model, self.operators, layer)
         with torch.inference_mode(), recorder:
             outputs = self.model(**inputs)
+        check_outputs(self.name, outputs.logits, outputs.pred_boxes)
         recording = recorder.recording()
         frames = find_frames(
             [image.size for image in images], inputs["pixel_values"], inputs.get("pixel_mask")
         )
         objects_per_image = self._post_process(outputs, threshold, images)
+        for objects in objects_per_image:
+            if not bool(objects["boxes"].isfinite().all()):
+                raise ModelError(f"{self.name} gives boxes that are infinite in pixels")
         queries_per_image = find_queries(self.processor, outputs, threshold)
         results = []
         for batch_index, (objects, queries, frame) in enumerate(
@@ -229,40 +219,3 @@ def find_queries(processor: Any, outputs: Any, threshold: float) -> list[list[in
 def _box(box: Tensor) -> tuple[float, float, float, float]:
     x0, y0, x1, y1 = box.double().tolist()
     return x0, y0, x1, y1
-
-
-def _from_pretrained(path: str, *, local: bool) -> tuple[nn.Module, Any]:
-    with _quiet_transformers():
-        from transformers import AutoImageProcessor, AutoModelForObjectDetection
-
-        try:
-            model, info = AutoModelForObjectDetection.from_pretrained(
-                path, local_files_only=local, output_loading_info=True
-            )
-            processor = AutoImageProcessor.from_pretrained(path, local_files_only=local)
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-            reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
-            raise ModelError(f"cannot load {path}: {reason}") from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise ModelError(
-            f"{path} lacks {len(missing)} weights of {type(model).__name__}, among them "
-            f"{missing[0]}: it would detect at random"
-        )
-    return model, processor
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Silences transformers' log messages and progress bars while a model is loaded."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -71,7 +71,7 @@ from saccade.backends.triton.rule_backward import (
 )
 from saccade.backends.triton.tuning import Form
 from saccade.call import Call
-from saccade.ops.schema import check_backward_inputs, split_backward_inputs
+from saccade.ops.schema import check_backward_inputs, split_backward_inputs, zero_gradients
 
 
 class Gradients(NamedTuple):
@@ -557,6 +557,8 @@ def backward(grad_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     call_arguments, output_mask = split_backward_inputs(arguments)
     call = call_arguments.checked_call()
     check_backward_inputs(grad_output, call, output_mask)
+    if not call.has_queries:
+        return zero_gradients(call_arguments, output_mask)
     deterministic = torch.are_deterministic_algorithms_enabled()
     key = ("triton backward", *output_mask, deterministic)
     planned: BackwardPlan | None = call.plans.get(key)

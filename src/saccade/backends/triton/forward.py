@@ -382,6 +382,9 @@ def forward_plan(call: Call, form: Form | None = None) -> ForwardPlan:
 def forward(*arguments: Any) -> Tensor:
     """`saccade::deformable_attention` on a GPU; the arguments are those of the operator."""
     call = Arguments(*arguments).checked_call()
+    if not call.has_queries:
+        batch_size, num_queries, num_heads = call.points.shape[:3]
+        return call.value.new_empty((batch_size, num_queries, num_heads * call.value.shape[3]))
     planned: ForwardPlan | None = call.plans.get("triton forward")
     if planned is None:
         planned = call.plans["triton forward"] = forward_plan(call)

@@ -4,7 +4,7 @@ With d[c] the dot product of the output's gradient and the value's row at corner
 point's attention weight:
 
     grad_weight        = sum over c inside the map of weight[c] * d[c]
-    grad_location[n]   = w * sum over c inside the map of (d weight[c] / d location[n]) * d[c]
+    grad_location[n]   = sum over c inside the map of (d weight[c] / d location[n]) * (w * d[c])
     grad_offset[n]     = grad_location[n] * step[n]
     grad_logit[k]      = w[k] * (grad_weight[k] - sum over j of w[j] * grad_weight[j])       with softmax
     grad_reference[n]  = sum of grad_location[n] over the points that start from it

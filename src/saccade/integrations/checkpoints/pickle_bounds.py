@@ -8,8 +8,8 @@ is imported, called, hashed or compared, and the time is linear in the number of
 from __future__ import annotations
 
 import pickletools
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -22,11 +22,16 @@ class Limits:
     """Bounds on what a file may make a reader do; each is large beside the files of real models.
 
     Attributes:
-        objects: the objects that a walk through the content of a pickle meets. A tensor counts about 40,
+        objects: the objects that a walk through the content of a pickle meets. A tensor counts about 30,
             and an object that is referred to twice counts twice.
         depth: how deep containers lie within each other.
         expansion: bytes that may come into memory beyond the size of the file: by compressed members of
             an archive, by tensors that repeat their elements, or by entries that share them.
+
+    Example:
+        >>> from saccade.integrations import checkpoints
+        >>> checkpoints.Limits(expansion=2**32)
+        Limits(objects=5000000, depth=200, expansion=4294967296)
     """
 
     objects: int = 5_000_000
@@ -95,7 +100,7 @@ class _Node:
     Attributes:
         kind: what it is: a container, or "call" for what a function returned.
         depth, size: how deep it is, and how many objects a walk through it meets.
-        items: the elements of a tuple or list, or the arguments of a call.
+        items: the elements of a tuple or list, the argument of torch.Size, or the size of a storage.
         name: the full name of a global, or of the function that was called.
         placed: it is an element of another value. A pickler fills a container before it places it, unless
             the container holds itself.
@@ -104,7 +109,7 @@ class _Node:
     kind: str
     depth: int = 0
     size: int = 1
-    items: list[Any] = field(default_factory=list)
+    items: Sequence[Any] = ()
     name: str = ""
     placed: bool = False
 
@@ -358,9 +363,7 @@ class _Scan:
         if self.storages.setdefault(key.decode("utf-8", "replace"), numel) != numel:
             raise self._error("one size of each storage", "two")
         self._push("storage", [identity])
-        top = self.stack[-1]
-        assert isinstance(top, _Node)
-        top.items = [numel]
+        self._keep([numel])
 
     # What the instructions have in common.
 
@@ -448,6 +451,11 @@ class _Scan:
         self.stack.append(node)
         self._fill(node, items)
 
+    def _keep(self, items: Sequence[_Value]) -> None:
+        top = self.stack[-1]
+        assert isinstance(top, _Node)
+        top.items = items
+
     def _fill(self, node: _Value, items: list[_Value], *, keep: bool = True) -> None:
         """Places the items in the node, which becomes as deep and as large as they make it."""
         if not isinstance(node, _Node):
@@ -466,8 +474,11 @@ class _Scan:
         node.size += len(items)
         if node.size > self.limits.objects:
             raise self._exceeded("objects", self.limits.objects, node.size)
-        if keep and node.kind in ("tuple", "list", "call"):
-            node.items += items
+        if keep and node.kind in ("tuple", "list"):
+            if isinstance(node.items, list):
+                node.items += items
+            else:
+                node.items = items
 
     def _add_work(self, value: _Value) -> None:
         if isinstance(value, _Node) and value.kind != "text":
@@ -475,7 +486,7 @@ class _Scan:
         if self.work > self.limits.objects * WORK_FACTOR:
             raise self._exceeded("objects", self.limits.objects, "functions that walk more")
 
-    def _check_keys(self, keys: list[_Value]) -> None:
+    def _check_keys(self, keys: Sequence[_Value]) -> None:
         for key in keys:
             if isinstance(key, bytes) or (isinstance(key, int) and abs(key) < LARGEST_KEY):
                 continue
@@ -494,15 +505,14 @@ class _Scan:
         name = function.name if isinstance(function, _Node) and function.kind == "global" else ""
         self._check_call(name, items)
         self._push("call", [function, *arguments], name)
-        top = self.stack[-1]
-        assert isinstance(top, _Node)
-        top.items = list(items)
+        if name == "torch.Size":
+            self._keep(items)
 
     def _call_items(self, function: _Value, items: list[_Value]) -> None:
         self._push("tuple", items)
         self._call(function, [self._take()])
 
-    def _check_call(self, name: str, items: list[Any]) -> None:
+    def _check_call(self, name: str, items: Sequence[Any]) -> None:
         """Checks a call whose cost its arguments do not bound."""
         while name == "torch._tensor._rebuild_from_type_v2" and len(items) > 2:
             function, arguments = items[0], items[2]
@@ -518,12 +528,12 @@ class _Scan:
                 raise self._error(f"{name} of bytes", "of another value")
         elif name == "_codecs.encode":
             # Python writes bytes so. Other codecs take time that is quadratic in the length, or compress.
-            if items[1:] not in ([b"latin1"], [b"latin-1"]):
+            if list(items[1:]) not in ([b"latin1"], [b"latin-1"]):
                 raise self._error("_codecs.encode to latin1", "another codec")
         elif name in TENSOR_FUNCTIONS:
             self._check_tensor(items)
 
-    def _check_tensor(self, items: list[Any]) -> None:
+    def _check_tensor(self, items: Sequence[Any]) -> None:
         """Checks that a tensor has no more elements than its storage, or few of them."""
         storage, sizes = (items[0], items[2]) if len(items) > 2 else (None, None)
         if isinstance(sizes, _Node) and sizes.kind == "call" and sizes.items:

@@ -35,6 +35,11 @@ class Checkpoint:
 def attention_prefixes(source: Checkpoint | Mapping[str, Tensor]) -> list[str]:
     """The prefixes of the entries that belong to deformable attention, in the order of the file.
 
+    Names that are not strings and values that are not tensors are passed over.
+
+    Raises:
+        TypeError: `source` is neither a Checkpoint nor a mapping.
+
     Example:
         >>> import saccade, torch
         >>> from saccade.integrations import checkpoints
@@ -65,7 +70,9 @@ def state_dict_of(source: Checkpoint | Mapping[str, Tensor], prefix: str) -> dic
         The eight tensors, which are not copies.
 
     Raises:
-        ValueError: an entry is missing, unknown or of another shape; the message names it.
+        TypeError: `source` is neither a Checkpoint nor a mapping, or `prefix` is not a string.
+        ValueError: an entry is missing, unknown, of another shape, or not a dense tensor of floating
+            point; the message names it.
     """
     state_dict = get_state_dict(source)
     if not isinstance(prefix, str):

@@ -10,18 +10,17 @@ import json
 import mmap
 import os
 import re
-import stat
 import struct
 import tarfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from pickle import UnpicklingError
 from typing import IO, Any
 
 import torch
 
+from saccade import files
 from saccade.integrations.checkpoints.pickle_bounds import (
     BoundError,
     Buffer,
@@ -39,14 +38,6 @@ LEGACY_PICKLES = 5
 MAX_JSON_BYTES = 2**24
 # A member takes as long to list as ten objects.
 OBJECTS_PER_MEMBER = 10
-
-_KINDS = {
-    stat.S_IFDIR: "a directory",
-    stat.S_IFIFO: "a named pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
 
 
 class RefusedGlobalError(ValueError):
@@ -85,16 +76,10 @@ def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
         OSError: the file does not exist or cannot be opened.
         ValueError: it is not a regular file; the message names it and what it is.
     """
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    # A device may act when it is opened, hence the look before; the file can change until it is opened.
-    _check_regular(path, os.stat(path))
-    descriptor = os.open(path, flags | getattr(os, "O_CLOEXEC", 0))
     try:
-        _check_regular(path, os.fstat(descriptor))
-    except ValueError:
-        os.close(descriptor)
-        raise
-    return os.fdopen(descriptor, "rb")
+        return files.open_regular(path)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from None
 
 
 def read_json(path: str | os.PathLike[str], max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
@@ -204,12 +189,6 @@ def map_file(file: IO[bytes]) -> Iterator[Buffer]:
         return
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         yield data
-
-
-def _check_regular(path: str | os.PathLike[str], status: os.stat_result) -> None:
-    if not stat.S_ISREG(status.st_mode):
-        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
-        raise ValueError(f"{Path(path)}: expected a regular file, got {kind}")
 
 
 def _check_archive(file: IO[bytes], data: Buffer, limits: Limits) -> None:
