@@ -87,8 +87,8 @@ def export(
     not give the same detections is deleted.
 
     Exit code: 0 written and verified; 1 the model cannot be exported this way, or the file gave
-    other numbers, and no file is left, or the disk is full; 2 wrong usage, no model or no image; 130 or 143 ended
-    by SIGINT or SIGTERM.
+    other numbers, or the disk is full, and no file is left; 2 wrong usage, no model or no image;
+    130 or 143 ended by SIGINT or SIGTERM.
     """
     if lowering is not None and to != "onnx":
         fail(f"--lowering: expected with --to onnx only, got it with --to {to}")
