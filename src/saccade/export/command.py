@@ -85,7 +85,7 @@ def export(
     not give the same detections is deleted.
 
     Exit code: 0 written and verified; 1 the model cannot be exported this way, or the file gave
-    other numbers, and no file is left, or the disk is full; 2 wrong usage, no image, no model, or one
+    other numbers, or the disk is full, and no file is left; 2 wrong usage, no image, no model, or one
     that is broken or gives scores that are not numbers; 130 or 143 ended by SIGINT or SIGTERM.
     """
     if lowering is not None and to != "onnx":
