@@ -60,11 +60,6 @@ class _TangentError(Exception):
     """A tensor that autograd records carries a tangent."""
 
 
-def _raise_tangent_error(*_: Any) -> Any:
-    # torch calls this after the forward of a function, where an input has a tangent.
-    raise _TangentError
-
-
 class DeformableAttention(torch.autograd.Function):
     """The operator with its gradient. The inputs are kept for the backward, nothing else.
 
@@ -89,7 +84,10 @@ class DeformableAttention(torch.autograd.Function):
         gradients = compute_gradients(grad_output, arguments, output_mask)
         return (None, *_with_tensors(_NO_GRADIENTS, gradients))
 
-    jvp = staticmethod(_raise_tangent_error)
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        # torch calls this after `forward` where an input has a tangent.
+        raise _TangentError
 
 
 class DeformableAttentionBackward(torch.autograd.Function):
@@ -150,7 +148,10 @@ class DeformableAttentionBackward(torch.autograd.Function):
         arguments = _with_tensors(_NO_GRADIENTS, derivatives[1:])
         return (None, derivatives[0], *arguments, None)
 
-    jvp = staticmethod(_raise_tangent_error)
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        # torch calls this after `forward` where an input has a tangent.
+        raise _TangentError
 
 
 # --- what the dispatcher calls on its Autograd key --------------------------------------------------------
@@ -181,11 +182,13 @@ def _choose_kernel(
     if transforms_are_active():
         return _outside_dynamo(fallback)(*inputs)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
-        with contextlib.suppress(_TangentError):
+        try:
             return function.apply(keyset, *inputs)
-    elif not any(_has_tangent(each) for each in inputs):
-        return _below_autograd(operator, keyset, *inputs)
-    return _outside_dynamo(fallback)(*inputs)
+        except _TangentError:
+            return _outside_dynamo(fallback)(*inputs)
+    if any(_has_tangent(each) for each in inputs):
+        return _outside_dynamo(fallback)(*inputs)
+    return _below_autograd(operator, keyset, *inputs)
 
 
 def _outside_dynamo(function: Any) -> Any:
