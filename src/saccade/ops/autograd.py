@@ -56,6 +56,9 @@ def compute_gradients(
     )
 
 
+_unpack_dual = torch._VF._unpack_dual  # looking it up takes as long as the call
+
+
 class _TangentError(Exception):
     """A tensor that autograd records carries a tangent."""
 
@@ -186,7 +189,7 @@ def _choose_kernel(
             return function.apply(keyset, *inputs)
         except _TangentError:
             return _outside_dynamo(fallback)(*inputs)
-    if any(_has_tangent(each) for each in inputs):
+    if _have_tangents(inputs):
         return _outside_dynamo(fallback)(*inputs)
     return _below_autograd(operator, keyset, *inputs)
 
@@ -197,9 +200,12 @@ def _outside_dynamo(function: Any) -> Any:
     return torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
 
 
-def _has_tangent(tensor: Any) -> bool:
-    # A traced or exported program opens a level of forward mode without its Python module.
-    return isinstance(tensor, Tensor) and torch._VF._unpack_dual(tensor, 0)[1] is not None
+def _have_tangents(inputs: tuple[Any, ...]) -> bool:
+    # A traced or exported program opens a level of which `torch.autograd.forward_ad` does not know.
+    for each in inputs:  # noqa: SIM110, a generator takes twice the time
+        if isinstance(each, Tensor) and _unpack_dual(each, 0)[1] is not None:
+            return True
+    return False
 
 
 def _below_autograd(operator: Any, keyset: Any, *inputs: Any) -> Any:
