@@ -202,8 +202,9 @@ def test_an_exported_program_with_forward_mode_inside(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("kind", ["public", "backward"])
+@pytest.mark.parametrize(
+    ("kind", "backend"), [("public", "eager"), ("public", "aot_eager"), ("backward", "eager")]
+)
 def test_forward_mode_in_a_compiled_function_whose_tensors_require_a_gradient(kind, backend):
     function = Function("plain", "weights", kind)
     function.input.requires_grad_()

@@ -220,7 +220,9 @@ def run(call: Call) -> Tensor:
     """The output of a checked call: Tensor[B, Q, M * D], or [T, M * D] with `queries_per_map`."""
     arguments = to_arguments(call)
     # The compiler has to see the plain call.
-    if torch.compiler.is_compiling() or needs_autograd(*arguments.tensors):
+    if torch.compiler.is_compiling() or needs_autograd(
+        call.value, call.points, call.weights, call.reference_points
+    ):
         output = OPERATOR(*arguments)
     else:
         # Passing through autograd takes as long as a small call, even where it has nothing to do.

@@ -56,13 +56,11 @@ def compute_gradients(
     )
 
 
+_unpack_dual = torch._VF._unpack_dual  # looking it up takes as long as the call
+
+
 class _TangentError(Exception):
     """A tensor that autograd records carries a tangent."""
-
-
-def _raise_tangent_error(*_: Any) -> Any:
-    # torch calls this after the forward of a function, where an input has a tangent.
-    raise _TangentError
 
 
 class DeformableAttention(torch.autograd.Function):
@@ -89,7 +87,10 @@ class DeformableAttention(torch.autograd.Function):
         gradients = compute_gradients(grad_output, arguments, output_mask)
         return (None, *_with_tensors(_NO_GRADIENTS, gradients))
 
-    jvp = staticmethod(_raise_tangent_error)
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        # torch calls this after `forward` where an input has a tangent.
+        raise _TangentError
 
 
 class DeformableAttentionBackward(torch.autograd.Function):
@@ -150,7 +151,10 @@ class DeformableAttentionBackward(torch.autograd.Function):
         arguments = _with_tensors(_NO_GRADIENTS, derivatives[1:])
         return (None, derivatives[0], *arguments, None)
 
-    jvp = staticmethod(_raise_tangent_error)
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        # torch calls this after `forward` where an input has a tangent.
+        raise _TangentError
 
 
 # --- what the dispatcher calls on its Autograd key --------------------------------------------------------
@@ -181,11 +185,13 @@ def _choose_kernel(
     if transforms_are_active():
         return _outside_dynamo(fallback)(*inputs)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
-        with contextlib.suppress(_TangentError):
+        try:
             return function.apply(keyset, *inputs)
-    elif not any(_has_tangent(each) for each in inputs):
-        return _below_autograd(operator, keyset, *inputs)
-    return _outside_dynamo(fallback)(*inputs)
+        except _TangentError:
+            return _outside_dynamo(fallback)(*inputs)
+    if _have_tangents(inputs):
+        return _outside_dynamo(fallback)(*inputs)
+    return _below_autograd(operator, keyset, *inputs)
 
 
 def _outside_dynamo(function: Any) -> Any:
@@ -194,9 +200,12 @@ def _outside_dynamo(function: Any) -> Any:
     return torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
 
 
-def _has_tangent(tensor: Any) -> bool:
-    # A traced or exported program opens a level of forward mode without its Python module.
-    return isinstance(tensor, Tensor) and torch._VF._unpack_dual(tensor, 0)[1] is not None
+def _have_tangents(inputs: tuple[Any, ...]) -> bool:
+    # A traced or exported program opens a level of which `torch.autograd.forward_ad` does not know.
+    for each in inputs:  # noqa: SIM110, a generator takes twice the time
+        if isinstance(each, Tensor) and _unpack_dual(each, 0)[1] is not None:
+            return True
+    return False
 
 
 def _below_autograd(operator: Any, keyset: Any, *inputs: Any) -> Any:
