@@ -16,6 +16,7 @@ from transformers.models.rt_detr_v2.modeling_rt_detr_v2 import (
 from vision_helpers import random_rt_detr
 
 import saccade
+from saccade.integrations.dcn_extensions import flash_deform_attn_forward
 from saccade.integrations.ms_deform_extensions import ms_deform_attn_forward
 from saccade.ops.registration import BACKWARD_OPERATOR, OPERATOR
 from saccade.ops.schema import Arguments
@@ -276,6 +277,75 @@ def test_compile_with_shapes_as_a_tensor(name):
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
     check_shapes_of_a_tensor(compiled, module, inputs, SIZES)
     assert counter.frame_count == 1
+
+
+def depth_weighted():
+    value, _, locations, weights = plain(3, 10, 1)
+    depth, locations = torch.rand(3, 60, 1, 5), torch.cat([locations, locations[..., :1]], -1)
+    return lambda shapes: saccade.depth_weighted_deformable_attention(
+        value, depth, shapes, locations, weights
+    )
+
+
+def multi_camera():
+    tensors = torch.rand(1, 120, 8), torch.rand(1, 10, 5, 2, 2), torch.rand(1, 10, 5, 2, 2, 2)
+    value, *rest = tensors
+    return lambda shapes: saccade.multi_camera_deformable_aggregation(
+        value, torch.stack([shapes, shapes]), *rest
+    )
+
+
+def multi_view():
+    module = saccade.nn.MultiViewDeformableAttention(CHANNELS, HEADS, 2, 4)
+    *tensors, _ = for_views(3, 10, 1)
+    return lambda shapes: module(*tensors, shapes)
+
+
+def dcnv4_attention():
+    value, samples = torch.rand(3, 60, 4, 8), torch.rand(3, 10, 4, 24)
+    starts = torch.tensor([0, 48])
+    return lambda shapes: flash_deform_attn_forward(value, shapes, starts, samples, 64, 4, 2, 64)
+
+
+@pytest.mark.parametrize("make", [depth_weighted, multi_camera, multi_view, dcnv4_attention])
+def test_what_stands_on_the_operator_takes_shapes_as_a_tensor(make):
+    torch.compiler.reset()
+    shapes = torch.tensor(make_shapes(1))
+    function = make()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for each in (shapes, shapes.flip(1)):
+            torch.testing.assert_close(compiled(each), function(each))
+        with pytest.raises(RuntimeError, match="Runtime assertion failed for expression"):
+            compiled(shapes + 1)
+
+
+def test_numbers_of_queries_as_a_tensor():
+    def attend(value, locations, weights, counts):
+        return saccade.deformable_attention(
+            value, make_shapes(1), locations, weights, queries_per_map=counts
+        )
+
+    value, _, locations, weights = plain(3, 10, 1)
+    locations, weights = locations.flatten(0, 1), weights.flatten(0, 1)
+    calls = [
+        (value, locations[: sum(counts)], weights[: sum(counts)], torch.tensor(counts))
+        for counts in ([10, 10, 10], [0, 12, 17], [5, 5, 7])
+    ]
+    assert count_graphs(attend, calls) == [1, 1, 1]
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="eager")
+    for counts in ([10, 10, 11], [-1, 11, 20]):
+        with pytest.raises(RuntimeError, match="Runtime assertion failed for expression"):
+            compiled(value, locations, weights, torch.tensor(counts))
+
+
+def test_a_batch_that_the_compiler_does_not_know():
+    """The checks of the sizes that have to be equal leave them open, 0 and 1 as well."""
+    calls = [plain(batch, 10, 1) for batch in (3, 1, 0, 2)]
+    for tensor in calls[0]:
+        if isinstance(tensor, torch.Tensor):
+            torch._dynamo.decorators.mark_unbacked(tensor, 0)
+    assert count_graphs(saccade.deformable_attention, calls) == [1, 1, 1, 1]
 
 
 def test_gradients_with_shapes_as_a_tensor():

@@ -57,8 +57,7 @@ def deformable_attention(
             centres of its first and last pixel; "pixel", an integer is the centre of a pixel.
         queries_per_map: for queries without padding, B numbers that sum to T, or an integer tensor
             [B]: the first so many queries read the first map, the next the second. Locations and
-            weights then are [T, M, L, K, N] and [T, M, L, K] (or flat). A compiler that has to see
-            the whole graph needs numbers: it cannot look into a tensor.
+            weights then are [T, M, L, K, N] and [T, M, L, K] (or flat).
         value_padding_mask (Tensor[B, S], bool): True marks positions of `value` that are padding
             and count as 0.
 
