@@ -201,3 +201,32 @@ def test_the_library_names_no_path_and_needs_only_torch():
     needed = re.findall(r"NEEDED.*\[(.*?)\]", dynamic)
     allowed = r"lib(torch|torch_cpu|stdc\+\+|gcc_s|m|c|c10)\.so.*|ld-linux.*"
     assert all(re.fullmatch(allowed, library) for library in needed), needed
+
+
+@pytest.mark.skipif(native.failure is not None, reason=f"no native library: {native.failure}")
+def test_messages_of_the_library_say_what_came():
+    value, points, weights = (
+        torch.rand(1, 6, 1, 4),
+        torch.rand(1, 2, 1, 3, 2),
+        torch.rand(1, 2, 1, 3),
+    )
+
+    def call(grad_output=None, mask=(True, True, True, False), index=None, num_points=3):
+        arguments = (value, [2, 3], points, weights, None, index, False, [num_points], "linear",
+                     "zeros", "normalized", None)  # fmt: skip
+        if grad_output is None:
+            return torch.ops.saccade.deformable_attention(*arguments)
+        return torch.ops.saccade.deformable_attention_backward(grad_output, *arguments, list(mask))
+
+    for arguments, message in (
+        (
+            (torch.rand(1, 2, 4).double(),),
+            "grad_output: expected the dtype of value, Float, got Double",
+        ),
+        ((torch.rand(1, 2, 4), (True,) * 4), "output_mask: expected False .*, got True"),
+        ((torch.rand(1, 2, 4), (True,)), "output_mask: expected 4 entries, got 1"),
+        ((None, (), [0, 0, 0]), "reference_index: expected None .*, got a list"),
+        ((None, (), None, 0), "num_points: expected 1 to 2147483647 for each level, got 0"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call(*arguments)

@@ -295,16 +295,15 @@ def _check(request: _Request) -> _Recipe:
     queries_per_map = _check_queries(points_name, points, value, request.queries_per_map)
     check_shape(weights_name, weights, points.shape[:-1])
     leading = 1 if ragged else 2
-    for name, tensor in tensors.items():
-        check_elements(name, tensor.shape)
-    output_sizes = (*points.shape[:leading], points.shape[leading] * value.shape[3])
-    check_elements("value", output_sizes, "an output [queries, heads * head_dim] of ")
     num_kept_points = None
-    if not has_queries(points.shape[:leading]):
-        # One point of each level says as much, without lists that are as long as all points.
-        num_kept_points = len(shapes)
-        if request.reference_index is None:
-            num_points = [1] * num_kept_points
+    if not torch.compiler.is_dynamo_compiling():  # it would guard the sizes
+        sizes = points.shape[:leading]
+        check_elements(tensors, (*sizes, points.shape[leading] * value.shape[3]))
+        if {*map(type, sizes)} <= _INT and 0 in sizes:
+            # One point of each level says as much, without lists that are as long as all points.
+            num_kept_points = len(shapes)
+            if request.reference_index is None:
+                num_points = [1] * num_kept_points
     index = None
     if reference_points is not None:
         index = tuple(

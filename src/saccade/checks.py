@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -321,19 +321,21 @@ def check_shape(name: str, tensor: Tensor, expected: Sequence[int | None], hint:
         raise ValueError(f"{name}: expected [{sizes}], got {format_shape(tensor)}{hint}")
 
 
-def check_elements(name: str, sizes: Sequence[int], what: str = "") -> None:
-    """Raises a ValueError if a tensor of these sizes has too many elements, a size of 0 counted as 1.
+def check_elements(tensors: Mapping[str, Tensor], output_sizes: Sequence[int]) -> None:
+    """Raises a ValueError if one of the tensors, or the output, has too many elements.
 
-    The strides of a tensor without elements are products of its other sizes, which have to fit as well.
+    A size of 0 counts as 1: the strides of a tensor without elements are products of its other sizes,
+    which have to fit as well.
     """
-    # A traced size would be guarded by the comparison.
-    if torch.compiler.is_dynamo_compiling() or any(type(size) is not int for size in sizes):
-        return
-    if math.prod(max(size, 1) for size in sizes) > MAX_ELEMENTS:
-        raise ValueError(
-            f"{name}: expected {what}at most {MAX_ELEMENTS} elements, a size of 0 counted as 1, "
-            f"got {list(sizes)}"
-        )
+    parts = [*zip(tensors, map(operator.attrgetter("shape"), tensors.values()), strict=True)]
+    for name, sizes in (*parts, ("value", output_sizes)):
+        # A symbolic size would be guarded by the comparison.
+        if {*map(type, sizes)} <= {int} and math.prod(filter(None, sizes)) > MAX_ELEMENTS:
+            output = "an output of " if sizes is output_sizes else ""
+            raise ValueError(
+                f"{name}: expected {output}at most {MAX_ELEMENTS} elements, a size of 0 counted as 1, "
+                f"got {list(sizes)}"
+            )
 
 
 def check_axes(name: str, tensor: Tensor, value: Tensor | None, **axes: int | None) -> None:
