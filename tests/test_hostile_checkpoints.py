@@ -96,6 +96,17 @@ def colliding(count=20_000):
     return b"}(" + b"".join(b"\x8a\x0c" + number + b"N" for number in numbers) + b"u."
 
 
+def global_name(module, name):
+    return f"c{module}\n{name}\n".encode()
+
+
+SET, ORDERED = global_name("builtins", "set"), global_name("collections", "OrderedDict")
+ENCODE, BYTEARRAY = global_name("_codecs", "encode"), global_name("builtins", "bytearray")
+TEXT = b"X\x00\x00\x10\x00" + b"a" * 2**20
+LATIN1 = b"X\x06\x00\x00\x00latin1"
+COLLIDING = colliding()[2:-2].replace(b"N\x8a", b"\x8a")
+COLLIDING_PAIRS = colliding()[2:-2].replace(b"N\x8a", b"N\x86\x8a")[:-1] + b"N\x86"
+
 ARGUMENT = r"an argument of \d+ bytes or less"
 FRAME = r"a frame of \d+ bytes or less, got 1152921504606846976"
 PROGRAMS = {
@@ -127,6 +138,25 @@ PROGRAMS = {
         "1000 keys that are not strings or small integers",
     ),
     "a slow codec": (b"c_codecs\nencode\nX\x04\x00\x00\x00aaaaX\x08\x00\x00\x00punycode\x86R.", "latin1"),
+    "a slow codec of an array": (
+        BYTEARRAY + b"X\x04\x00\x00\x00aaaaX\x08\x00\x00\x00punycode\x86R.", "latin1",
+    ),
+    "keys that collide, by a name of Python 2": (
+        global_name("UserDict", "Counter") + b"](" + COLLIDING + b"e\x85R.", "1000 keys",
+    ),
+    "pairs whose keys collide": (ORDERED + b"](" + COLLIDING_PAIRS + b"e\x85R.", "1000 keys"),
+    "attributes whose names collide": (
+        ORDERED + b")R](" + COLLIDING_PAIRS + b"eb.", "a dict of attributes",
+    ),
+    "copies of bytes": (
+        b"(" + BYTEARRAY + ENCODE + TEXT + LATIN1 + b"\x86Rq\x00\x85R"
+        + (BYTEARRAY + b"h\x00\x85R") * 300 + b"t.",
+        r"268435456 bytes beyond those of the file \(expansion\)",
+    ),
+    "copies of arguments": (
+        b"(" + ENCODE + TEXT + LATIN1 + b"\x86q\x00R" + (ENCODE + b"h\x00R") * 300 + b"t.",
+        r"268435456 bytes beyond those of the file \(expansion\)",
+    ),
     "two gigabytes": (b"c__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85R.", "bytearray of bytes"),
     "copies of a text": (
         b"(X\x00\x00\x10\x00" + b"a" * 2**20 + b"q\x00" + b"h\x00" * 1000 + b"t.",
@@ -200,6 +230,76 @@ def test_the_builders_of_this_page_write_what_torch_reads(tmp_path):
     for name in ("new.pth", "old.pth"):
         (weight,) = checkpoints.load(tmp_path / name).state_dict.values()
         assert torch.equal(weight, torch.ones(2, 2))
+
+
+# A few bytes hold a tensor of 2^16 equal elements. Whoever iterates over it makes as many tensors: 5 GB for 2^23.
+REPEATED = dump(tensor(Storage("0", 4), 0, (2**16,), (0,)))[2:-1]
+SMALL = dump(tensor(Storage("0", 4), 0, (4,), (1,)))[2:-1]
+SPARSE = b"ctorch._utils\n_rebuild_sparse_tensor\nctorch.serialization\n_get_layout\n"
+SPARSE += b"X\x10\x00\x00\x00torch.sparse_coo\x85R"
+ITERATED = {
+    "as a set": (SET + REPEATED + b"\x85R.", "builtins.set of a container"),
+    "as arguments": (SET + REPEATED + b"R.", "a tuple of arguments"),
+    "as bytes": (BYTEARRAY + REPEATED + b"\x85R.", "bytearray of bytes"),
+    "as sizes": (b"ctorch\nSize\n" + REPEATED + b"\x85R.", "torch.Size of a container"),
+    "as items": (ORDERED + REPEATED + b"\x85R.", "OrderedDict of a container"),
+    "as a pair": (ORDERED + b"](" + REPEATED + b"e\x85R.", "pairs of a key and a value"),
+    "as attributes": (ORDERED + b")R" + REPEATED + b"b.", "a dict of attributes"),
+    "as attributes of a storage": (
+        b"ctorch\nFloatStorage\n)\x81" + REPEATED + b"b.", "a dict of attributes",
+    ),
+    "as a state": (SMALL + REPEATED + b"b.", "a tuple of arguments"),
+    "as the parts of a sparse tensor": (SPARSE + REPEATED + b"\x86R.", "a tuple of arguments"),
+    "of another tensor": (
+        SMALL + b"(" + SMALL + b"K\x00\x8a\x06\0\0\0\0\0\x01\x85K\x00\x85tb.", "a storage, an offset",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ITERATED)
+def test_tensors_that_repeat_their_elements_are_not_iterated(tmp_path, name):
+    program, message = ITERATED[name]
+    (tmp_path / "model.pth").write_bytes(as_archive(b"\x80\x02" + program, {"data/0": FLOATS}))
+    with pytest.raises(ValueError, match=f"model.pth: expected .*{message}"):
+        checkpoints.load(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_arrays_that_share_their_bytes(tmp_path, protocol):
+    numpy = pytest.importorskip("numpy", reason="writes the arrays; reading them needs no numpy")
+    function, arguments, state = numpy.zeros(2**20, numpy.uint8).__reduce__()
+
+    class Shared:
+        def __reduce__(self):
+            return function, arguments, state
+
+    path = tmp_path / "model.pkl"
+    path.write_bytes(pickle.dumps([Shared() for _ in range(300)], protocol))
+    with pytest.raises(BoundError, match=r"268435456 bytes beyond those of the file \(expansion\)"):
+        checkpoints.load(path)
+    array = numpy.zeros(2**20, numpy.uint8)  # one array with many names is one tensor
+    path.write_bytes(
+        pickle.dumps({f"{i}.sampling_offsets.weight": array for i in range(250)}, protocol)
+    )
+    assert len({tensor.data_ptr() for tensor in checkpoints.load(path).state_dict.values()}) == 1
+
+
+def test_values_that_torch_saves_are_read(tmp_path):
+    content = {
+        "counter": collections.Counter("aab"),
+        "ordered": collections.OrderedDict([("a", 1), (2, "b")]),
+        "set": {1, "a", (2, 3)},
+        "bytes": [b"short", b"long" * 100, bytearray(b""), bytearray(b"long" * 100)],
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+        "size": torch.Size([1, 2]),
+    }
+    tied = content["bytes"][1]
+    content["tied"] = [tied, tied]
+    for old in (False, True):
+        torch.save(content, tmp_path / "model.pth", _use_new_zipfile_serialization=not old)
+        loaded = load_torch(tmp_path / "model.pth")
+        assert torch.equal(loaded.pop("parameter"), torch.ones(2))
+        assert loaded == {name: value for name, value in content.items() if name != "parameter"}
 
 
 def many_members():

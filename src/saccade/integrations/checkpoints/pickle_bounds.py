@@ -8,6 +8,7 @@ is imported, called, hashed or compared, and the time is linear in the number of
 from __future__ import annotations
 
 import pickletools
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -61,8 +62,7 @@ class Pickle(NamedTuple):
     texts: list[str] | None
 
 
-# Strings up to this length are kept, because keys of storages and names of codecs are compared.
-SHORT = 200
+SHORT = 200  # longer strings are not kept; keys of storages and codecs are compared
 # Integers and names beyond this many bytes are refused: Python prints no integer that is much longer.
 LONGEST_INTEGER, LONGEST_NAME = 1024, 4096
 # Python's hashes of strings are salted, and those of integers are not: many integers can be made to collide.
@@ -70,8 +70,7 @@ LONGEST_INTEGER, LONGEST_NAME = 1024, 4096
 LARGEST_KEY, OTHER_KEYS = 2**60, 1000
 # Objects that are walked for other calls than the last: each level of nested objects may walk what is below it.
 WORK_FACTOR = 2
-# Elements that no dtype exceeds in size.
-LARGEST_ITEM = 16
+LARGEST_ITEM = 16  # bytes of an element, of any dtype
 
 # Functions of torch that take what they are told for granted, or copy what may be huge. Tensor and storage
 # classes are refused too: made by their sizes, they have whatever was in the memory as elements.
@@ -82,15 +81,14 @@ REFUSED_FUNCTIONS = {
     "torch._utils._rebuild_wrapper_subclass",
 }
 TENSOR_FUNCTIONS = {
-    "torch._utils._rebuild_tensor",
-    "torch._utils._rebuild_tensor_v2",
-    "torch._utils._rebuild_tensor_v3",
-    "torch._utils._rebuild_qtensor",
+    f"torch._utils._rebuild_{kind}" for kind in ("tensor", "tensor_v2", "tensor_v3", "qtensor")
 }
-HASHING = {
-    f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("set", "frozenset")
-}
-HASHING.add("collections.Counter")
+HASHING = {"builtins.set", "builtins.frozenset", "collections.Counter"}
+# They iterate over their arguments. A tensor is iterated as one tensor for each element, however few bytes
+# it has, so that only containers which the pickle itself fills may be arguments.
+ITERATING = {*HASHING, "collections.OrderedDict", "torch.Size"}
+# What they return has as many bytes as their argument, and may be copied as often as it is referred to.
+BYTES_FUNCTIONS = {"_codecs.encode", "builtins.bytearray", "builtins.bytes"}
 
 
 @dataclass(slots=True)
@@ -102,6 +100,7 @@ class _Node:
         depth, size: how deep it is, and how many objects a walk through it meets.
         items: the elements of a tuple or list, the argument of torch.Size, or the size of a storage.
         name: the full name of a global, or of the function that was called.
+        text: the bytes of long strings in it, outside of what functions returned.
         placed: it is an element of another value. A pickler fills a container before it places it, unless
             the container holds itself.
     """
@@ -111,6 +110,7 @@ class _Node:
     size: int = 1
     items: Sequence[Any] = ()
     name: str = ""
+    text: int = 0
     placed: bool = False
 
 
@@ -130,6 +130,7 @@ _EMPTY = {"EMPTY_TUPLE": "tuple", "EMPTY_LIST": "list", "EMPTY_DICT": "dict", "E
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _TO_MARK = {"TUPLE": "tuple", "LIST": "list", "DICT": "dict", "FROZENSET": "set"}
 _CALLS = {"REDUCE": 1, "NEWOBJ": 1, "NEWOBJ_EX": 2}
+_CONTAINERS = {"tuple", "list", "dict", "set"}
 
 
 def check_pickle(data: Buffer, limits: Limits, start: int = 0) -> Pickle:
@@ -217,11 +218,8 @@ class _Scan:
         self.stack.append(None)
 
     def _push_string(self, begin: int, end: int) -> None:
-        length = end - begin
-        short = length <= SHORT
-        self.stack.append(
-            self.data[begin:end] if short else _Node("text", size=length, placed=True)
-        )
+        short = end - begin <= SHORT
+        self.stack.append(self.data[begin:end] if short else _make_text(end - begin))
 
     def _push_signed(self, begin: int, end: int) -> None:
         if end - begin > LONGEST_INTEGER:
@@ -294,8 +292,7 @@ class _Scan:
     _op_long = _op_int
 
     def _op_string(self, begin: int, end: int) -> None:
-        length = end - begin
-        self.stack.append(None if length <= SHORT else _Node("text", 0, length, placed=True))
+        self.stack.append(None if end - begin <= SHORT else _make_text(end - begin))
 
     _op_unicode = _op_string
 
@@ -310,7 +307,7 @@ class _Scan:
     def _op_stack_global(self, begin: int, end: int) -> None:
         name, module = self._take(), self._take()
         parts = [part if isinstance(part, bytes) else b"?" for part in (module, name)]
-        self.stack.append(_Node("global", name=b".".join(parts).decode("utf-8", "replace")))
+        self.stack.append(_Node("global", name=_join_name(*parts)))
 
     def _op_append(self, begin: int, end: int) -> None:
         item = self._take()
@@ -336,12 +333,20 @@ class _Scan:
         self._fill(self._top(), items)
 
     def _op_build(self, begin: int, end: int) -> None:
-        state = self._take()
+        state, target = self._take(), self._top()
         self._add_work(state)
         items = state.items if isinstance(state, _Node) else []
-        if items and isinstance(items[0], _Node) and items[0].kind == "storage":
-            self._check_tensor(items)  # as the first versions of torch saved tensors
-        self._fill(self._top(), [state], keep=False)
+        name = target.name if isinstance(target, _Node) else ""
+        if name.startswith(("torch._utils.", "torch.nn.parameter.")) or name.endswith("Tensor"):
+            if len(self._get_arguments(state)) == 4:
+                self._check_tensor(items)  # as the first versions of torch saved tensors
+        # Other states become attributes: a dict, or a pair of dicts if there are slots. Classes elsewhere are
+        # refused by their readers, take what numpy wrote, or are trusted by the caller.
+        elif name.partition(".")[0] in ("", "torch", "collections", "argparse") and not all(
+            map(_is_mapping, items if len(items) == 2 else [state])
+        ):
+            raise self._error("a dict of attributes", "another value")
+        self._fill(target, [state], keep=False)
 
     def _op_inst(self, begin: int, end: int) -> None:
         self._call_items(_Node("global", name=self._parse_name(begin, end)), self._take_items())
@@ -393,8 +398,8 @@ class _Scan:
     def _parse_name(self, begin: int, end: int) -> str:
         if end - begin > LONGEST_NAME:
             raise self._exceeded("bytes of a name", LONGEST_NAME, end - begin)
-        text = bytes(self.data[begin:end]).decode("utf-8", "replace")
-        return ".".join(line.strip() for line in text.splitlines())
+        module, name, _ = bytes(self.data[begin:end]).split(b"\n")
+        return _join_name(module, name)
 
     def _top(self) -> _Value:
         if len(self.stack) <= (self.marks[-1] if self.marks else 0):
@@ -434,9 +439,9 @@ class _Scan:
         self._repeat(self.memo[index])
 
     def _repeat(self, value: _Value) -> None:
-        """Pushes a value that exists already. A function that takes a long string may copy it each time."""
-        if isinstance(value, _Node) and value.kind == "text":
-            self._expand(value.size)
+        """Pushes a value that exists already. A function that takes long strings may copy them each time."""
+        if isinstance(value, _Node):
+            self._expand(value.text)
         self.stack.append(value)
 
     def _expand(self, count: int) -> None:
@@ -464,7 +469,8 @@ class _Scan:
             if isinstance(item, _Node):
                 item.placed = True
                 node.depth = max(node.depth, item.depth + 1)
-                node.size += 1 if item.kind == "text" else item.size
+                node.size += item.size
+                node.text += item.text if node.kind in _CONTAINERS else 0
         if node.placed:  # before, or by itself just now
             raise self._error("containers that are whole before they are placed", "one that is not")
         if node.depth > self.limits.depth:
@@ -481,16 +487,15 @@ class _Scan:
                 node.items = items
 
     def _add_work(self, value: _Value) -> None:
-        if isinstance(value, _Node) and value.kind != "text":
+        if isinstance(value, _Node):
             self.work += value.size
         if self.work > self.limits.objects * WORK_FACTOR:
             raise self._exceeded("objects", self.limits.objects, "functions that walk more")
 
     def _check_keys(self, keys: Sequence[_Value]) -> None:
         for key in keys:
-            if isinstance(key, bytes) or (isinstance(key, int) and abs(key) < LARGEST_KEY):
-                continue
-            if isinstance(key, _Node) and key.kind == "text":
+            is_text = isinstance(key, bytes) or _is_text(key)
+            if is_text or (isinstance(key, int) and abs(key) < LARGEST_KEY):
                 continue
             self._add_work(key)
             self.other_keys += 1
@@ -498,15 +503,22 @@ class _Scan:
             raise self._exceeded("keys that are not strings or small integers", OTHER_KEYS, "more")
 
     def _call(self, function: _Value, arguments: list[_Value]) -> None:
-        last = arguments[0]
-        items = last.items if isinstance(last, _Node) else []
+        items = self._get_arguments(arguments[0])
+        name = function.name if isinstance(function, _Node) and function.kind == "global" else ""
         for argument in arguments:
             self._add_work(argument)
-        name = function.name if isinstance(function, _Node) and function.kind == "global" else ""
         self._check_call(name, items)
-        self._push("call", [function, *arguments], name)
+        if name in BYTES_FUNCTIONS:
+            self.stack.append(_make_text(items[0].text if items and _is_text(items[0]) else 0))
+        else:
+            self._push("call", [function, *arguments], name)
         if name == "torch.Size":
             self._keep(items)
+
+    def _get_arguments(self, value: _Value) -> Sequence[Any]:
+        if not isinstance(value, _Node) or value.kind != "tuple":
+            raise self._error("a tuple of arguments", "another value")
+        return value.items
 
     def _call_items(self, function: _Value, items: list[_Value]) -> None:
         self._push("tuple", items)
@@ -515,23 +527,34 @@ class _Scan:
     def _check_call(self, name: str, items: Sequence[Any]) -> None:
         """Checks a call whose cost its arguments do not bound."""
         while name == "torch._tensor._rebuild_from_type_v2" and len(items) > 2:
-            function, arguments = items[0], items[2]
+            function, items = items[0], self._get_arguments(items[2])
             name = function.name if isinstance(function, _Node) else ""
-            items = arguments.items if isinstance(arguments, _Node) else []
         is_class = name.startswith("torch.") and name.endswith(("Tensor", "Storage"))
         if name in REFUSED_FUNCTIONS or (is_class and items):
             raise self._error("dense tensors with their elements", name)
-        if name in HASHING and items and isinstance(items[0], _Node):
-            self._check_keys(items[0].items)
-        elif name in ("builtins.bytearray", "__builtin__.bytearray", "__builtin__.bytes"):
-            if items and not (isinstance(items[0], bytes) or _is_made(items[0])):
+        if name in ITERATING:
+            self._check_iterables(name, items)
+        elif name in BYTES_FUNCTIONS:
+            if not all(isinstance(item, bytes) or _is_text(item) for item in items[:1]):
                 raise self._error(f"{name} of bytes", "of another value")
-        elif name == "_codecs.encode":
             # Python writes bytes so. Other codecs take time that is quadratic in the length, or compress.
-            if list(items[1:]) not in ([b"latin1"], [b"latin-1"]):
-                raise self._error("_codecs.encode to latin1", "another codec")
+            if list(items[1:]) not in ([], [b"latin1"], [b"latin-1"]):
+                raise self._error(f"{name} to latin1", "another codec")
         elif name in TENSOR_FUNCTIONS:
             self._check_tensor(items)
+        elif name == "torch._utils._rebuild_sparse_tensor":
+            self._get_arguments(items[1] if len(items) > 1 else None)
+
+    def _check_iterables(self, name: str, items: Sequence[Any]) -> None:
+        for item in items:
+            if not isinstance(item, _Node) or item.kind not in _CONTAINERS:
+                raise self._error(f"{name} of a container", "of another value")
+            if name == "collections.OrderedDict":  # Python 2 wrote a list of lists of two.
+                if not all(isinstance(pair, _Node) and len(pair.items) == 2 for pair in item.items):
+                    raise self._error("pairs of a key and a value", "others")
+                self._check_keys([pair.items[0] for pair in item.items])
+            elif name in HASHING:
+                self._check_keys(item.items)
 
     def _check_tensor(self, items: Sequence[Any]) -> None:
         """Checks that a tensor has no more elements than its storage, or few of them."""
@@ -557,6 +580,21 @@ class _Scan:
         return [item.decode("utf-8", "replace") for item in items]
 
 
-def _is_made(value: object) -> bool:
-    """Whether a value is a long string, or what a function returned."""
-    return isinstance(value, _Node) and value.kind in ("text", "call")
+def _make_text(length: int) -> _Node:
+    return _Node("text", text=length, placed=True)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, _Node) and value.kind == "text"
+
+
+def _join_name(module: bytes, name: bytes) -> str:
+    """The full name, in which the names of Python 2 are those of Python 3, as torch reads them."""
+    names = module.decode("utf-8", "replace"), name.decode("utf-8", "replace")
+    return ".".join(NAME_MAPPING.get(names, (IMPORT_MAPPING.get(names[0], names[0]), names[1])))
+
+
+def _is_mapping(value: _Value) -> bool:
+    """Whether a value is a dict, or nothing that could be iterated in its place."""
+    dicts = ("dict", ""), ("call", "collections.OrderedDict")
+    return not isinstance(value, _Node) or (value.kind, value.name) in dicts
