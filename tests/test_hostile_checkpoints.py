@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import errno
 import io
 import json
 import os
@@ -564,6 +565,16 @@ def test_indices_of_shards_that_name_no_files(tmp_path, weight_map):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(ValueError, match=r"index.json: expected names of files beside it, got"):
         checkpoints.load(tmp_path)
+
+
+def test_files_of_a_file_system_that_maps_none_are_read(tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise OSError(errno.ENODEV, "No such device")
+
+    monkeypatch.setattr("mmap.mmap", refuse)
+    for old in (False, True):
+        torch.save({"a": 1}, tmp_path / "model.pth", _use_new_zipfile_serialization=not old)
+        assert load_torch(tmp_path / "model.pth") == {"a": 1}
 
 
 def test_files_are_opened_only_if_they_are_regular(tmp_path):

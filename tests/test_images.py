@@ -90,6 +90,19 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path) -> None:
         open_image(tmp_path / "x.webp")
 
 
+def test_a_progressive_image_of_very_many_scans_is_not_decoded(tmp_path) -> None:
+    """Of 100 megapixels a scan takes 140 bytes and 60 ms."""
+    path = tmp_path / "x.jpg"
+    Image.new("L", (64, 64), 128).save(path, progressive=True)
+    content = path.read_bytes()
+    scan = content[content.rfind(b"\xff\xda") : -2]
+    path.write_bytes(content[:-2] + 400 * scan + content[-2:])
+    assert open_image(path).getpixel((3, 3)) == (128, 128, 128)
+    path.write_bytes(content[:-2] + 600 * scan + content[-2:])
+    with pytest.raises(ImageError, match=r"it has 606 scans: expected at most 500"):
+        open_image(path)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
 def test_every_orientation(tmp_path, orientation, suffix) -> None:

@@ -351,9 +351,10 @@ def test_a_file_that_is_broken(folder, name) -> None:
     ("shards", "reason"),
     [
         ({"a": "model-2.safetensors"}, "No such file"),
-        ({"a": "../model/model-1.safetensors"}, "expected the names of files beside it"),
-        ({"a": 5}, "expected the names of files beside it"),
-        ([], "expected the names of files beside it"),
+        ({"a": "../model/model-1.safetensors"}, "expected names of files beside it"),
+        ({"a": ".."}, "expected names of files beside it"),
+        ({"a": 5}, "expected names of files beside it"),
+        ([], "expected names of files beside it"),
         ({}, ""),
     ],
 )

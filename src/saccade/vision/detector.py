@@ -178,7 +178,8 @@ class Detector:
 
     def _label(self, label_id: int) -> str:
         names = getattr(self.model.config, "id2label", None) or {}
-        return as_text(str(names.get(label_id, label_id)))
+        # A label is drawn as one line.
+        return as_text(" ".join(str(names.get(label_id, label_id)).split()))
 
 
 def find_queries(processor: Any, outputs: Any, threshold: float) -> list[list[int]]:

@@ -23,6 +23,9 @@ FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "JPEG2000
 Pillow's other readers are left out: EPS starts Ghostscript, and the rest is rarely used or tested.
 """
 _MAX_BYTES_PER_PIXEL = 16  # in a file: four channels of 32 bits
+# A progressive JPEG file is decoded scan by scan. Each passes over the whole image, for some hundred bytes of
+# the file. Encoders write about ten.
+_MAX_SCANS = 500
 # Pillow's limit and the filters of warnings are variables of the process.
 _LOCK = threading.Lock()
 
@@ -97,11 +100,21 @@ def _read(file: BinaryIO) -> Image.Image:
     with Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
         if 0 in image.size:
             raise ValueError(f"it has {image.width} x {image.height} pixels")
+        if image.info.get("progressive"):
+            _check_scans(file)
         image.load()
         # Data that cannot be parsed states no orientation.
         with contextlib.suppress(Exception):
             ImageOps.exif_transpose(image, in_place=True)
         return _convert_to_rgb(image)
+
+
+def _check_scans(file: BinaryIO) -> None:
+    file.seek(0)
+    chunks = iter(lambda: file.read(2**20), b"")
+    scans = sum(chunk.count(b"\xff\xda") for chunk in chunks)  # the marker that starts a scan
+    if scans > _MAX_SCANS:
+        raise ValueError(f"it has {scans} scans: expected at most {_MAX_SCANS}")
 
 
 def _convert_to_rgb(image: Image.Image) -> Image.Image:

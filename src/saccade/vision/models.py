@@ -21,7 +21,12 @@ from torch.nn.modules import module as hooks
 
 from saccade import doctor
 from saccade.files import as_text
-from saccade.integrations.checkpoints.untrusted import load_torch, open_regular, read_json
+from saccade.integrations.checkpoints.untrusted import (
+    load_torch,
+    open_regular,
+    read_json,
+    read_shard_names,
+)
 
 CONFIG = "config.json"
 PROCESSOR = "preprocessor_config.json"
@@ -229,12 +234,10 @@ def _find_weights(folder: Path, name: str) -> list[Path]:
             return [folder / whole]
         index = folder / f"{whole}{INDEX}"
         if index.exists():
-            shards = _read_json(index, name).get("weight_map")
-            if not isinstance(shards, dict) or not all(
-                isinstance(shard, str) and Path(shard).name == shard for shard in shards.values()
-            ):
-                raise _refusal(name, f"expected the names of files beside it in {index.name}")
-            return [folder / shard for shard in sorted(set(shards.values()))]
+            try:
+                return [folder / shard for shard in read_shard_names(index)]
+            except (OSError, ValueError) as error:
+                raise _refusal(name, describe_error(error)) from error
     raise _refusal(name, f"it has no weights ({' or '.join(WEIGHTS)})")
 
 

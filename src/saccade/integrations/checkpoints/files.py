@@ -34,6 +34,7 @@ from saccade.integrations.checkpoints.untrusted import (
     named_errors,
     open_regular,
     read_json,
+    read_shard_names,
 )
 
 # State dicts are searched in nested mappings to this depth: that of {"ema": {"module": ...}} is 2.
@@ -223,24 +224,13 @@ def _read_folder(folder: Path, limits: Limits) -> tuple[dict[Any, Any], dict[str
             continue
         state_dict: dict[Any, Any] = {}
         total = 0
-        for shard in _list_shards(index):
+        for shard in read_shard_names(index):
             content, size = _read_file(folder / shard, limits)
             state_dict |= content
             total += size
         return state_dict, settings, total
     expected = ", ".join(f"{name}, {name}{INDEX}" for name in FOLDER_FILES)
     raise FileNotFoundError(f"path: expected a folder with one of {expected}, got {folder}")
-
-
-def _list_shards(index: Path) -> list[str]:
-    """The names of the files that an index names."""
-    weight_map = read_json(index).get("weight_map", {})
-    shards = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
-    for shard in shards:
-        is_name = isinstance(shard, str) and Path(shard).name == shard and "\0" not in shard
-        if not is_name or shard in ("", ".", ".."):
-            raise ValueError(f"{index}: expected names of files beside it, got {_to_text(shard)!r}")
-    return sorted(set(shards))
 
 
 def _read_file(path: Path, limits: Limits) -> tuple[dict[Any, Any], int]:

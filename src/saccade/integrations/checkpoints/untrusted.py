@@ -15,6 +15,7 @@ import tarfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import IO, Any
 
@@ -102,6 +103,21 @@ def read_json(path: str | os.PathLike[str], max_bytes: int = MAX_JSON_BYTES) -> 
     return content
 
 
+def read_shard_names(index: Path) -> list[str]:
+    """The names of the files that an index of shards names, which lie beside it.
+
+    Raises:
+        OSError, ValueError: as `read_json`; or the index names something else.
+    """
+    weight_map = read_json(index).get("weight_map", {})
+    shards = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
+    for shard in shards:
+        is_name = isinstance(shard, str) and Path(shard).name == shard and "\0" not in shard
+        if not is_name or shard in ("", ".", ".."):
+            raise ValueError(f"{index}: expected names of files beside it, got {shard!a:.60}")
+    return sorted(set(shards))
+
+
 def is_torch_file(file: IO[bytes]) -> bool:
     """Whether torch.save may have written the file; the position is at the beginning after it."""
     file.seek(0)
@@ -187,7 +203,13 @@ def map_file(file: IO[bytes]) -> Iterator[Buffer]:
     if os.fstat(file.fileno()).st_size == 0:
         yield b""
         return
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    try:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError:  # Some network file systems map no files.
+        file.seek(0)
+        yield file.read()
+        return
+    with data:
         yield data
 
 
