@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import collections
 import doctest
+import errno
 import json
 import os
 import pickle
+import time
 import warnings
+from concurrent import futures
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ import torch
 from checkpoint_helpers import D2, THREE, check_same, layers, official, official_file
 
 from saccade.integrations import checkpoints
+from saccade.integrations.checkpoints.untrusted import load_torch
 
 
 def test_an_allowance_that_was_there_stays(tmp_path):
@@ -363,3 +367,85 @@ def test_plain_pickles_get_nothing_but_arrays(tmp_path, content):
     from saccade.integrations.checkpoints import pickles
 
     assert not any(hasattr(stand_in, "x") for stand_in in pickles._STAND_INS.values())
+
+
+def test_values_that_torch_saves_are_read(tmp_path):
+    content = {
+        "counter": collections.Counter("aab"),
+        "ordered": collections.OrderedDict([("a", 1), (2, "b")]),
+        "set": {1, "a", (2, 3)},
+        "bytes": [b"short", b"long" * 100, bytearray(b""), bytearray(b"long" * 100)],
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+        "size": torch.Size([1, 2]),
+    }
+    tied = content["bytes"][1]
+    content["tied"] = [tied, tied]
+    for old in (False, True):
+        torch.save(content, tmp_path / "model.pth", _use_new_zipfile_serialization=not old)
+        loaded = load_torch(tmp_path / "model.pth")
+        assert torch.equal(loaded.pop("parameter"), torch.ones(2))
+        assert loaded == {name: value for name, value in content.items() if name != "parameter"}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch calls some of these new, and others old
+def test_tensors_that_torch_saves_are_read(tmp_path):
+    layer = torch.nn.Linear(3, 3)
+    layer(torch.zeros(1, 3)).sum().backward()
+    optimizer = torch.optim.AdamW(layer.parameters())
+    optimizer.step()
+    with_attribute = torch.nn.Parameter(torch.zeros(2))
+    with_attribute.attribute = {"a": 1}
+    content = [
+        layer.state_dict(),
+        optimizer.state_dict(),
+        with_attribute,
+        torch.eye(3).to_sparse(),
+        torch.eye(3).to_sparse_csr(),
+        torch.quantize_per_tensor(torch.zeros(2), 0.1, 0, torch.qint8),
+        torch.quantize_per_channel(
+            torch.zeros(2, 2), torch.ones(2), torch.zeros(2), 0, torch.qint8
+        ),
+        torch.empty(3, device="meta"),
+        torch.zeros(3, dtype=torch.complex64).conj(),
+        torch.zeros(1).expand(1000),
+        torch.zeros(3).storage(),
+        torch.device("cpu"),
+        torch.bfloat16,
+        1j,
+    ]
+    for number, value in enumerate(content):
+        for old in (False, True):
+            torch.save(value, tmp_path / "model.pth", _use_new_zipfile_serialization=not old)
+            assert type(load_torch(tmp_path / "model.pth")) is type(value), (number, old)
+    torch.save(
+        torch.zeros(3, dtype=torch.float8_e4m3fn), tmp_path / "model.pth"
+    )  # not in old files
+    assert load_torch(tmp_path / "model.pth").dtype == torch.float8_e4m3fn
+
+
+def test_threads_do_not_take_the_allowed_names_from_each_other(tmp_path, monkeypatch):
+    path, load = tmp_path / "model.pth", torch.load
+    torch.save({"model": official(), "args": argparse.Namespace(nheads=4)}, path)
+
+    def load_slowly(*arguments, **options):
+        time.sleep(0.1)
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(torch, "load", load_slowly)
+    with futures.ThreadPoolExecutor() as pool:
+        first = pool.submit(checkpoints.load, path)
+        time.sleep(0.05)
+        second = pool.submit(checkpoints.load, path)
+        assert first.result().config == second.result().config == {"nheads": 4}
+    assert not torch.sparse.check_sparse_tensor_invariants.is_enabled()
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()
+
+
+def test_files_of_a_file_system_that_maps_none_are_read(tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise OSError(errno.ENODEV, "No such device")
+
+    monkeypatch.setattr("mmap.mmap", refuse)
+    for old in (False, True):
+        torch.save({"a": 1}, tmp_path / "model.pth", _use_new_zipfile_serialization=not old)
+        assert load_torch(tmp_path / "model.pth") == {"a": 1}

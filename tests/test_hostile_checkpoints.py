@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import errno
 import io
 import json
 import os
@@ -285,24 +284,6 @@ def test_arrays_that_share_their_bytes(tmp_path, protocol):
     assert len({tensor.data_ptr() for tensor in checkpoints.load(path).state_dict.values()}) == 1
 
 
-def test_values_that_torch_saves_are_read(tmp_path):
-    content = {
-        "counter": collections.Counter("aab"),
-        "ordered": collections.OrderedDict([("a", 1), (2, "b")]),
-        "set": {1, "a", (2, 3)},
-        "bytes": [b"short", b"long" * 100, bytearray(b""), bytearray(b"long" * 100)],
-        "parameter": torch.nn.Parameter(torch.ones(2)),
-        "size": torch.Size([1, 2]),
-    }
-    tied = content["bytes"][1]
-    content["tied"] = [tied, tied]
-    for old in (False, True):
-        torch.save(content, tmp_path / "model.pth", _use_new_zipfile_serialization=not old)
-        loaded = load_torch(tmp_path / "model.pth")
-        assert torch.equal(loaded.pop("parameter"), torch.ones(2))
-        assert loaded == {name: value for name, value in content.items() if name != "parameter"}
-
-
 def many_members():
     file = io.BytesIO(as_archive(b"}."))
     with zipfile.ZipFile(file, "a") as archive:
@@ -444,6 +425,7 @@ class Shadowed:
         return collections.OrderedDict, (), attributes, None, iter(self.content.items())
 
 
+@pytest.mark.slow
 def test_attributes_that_hide_methods(tmp_path):
     state_dict = official()
     name = next(name for name in state_dict if name.endswith("sampling_offsets.weight"))
@@ -565,16 +547,6 @@ def test_indices_of_shards_that_name_no_files(tmp_path, weight_map):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(ValueError, match=r"index.json: expected names of files beside it, got"):
         checkpoints.load(tmp_path)
-
-
-def test_files_of_a_file_system_that_maps_none_are_read(tmp_path, monkeypatch):
-    def refuse(*arguments, **options):
-        raise OSError(errno.ENODEV, "No such device")
-
-    monkeypatch.setattr("mmap.mmap", refuse)
-    for old in (False, True):
-        torch.save({"a": 1}, tmp_path / "model.pth", _use_new_zipfile_serialization=not old)
-        assert load_torch(tmp_path / "model.pth") == {"a": 1}
 
 
 def test_files_are_opened_only_if_they_are_regular(tmp_path):

@@ -91,7 +91,7 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path) -> None:
 
 
 def test_a_progressive_image_of_very_many_scans_is_not_decoded(tmp_path) -> None:
-    """Of 100 megapixels a scan takes 140 bytes and 60 ms."""
+    """A scan of 100 megapixels takes 140 bytes and 60 ms."""
     path = tmp_path / "x.jpg"
     Image.new("L", (64, 64), 128).save(path, progressive=True)
     content = path.read_bytes()

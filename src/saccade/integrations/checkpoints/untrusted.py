@@ -12,6 +12,7 @@ import os
 import re
 import struct
 import tarfile
+import threading
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,8 @@ LEGACY_START = b"\x80\x02\x8a\x0a" + (0x1950A86A20F9469CFC6C).to_bytes(10, "litt
 ZIP_START = b"PK\x03\x04"
 # The pickles of a legacy file: number, version, system, content, and keys of the storages that follow.
 LEGACY_PICKLES = 5
+# What torch allows and checks while a file is read holds for the whole process.
+_LOADING = threading.Lock()
 # Configurations and lists of shards have less than a megabyte.
 MAX_JSON_BYTES = 2**24
 # A member takes as long to list as ten objects.
@@ -173,10 +176,10 @@ def load_open_torch(
     expected: str = "a file of torch.save",
 ) -> Any:
     """`load_torch` of a file that `open_regular` has opened; `path` and `expected` are for messages."""
-    # Where the caller allows a name already, it stays allowed.
-    present = torch.serialization.get_safe_globals()
-    with named_errors(path, expected):
+    with named_errors(path, expected), _LOADING:
         check_torch_file(file, limits)
+        # Where the caller allows a name already, it stays allowed.
+        present = torch.serialization.get_safe_globals()
         try:
             with (
                 torch.serialization.safe_globals([name for name in allowed if name not in present]),
