@@ -54,8 +54,8 @@ def write_whole(path: Path) -> Iterator[Path]:
 
     The path has the same name and lies in a hidden folder beside the target. Other files that the
     block writes into that folder move along, before `path` itself. All of them replace existing
-    files. After an exception, including those of SIGINT and of `exit_on_signals`, none of them is
-    left, and the files that existed before stay.
+    files; a link is replaced, not followed. After an exception, including those of SIGINT and of
+    `exit_on_signals`, none of them is left, and the files that existed before stay.
 
         with write_whole(Path("result.png")) as temporary:
             image.save(temporary)

@@ -29,6 +29,7 @@ from saccade.integrations.checkpoints.untrusted import (
 )
 
 CONFIG = "config.json"
+ADAPTER = "adapter_config.json"
 PROCESSOR = "preprocessor_config.json"
 WHOLE_PROCESSOR = "processor_config.json"
 """The file of a processor of images and text, which may hold the image processor's settings."""
@@ -179,6 +180,9 @@ def _check_files(folder: Path, name: str) -> int:
     Returns:
         The number of elements that the model may have.
     """
+    if (folder / ADAPTER).exists():
+        # Where peft is installed, transformers reads more files, or the model that this file names.
+        raise _refusal(name, f"it has an adapter ({ADAPTER}), expected weights with it merged in")
     _check_config(_read_json(folder / CONFIG, name), name)
     settings: Any = None
     for file in (WHOLE_PROCESSOR, PROCESSOR):
