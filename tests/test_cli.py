@@ -347,6 +347,20 @@ def test_more_threads_than_the_processors_can_run_are_refused(command, monkeypat
         assert re.search(rf"--threads.*\b{bound}\b", " ".join(result.stderr.split()))
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device /dev/full")
+def test_output_that_cannot_be_written_is_an_error() -> None:
+    source = Path(saccade.__file__).resolve().parent.parent
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "saccade", "explain"],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=120,
+            env={**os.environ, "PYTHONPATH": str(source)},
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "error: [Errno 28] No space left on device\n"
+
+
 def test_detect_into_a_folder_that_is_a_file_ends_with_2(model, images, tmp_path) -> None:
     (tmp_path / "out").write_text("")
     result = invoke("detect", images[0], "--model", model, "--out", tmp_path / "out")

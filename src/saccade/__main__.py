@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import sys
 from collections.abc import Sequence
 
@@ -36,6 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             app(arguments, prog_name="saccade")
         except KeyboardInterrupt:
             return 130
+        except OSError as error:  # Standard output is a full disk, for example.
+            print(f"error: {error}", file=sys.stderr)
+            # Python would fail once more where it flushes the output at its end.
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 2
     return 0
 
 
