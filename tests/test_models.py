@@ -364,6 +364,14 @@ def test_shards_that_are_not_there(folder, shards, reason) -> None:
     assert re.search(reason, refusal(folder))
 
 
+def test_a_file_of_many_tensors_is_not_read(folder, monkeypatch) -> None:
+    """A header of safetensors can name a million tensors without elements."""
+    monkeypatch.setattr(models, "MAX_TENSORS", 50)
+    assert re.search(
+        r"expected at most 50 tensors in model\.safetensors, got \d{3}", refusal(folder)
+    )
+
+
 def test_a_model_of_many_modules_is_not_built(folder, monkeypatch) -> None:
     monkeypatch.setattr(models, "MAX_MODULES", 50)
     assert "asks for more than 50 modules" in refusal(folder)

@@ -43,6 +43,8 @@ MAX_LABELS = 2**16
 MAX_SIDE = 4096
 """The longest side of an image, in pixels, that a model may ask for."""
 MAX_MODULES = 20_000
+MAX_TENSORS = 100_000
+"""The largest number of tensors in a file: transformers takes seconds for each hundred thousand."""
 MAX_UNSAVED_ELEMENTS = 2**24
 """How many elements a model may have beyond those that its files can hold: buffers that it computes."""
 MAX_MESSAGE = 400
@@ -255,8 +257,12 @@ def _check_file(file: Path, name: str) -> None:
         else:
             open_regular(file).close()
             # This reads the header, and compares what it says with the size of the file.
-            with safe_open(file, framework="pt"):
-                pass
+            with safe_open(file, framework="pt") as weights:
+                count = len(weights.keys())
+            if count > MAX_TENSORS:
+                raise ValueError(
+                    f"expected at most {MAX_TENSORS} tensors in {file.name}, got {count}"
+                )
     except (OSError, ValueError) as error:
         raise _refusal(name, describe_error(error)) from error
     except SafetensorError as error:
