@@ -370,6 +370,15 @@ def test_archives_that_expand(tmp_path, name):
     assert len(load_torch(path)) in (0, 2**17)
 
 
+def test_the_number_of_tensors_is_bounded(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    weights = {f"{i}.sampling_offsets.weight": torch.zeros(0) for i in range(11)}
+    safetensors.save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(BoundError, match=r"at most 10 tensors \(objects / 30\), got 11"):
+        checkpoints.load(tmp_path / "model.safetensors", limits=Limits(objects=300))
+    assert len(checkpoints.load(tmp_path / "model.safetensors").state_dict) == 11
+
+
 def test_weights_that_are_shared_too_often(tmp_path):
     weight = torch.zeros(2**18)
     weights = {f"{i}.sampling_offsets.weight": weight for i in range(300)}

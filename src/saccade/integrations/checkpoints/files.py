@@ -40,6 +40,7 @@ from saccade.integrations.checkpoints.untrusted import (
 # State dicts are searched in nested mappings to this depth: that of {"ema": {"module": ...}} is 2.
 MAX_DEPTH = 4
 INDEX = ".index.json"
+OBJECTS_PER_TENSOR = 30  # of a pickle; a file of safetensors has the same bound on tensors
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 # Settings are numbers, names, and lists with an element per level. Longer ones are something else.
 LONGEST_SETTING = 1000
@@ -239,7 +240,7 @@ def _read_file(path: Path, limits: Limits) -> tuple[dict[Any, Any], int]:
         size = file.seek(0, 2)
         file.seek(0)
         if path.suffix == ".safetensors":
-            content: Any = _read_safetensors(path)
+            content: Any = _read_safetensors(path, limits)
         elif is_torch_file(file):
             try:
                 # Many authors, those of Deformable DETR first, save their command line with the weights.
@@ -269,11 +270,17 @@ _ADVICE = (
 )
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: Path, limits: Limits) -> dict[str, Tensor]:
     if importlib.util.find_spec("safetensors") is None:
         raise ModuleNotFoundError(
             f"{path}: reading it needs safetensors, not installed here: pip install safetensors"
         )
     with named_errors(path, EXPECTED):
+        with importlib.import_module("safetensors").safe_open(path, framework="pt") as file:
+            count, bound = len(file.keys()), limits.objects // OBJECTS_PER_TENSOR
+        if count > bound:
+            raise BoundError(
+                f"expected at most {bound} tensors (objects / {OBJECTS_PER_TENSOR}), got {count}"
+            )
         state_dict: dict[str, Tensor] = importlib.import_module("safetensors.torch").load_file(path)
     return state_dict
