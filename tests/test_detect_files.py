@@ -17,6 +17,7 @@ Image = pytest.importorskip("PIL.Image")
 typer_testing = pytest.importorskip("typer.testing")
 pytest.importorskip("transformers")
 
+from helpers import default_signals  # noqa: E402
 from vision_helpers import FakeDetector, gradient_image  # noqa: E402
 
 import saccade  # noqa: E402
@@ -250,6 +251,7 @@ def test_a_signal_leaves_whole_results(scene, tmp_path, number, code) -> None:
         [sys.executable, "-c", PROGRAM, tests, "detect", scene, scene, "--out", "out"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": str(source)},
+        preexec_fn=default_signals,
     ) as process:  # fmt: skip
         assert process.stdout is not None
         while process.stdout.readline() not in ("now\n", ""):

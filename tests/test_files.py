@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import default_signals
 
 from saccade import files
 from saccade.files import as_text, open_regular, write_whole
@@ -127,6 +128,7 @@ def test_signals_leave_all_files_or_none(tmp_path, number, code, place) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", PROGRAM, files.__file__, place],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=default_signals,
     ) as process:  # fmt: skip
         assert process.stdout is not None
         assert process.stdout.readline() == "now\n"

@@ -350,7 +350,7 @@ def _check_queries(
             f"{format_shape(value)}, got {len(queries)}"
         )
     total = points.shape[0]
-    if not (all(holds(count >= 0) for count in queries) and holds(sum(queries) == total)):
+    if not holds(*[count >= 0 for count in queries], sum(queries) == total):
         raise ValueError(
             f"queries_per_map: expected numbers of at least 0 that sum to {total}, the number of "
             f"queries of {name} {format_shape(points)}, got {queries}"

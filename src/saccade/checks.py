@@ -30,20 +30,21 @@ MAX_ELEMENTS = 2**60 - 1
 MAX_REFERENCES = (2**31 - 1) // 6
 
 
-def holds(condition: bool | torch.SymBool) -> bool:
-    """Whether a condition on sizes or numbers holds; where it does not, the caller raises its error.
+def holds(*conditions: bool | torch.SymBool) -> bool:
+    """Whether conditions on sizes or numbers hold; where they do not, the caller raises its error.
 
-    Numbers that are read from a tensor while a compiler traces are unknown. For a condition on those the
-    result is True, and the compiled program raises a RuntimeError where it does not hold.
+    Numbers that are read from a tensor while a compiler traces are unknown. Conditions on those count as
+    true, and the compiled program raises a RuntimeError where they do not hold.
     """
-    if not torch.compiler.is_compiling() and not isinstance(condition, torch.SymBool):
-        return bool(condition)  # a tensor, while torch.jit traces
+    if torch.SymBool not in {*map(type, conditions)} and not torch.compiler.is_dynamo_compiling():
+        return all(conditions)
     from torch.fx.experimental.symbolic_shapes import guard_or_true  # it imports sympy
 
-    if not guard_or_true(condition):
-        return False
-    # Without a message, which strict export cannot hold, and which torch replaces by the condition.
-    torch._check(condition)
+    for condition in conditions:
+        if not guard_or_true(condition):
+            return False
+        # Without a message, which strict export cannot hold, and which torch replaces by the condition.
+        torch._check(condition)
     return True
 
 
@@ -73,11 +74,8 @@ def parse_spatial_shapes(spatial_shapes: SpatialShapes) -> list[tuple[int, ...]]
                 "spatial_shapes: expected (width,), (height, width) or (depth, height, width), the "
                 f"same for each level, got {shape} in {shapes}"
             )
-        for size in shape:
-            if not holds(size >= 1):
-                raise ValueError(
-                    f"spatial_shapes: expected positive sizes, got {shape} in {shapes}"
-                )
+        if not holds(*[size >= 1 for size in shape]):
+            raise ValueError(f"spatial_shapes: expected positive sizes, got {shape} in {shapes}")
         if not holds(math.prod(shape) <= MAX_POSITIONS):
             raise ValueError(
                 f"spatial_shapes: expected at most {MAX_POSITIONS} positions per level, got {shape}"
@@ -313,9 +311,12 @@ def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
 
 def check_shape(name: str, tensor: Tensor, expected: Sequence[int | None], hint: str = "") -> None:
     """Raises a ValueError unless the tensor has these sizes; None stands for any size."""
-    if tensor.dim() != len(expected) or not all(
-        expected_size is None or holds(size == expected_size)
-        for size, expected_size in zip(tensor.shape, expected, strict=True)
+    if tensor.dim() != len(expected) or not holds(
+        *[
+            size == expected_size
+            for size, expected_size in zip(tensor.shape, expected, strict=True)
+            if expected_size is not None
+        ]
     ):
         sizes = ", ".join("any" if size is None else f"{size}" for size in expected)
         raise ValueError(f"{name}: expected [{sizes}], got {format_shape(tensor)}{hint}")

@@ -42,8 +42,8 @@ def parse_levels(**tensors: Tensor) -> list[tuple[int, int]]:
     shapes = list(zip(values[: 2 * levels : 2], values[1 : 2 * levels : 2], strict=True))
     *expected_starts, _ = itertools.accumulate(map(math.prod, shapes), initial=0)
     starts = values[2 * levels :]
-    if len(starts) != levels or not all(
-        holds(start == expected) for start, expected in zip(starts, expected_starts, strict=True)
+    if len(starts) != levels or not holds(
+        *[start == expected for start, expected in zip(starts, expected_starts, strict=True)]
     ):
         raise ValueError(
             f"{starts_name}: expected {expected_starts}, where the levels {shapes} of "
