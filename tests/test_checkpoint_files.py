@@ -152,6 +152,37 @@ def test_arrays_of_every_type_of_number(tmp_path, protocol, kind):
         )
 
 
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_arrays_in_files_of_torch(tmp_path, as_zip):
+    numpy = pytest.importorskip("numpy", reason="writes the arrays; reading them needs no numpy")
+    path, bias = tmp_path / "best.pth", numpy.array([1, 2], ">f4")
+    weights = official()
+    content = {
+        "model": {**weights, "bias": bias},
+        "best": numpy.float64(0.5),
+        "random": numpy.random.RandomState(0).get_state(),
+    }
+    torch.save(content, path, _use_new_zipfile_serialization=as_zip)
+    state_dict = checkpoints.load(path).state_dict
+    assert torch.equal(state_dict.pop("bias"), torch.tensor([1.0, 2.0]))
+    assert all(torch.equal(state_dict[name], weights[name]) for name in weights)
+    content["model"]["bias"] = numpy.array(["text"])
+    torch.save(content, path, _use_new_zipfile_serialization=as_zip)
+    with pytest.raises(ValueError, match="best.pth: model.bias: .* got numpy's type <U4"):
+        checkpoints.load(path)
+
+
+def test_numpy_that_the_caller_allows_is_not_replaced(tmp_path):
+    numpy = pytest.importorskip("numpy")
+    number = numpy.float64(0.5)
+    torch.save({"model": official(), "best": number}, tmp_path / "best.pth")
+    allowed = [number.__reduce__()[0], numpy.dtype, type(number.dtype)]
+    with torch.serialization.safe_globals(allowed):
+        before = set(torch.serialization.get_safe_globals())
+        assert checkpoints.load(tmp_path / "best.pth").entry == "model"
+        assert set(torch.serialization.get_safe_globals()) == before
+
+
 @pytest.mark.parametrize("protocol", [2, 5])
 def test_arrays_that_torch_has_no_type_for(tmp_path, protocol):
     numpy = pytest.importorskip("numpy", reason="writes the arrays; reading them needs no numpy")

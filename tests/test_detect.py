@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,7 +13,9 @@ Image = pytest.importorskip("PIL.Image")
 transformers = pytest.importorskip("transformers")
 
 from vision_helpers import (  # noqa: E402
+    FakeDetector,
     gradient_image,
+    random_rt_detr,
     save_random_detector,
     save_random_rt_detr,
 )
@@ -20,6 +23,7 @@ from vision_helpers import (  # noqa: E402
 import saccade  # noqa: E402
 from saccade.vision.batch import detect_images  # noqa: E402
 from saccade.vision.detector import Detector, ModelError, find_queries  # noqa: E402
+from saccade.vision.drawing import draw_detections  # noqa: E402
 from saccade.vision.images import ImageError, open_image  # noqa: E402
 from saccade.vision.report import plan_outputs  # noqa: E402
 from saccade.vision.sampling_record import Recorder, find_decoder_operators  # noqa: E402
@@ -204,6 +208,37 @@ def test_a_folder_without_a_model_is_named(tmp_path) -> None:
         Detector.load(str(tmp_path / "nothing"))
     with pytest.raises(ModelError, match="neither a folder nor the id"):
         Detector.load("nothing")
+
+
+def test_a_file_is_not_an_id_of_the_hub(monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "image.png").touch()
+    (tmp_path / "folder" / "link").symlink_to("nothing")
+    for source in ("folder/image.png", "folder/link"):
+        with pytest.raises(ModelError, match="neither a folder nor the id"):
+            Detector.load(source)
+
+
+def test_a_decoder_that_computes_its_points_inside_is_refused() -> None:
+    from transformers import RTDetrV2Config, RTDetrV2ForObjectDetection
+
+    config = random_rt_detr().config.to_dict()
+    config.pop("model_type")
+    detector = Detector("v2", RTDetrV2ForObjectDetection(RTDetrV2Config(**config)), None)
+    reason = "computes the sampling points of its decoder inside RTDetrV2MultiscaleDeformableAtt"
+    with pytest.raises(ModelError, match=rf"where v2 looks: RTDetrV2ForObjectDetection {reason}"):
+        detector.check_recording()
+
+
+def test_labels_of_several_lines_are_drawn_as_one() -> None:
+    image = gradient_image(64, 64)
+    result = FakeDetector().detect([image])[0].detections[0]
+    split = [
+        dataclasses.replace(result, label=label) for label in ("traffic\nlight", "traffic light")
+    ]
+    first, second = (draw_detections(image, [detection]).tobytes() for detection in split)
+    assert first == second
 
 
 def test_a_missing_default_model_is_explained(monkeypatch, tmp_path) -> None:

@@ -25,6 +25,7 @@ from saccade.vision import report  # noqa: E402
 from saccade.vision.batch import detect_images  # noqa: E402
 from saccade.vision.detector import Detector  # noqa: E402
 from saccade.vision.drawing import MAX_LONGER_SIDE  # noqa: E402
+from saccade.vision.models import ModelError  # noqa: E402
 from saccade.vision.report import plan_outputs  # noqa: E402
 
 
@@ -58,6 +59,18 @@ def names(folder: Path) -> list[str]:
 
 def outputs(name: str) -> list[str]:
     return [f"{name}.json", f"{name}_detections.png", f"{name}_looked.png"]
+
+
+def test_a_detector_whose_points_cannot_be_recorded_ends_the_command(
+    detect, scene, tmp_path, monkeypatch
+) -> None:
+    def refuse(self) -> None:
+        raise ModelError("no points")
+
+    monkeypatch.setattr(FakeDetector, "check_recording", refuse)
+    result = detect(scene, scene, "--out", tmp_path / "out")
+    assert (result.exit_code, result.stderr) == (2, "error: no points\n")
+    assert names(tmp_path / "out") == []
 
 
 @pytest.mark.slow

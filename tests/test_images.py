@@ -41,6 +41,23 @@ def test_no_reader_is_used_that_starts_a_program(tmp_path, monkeypatch) -> None:
         open_image(path)
 
 
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"\xff\xd8\xff\xe0\0\x02",  # JPEG, then no marker
+        b"GIF89a\1\0\1\0\0\0\0",  # then no block
+        b"P6 9 #",  # PPM with a comment
+    ],
+)
+def test_a_header_without_end_is_refused(tmp_path, monkeypatch, start) -> None:
+    monkeypatch.setattr("saccade.vision.images._MAX_READS", 1000)
+    path = tmp_path / "x.png"
+    path.write_bytes(start)
+    os.truncate(path, 2**20)
+    with pytest.raises(ImageError, match="is broken: it has too many parts, or a header without"):
+        open_image(path)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_content_decides_about_the_format(tmp_path, name) -> None:
     feature = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}.get(name)

@@ -113,6 +113,9 @@ class FakeDetector:
     name, num_layers = "a fake", 1
     backend = SimpleNamespace(name="none")
 
+    def check_recording(self) -> None:
+        """Does nothing: positions are made up."""
+
     def detect(self, images: Any, threshold: float = 0.5, layer: Any = None) -> list[ImageResult]:
         return [self._detect(image) for image in images]
 

@@ -232,6 +232,7 @@ def detect(
     try:
         with err.status("Loading the model") if err.is_terminal else nullcontext():
             detector = Detector.load(model)
+        detector.check_recording()
     except ModelError as error:
         fail(error)
     if layer is not None and not 1 <= layer <= detector.num_layers:

@@ -107,6 +107,14 @@ class Detector:
         """Number of decoder layers."""
         return len(find_decoder_operators(self.operators))
 
+    def check_recording(self) -> None:
+        """Raises ModelError if it cannot be recorded where the queries look."""
+        try:
+            Recorder(self.model, self.operators)
+        except ValueError as error:
+            reason = str(error).removeprefix("model: ")
+            raise ModelError(f"cannot show where {self.name} looks: {reason}") from error
+
     def detect(
         self,
         images: Sequence[Image.Image],
@@ -124,7 +132,7 @@ class Detector:
             One result for each image.
 
         Raises:
-            ValueError: the decoder has no such layer.
+            ValueError: the decoder has no such layer, or one whose sampling points cannot be recorded.
             ModelError: scores or boxes are not numbers, or an image becomes too large for the model.
         """
         for image in images:

@@ -128,7 +128,8 @@ def _overlap(first: Rectangle, second: Rectangle) -> float:
 
 
 def shorten(text: str, length: int) -> str:
-    """Cuts `text` to `length` letters."""
+    """Cuts `text` to one line of `length` letters."""
+    text = " ".join(text.split())  # Pillow measures one line only.
     return text if len(text) <= length else text[: length - 1] + "…"
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -26,6 +26,7 @@ _MAX_BYTES_PER_PIXEL = 16  # in a file: four channels of 32 bits
 # A progressive JPEG file is decoded scan by scan. Each passes over the whole image, for some hundred bytes of
 # the file. Encoders write about ten.
 _MAX_SCANS = 500
+_MAX_READS = 10**6  # A PNG file of 100 megapixels in small chunks takes about 200,000.
 # Pillow's limit and the filters of warnings are variables of the process.
 _LOCK = threading.Lock()
 
@@ -65,8 +66,8 @@ def open_image(path: Path, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Imag
             f"pixel of --max-megapixels, {max_megapixels:g}"
         )
     try:
-        with file, _LOCK, _limit_pixels(max_megapixels):
-            return _read(file)
+        with _CountingReader(file.detach()) as reader, _LOCK, _limit_pixels(max_megapixels):
+            return _read(reader)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         pixels = re.search(r"(\d+) pixels", str(error))
         count = f"{int(pixels[1]) / 1e6:.1f}" if pixels else "more"
@@ -79,6 +80,18 @@ def open_image(path: Path, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Imag
     except Exception as error:  # decoders raise errors of many types for broken files
         reason = str(error).strip().rstrip(".") or type(error).__name__
         raise ImageError(f"is broken: {reason}") from error
+
+
+class _CountingReader(io.BufferedReader):
+    """A file with a bounded number of reads: Pillow looks for the next marker of some formats byte by byte."""
+
+    reads = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.reads += 1
+        if self.reads > _MAX_READS:
+            raise ValueError("it has too many parts, or a header without end")
+        return super().read(size)
 
 
 @contextlib.contextmanager
@@ -95,7 +108,7 @@ def _limit_pixels(max_megapixels: float) -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = previous
 
 
-def _read(file: BinaryIO) -> Image.Image:
+def _read(file: io.BufferedReader) -> Image.Image:
     Image.init()
     with Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
         if 0 in image.size:
@@ -109,7 +122,7 @@ def _read(file: BinaryIO) -> Image.Image:
         return _convert_to_rgb(image)
 
 
-def _check_scans(file: BinaryIO) -> None:
+def _check_scans(file: io.BufferedReader) -> None:
     file.seek(0)
     chunks = iter(lambda: file.read(2**20), b"")
     scans = sum(chunk.count(b"\xff\xda") for chunk in chunks)  # the marker that starts a scan

@@ -86,7 +86,8 @@ def load_model(source: str | None = None) -> tuple[str, nn.Module, Any]:
     path = os.path.expanduser(source)
     if os.path.isdir(path):
         return source, *_load(Path(path), source)
-    if source.startswith((".", "/", "~")) or source.count("/") != 1:
+    # A file or a broken link of this name is a mistake, not an id to look up.
+    if source.startswith((".", "/", "~")) or source.count("/") != 1 or os.path.lexists(path):
         raise ModelError(f"{source[:100]} is neither a folder nor the id of a model (owner/name)")
     return source, *_load(_download(source), source)
 

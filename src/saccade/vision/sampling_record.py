@@ -95,7 +95,8 @@ class Recorder:
         layer: number of the decoder layer, 1 the first; None means the last.
 
     Raises:
-        ValueError: the decoder has no such layer, or no deformable attention.
+        ValueError: the decoder has no such layer, no deformable attention, or one that computes its
+            sampling points inside (RT-DETRv2, D-FINE).
     """
 
     def __init__(
@@ -114,6 +115,12 @@ class Recorder:
         self._num_layers = len(names)
         name = names[self._layer - 1]
         self._operator = model.get_submodule(name)
+        parameters = inspect.signature(type(self._operator).forward).parameters
+        if not {"sampling_locations", "attention_weights"} <= parameters.keys():
+            raise ValueError(
+                f"model: {type(model).__name__} computes the sampling points of its decoder inside "
+                f"{type(self._operator).__name__}, where they cannot be recorded"
+            )
         self._attention = model.get_submodule(name.rpartition(".")[0])
         self._recorded: dict[str, Any] = {}
         self._hooks: list[Any] = []

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from saccade.integrations.checkpoints.geometry import is_dense, select_settings
 from saccade.integrations.checkpoints.pickle_bounds import BoundError, Limits, check_pickle
-from saccade.integrations.checkpoints.pickles import ArrayReader, to_plain
+from saccade.integrations.checkpoints.pickles import ArrayReader, get_stand_ins, to_plain
 from saccade.integrations.checkpoints.state_dict_parts import (
     FIRST,
     Checkpoint,
@@ -69,8 +69,8 @@ def load(
 
     Safety:
         torch reads with `weights_only=True`, to which `argparse.Namespace` is added: the authors'
-        files have one in `args`. Pickles of arrays are read without importing anything. All pickles and
-        archives are checked against `limits` before they are read.
+        files have one in `args`. Arrays and numbers of numpy are read without importing anything. All
+        pickles and archives are checked against `limits` before they are read.
 
     Example:
         >>> import tempfile, torch, saccade
@@ -244,9 +244,10 @@ def _read_file(path: Path, limits: Limits) -> tuple[dict[Any, Any], int]:
         elif is_torch_file(file):
             try:
                 # Many authors, those of Deformable DETR first, save their command line with the weights.
-                # A Namespace holds values and does nothing.
+                # A Namespace holds values and does nothing. Best scores are often numbers of numpy.
+                allowed = [argparse.Namespace, *get_stand_ins()]
                 content = load_open_torch(
-                    file, path, allowed=[argparse.Namespace], limits=limits, expected=EXPECTED
+                    file, path, allowed=allowed, limits=limits, expected=EXPECTED
                 )
             except RefusedGlobalError as error:
                 if not error.can_be_allowed:

@@ -149,6 +149,25 @@ _STAND_INS: dict[tuple[str, str], type] = {
     ("__builtin__", "bytes"): _Bytes,
     ("collections", "OrderedDict"): _Dict,
 }
+
+
+def get_stand_ins() -> list[tuple[type, str]]:
+    """The stand-ins for numpy's names in files of torch.save, as `torch.serialization.safe_globals` takes them.
+
+    There are none where the caller allows names of numpy, whose objects do not go with them.
+    """
+    for allowed in torch.serialization.get_safe_globals():
+        name = allowed[1] if isinstance(allowed, tuple) else str(allowed.__module__)
+        if name.partition(".")[0] == "numpy":
+            return []
+    return [
+        (stand_in, f"{spelling}.{name}")
+        for (module, name), stand_in in _STAND_INS.items()
+        if module.startswith("numpy")
+        for spelling in dict.fromkeys((module, module.replace("numpy.core.", "numpy._core.")))
+    ]
+
+
 _TYPES = {
     "b1": torch.bool,
     "u1": torch.uint8,
