@@ -156,13 +156,6 @@ def test_a_label_that_is_not_text_is_escaped() -> None:
     assert Detector._label(fake, 1) == "1"
 
 
-def test_a_label_of_several_lines_is_one_line() -> None:
-    """Pillow measures no text of several lines, which would skip every image with such an object."""
-    config = SimpleNamespace(id2label={0: "traffic\n light"})
-    fake = SimpleNamespace(model=SimpleNamespace(config=config))
-    assert Detector._label(fake, 0) == "traffic light"
-
-
 @pytest.mark.parametrize("size", [(1, 1), (1, 30000), (30000, 1), (3, 2)])
 def test_images_of_extreme_shapes_are_drawn(tmp_path, size) -> None:
     Image.new("RGB", size).save(tmp_path / "x.png")

@@ -186,8 +186,7 @@ class Detector:
 
     def _label(self, label_id: int) -> str:
         names = getattr(self.model.config, "id2label", None) or {}
-        # A label is drawn as one line.
-        return as_text(" ".join(str(names.get(label_id, label_id)).split()))
+        return as_text(str(names.get(label_id, label_id)))
 
 
 def find_queries(processor: Any, outputs: Any, threshold: float) -> list[list[int]]:
