@@ -113,9 +113,9 @@ PROGRAMS = {
     "nested tuples as a key": (b"}(" + b")" + b"\x85" * 200_000 + b"Nu.", r"200 levels .*\(depth\)"),
     "nested lists": (b"]" * 20_000 + b"a" * 19_999 + END, r"200 levels .*\(depth\)"),
     "nested dicts": (b"}K\x00" * 5000 + b"}" + b"s" * 5000 + END, r"200 levels .*\(depth\)"),
-    "a dict that holds itself": (dict_of_itself(), "whole before they are placed"),
-    "a list that holds itself": (b"]q\x00h\x00a.", "whole before they are placed"),
-    "a tuple that holds itself": (b"]q\x00h\x00\x85a.", "whole before they are placed"),
+    "a dict that holds itself": (dict_of_itself(), "do not hold themselves"),
+    "a list that holds itself": (b"]q\x00h\x00a.", "do not hold themselves"),
+    "a tuple that holds itself": (b"]q\x00h\x00\x85a.", "do not hold themselves"),
     "doubled tuples": (doubling(b")") + END, "5000000 objects"),
     "doubled tuples as a key": (b"}" + doubling(b")") + b"Ns.", "5000000 objects"),
     "doubled dicts": (

@@ -472,7 +472,7 @@ class _Scan:
                 node.size += item.size
                 node.text += item.text if node.kind in _CONTAINERS else 0
         if node.placed:  # before, or by itself just now
-            raise self._error("containers that are whole before they are placed", "one that is not")
+            raise self._error("containers that do not hold themselves", "one that may")
         if node.depth > self.limits.depth:
             raise self._exceeded(
                 "levels of nested containers (depth)", self.limits.depth, node.depth
