@@ -275,6 +275,7 @@ def test_gradcheck_of_batched_gradients(name):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("error:.*lru_cache")
 def test_compiled_autograd():
     function = Function("boxes", "value", "public")
     leaf = function.input.requires_grad_()

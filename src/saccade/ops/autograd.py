@@ -45,7 +45,8 @@ def compute_gradients(
     grad_output: Tensor, arguments: Arguments, output_mask: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """The gradients of value, points, weights and reference points that `output_mask` names, else None."""
-    _, operator = get_operators()
+    # Not by the cached `get_operators`, of which torch.compile warns.
+    operator = torch.ops.saccade.deformable_attention_backward.default
     if torch.compiler.is_compiling() or needs_autograd(grad_output, *arguments.tensors):
         results = operator(grad_output, *arguments, output_mask)
     else:
