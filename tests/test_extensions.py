@@ -214,6 +214,8 @@ MMCV_BACKWARD = (
         ({1: torch.tensor([[4, 4], [3, 2]]), 2: torch.tensor([0, 16])}, ValueError, "sum to 30"),
         ({3: torch.rand(2, 3, 2, 1, 2, 2)}, ValueError, "sampling_locations: expected"),
         ({4: torch.rand(2, 3, 2, 2, 3)}, ValueError, "attention_weights: expected"),
+        ({4: torch.rand(2, 3, 2, 5)}, ValueError, "attention_weights: expected .*joined or apart"),
+        ({5: torch.rand(2, 3, 4, 2).double()}, ValueError, "grad_output: expected .*joined or apart"),
         ({5: torch.rand(2, 3, 9).double()}, ValueError, r"grad_output: expected \[2, 3, 8\]"),
         ({5: torch.rand(2, 3, 8)}, ValueError, "grad_output: expected torch.float64"),
     ],
@@ -229,6 +231,25 @@ def test_wrong_arguments_are_named(changed, error, message):
     if 5 not in changed:
         with pytest.raises(error, match=message):
             module.ms_deform_attn_forward(*inputs[:5], 64)
+
+
+@pytest.mark.parametrize("weights_axes", [(2, 3, 2, 4), (2, 3, 8), (48,)])
+@pytest.mark.parametrize("gradient_axes", [(2, 3, 2, 4), (6, 8), (48,)])
+def test_weights_and_gradients_take_axes_joined_or_apart(weights_axes, gradient_axes):
+    """The compiled originals read both as numbers in a row."""
+    extensions.install("MultiScaleDeformableAttention")
+    module = importlib.import_module("MultiScaleDeformableAttention")
+    inputs, grad_output = drawn(), torch.randn(2, 3, 8, dtype=torch.float64)
+    joined = [*inputs[:4], inputs[4].reshape(weights_axes)]
+    output = module.ms_deform_attn_forward(*inputs, 64)
+    assert torch.equal(module.ms_deform_attn_forward(*joined, 64), output)
+    expected = module.ms_deform_attn_backward(*inputs, grad_output, 64)
+    gradients = module.ms_deform_attn_backward(*joined, grad_output.reshape(gradient_axes), 64)
+    for gradient, tensor, right in zip(
+        gradients, (*joined[:1], *joined[3:]), expected, strict=True
+    ):
+        assert gradient.shape == tensor.shape
+        assert torch.equal(gradient.reshape(right.shape), right)
 
 
 def test_every_way_to_import():

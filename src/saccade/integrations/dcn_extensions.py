@@ -10,7 +10,7 @@ axes of such a tensor may be joined or apart. Other axes are refused, which the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ from saccade.checks import (
 )
 from saccade.convolution import Window, deformable_convolution, parse_window
 from saccade.functional import deformable_attention
+from saccade.integrations.axes import format_axes, joins, split_axes
 from saccade.integrations.levels import parse_levels
 
 
@@ -253,8 +254,8 @@ class _Convolution(NamedTuple):
             else {"kernel_w": self.kernel_w, "kernel_h": self.kernel_h}
         )
         axes = {**sizes, "group": self.group, **points}
-        offset = _split_axes("offset", offset, input, **axes, coordinates=2)
-        mask = _split_axes("mask", mask, input, **axes)
+        offset = split_axes("offset", offset, input, **axes, coordinates=2)
+        mask = split_axes("mask", mask, input, **axes)
         return self._convolve(input, offset, mask, softmax=False)
 
     def v4(self, value: Tensor, offset_mask: Tensor, softmax: bool) -> Tensor:
@@ -263,9 +264,9 @@ class _Convolution(NamedTuple):
         check_floating("offset_mask", offset_mask, VALUE_DTYPES, value.device)
         num_points = self.window.num_points
         columns = self.group * num_points * 3
-        if offset_mask.dim() != 4 or not _joins(offset_mask.shape[:3], [*sizes.values()]):
+        if offset_mask.dim() != 4 or not joins(offset_mask.shape[:3], [*sizes.values()]):
             raise ValueError(
-                f"offset_mask: expected [{_format_axes(sizes)}, columns], got "
+                f"offset_mask: expected [{format_axes(sizes)}, columns], got "
                 f"{format_shape(offset_mask)}"
             )
         if offset_mask.shape[3] < columns:
@@ -322,7 +323,7 @@ def _flash(
     check_floating("sampling_loc_attn", sampling_loc_attn, VALUE_DTYPES, value.device)
     # The original reads the number of queries from the second axis.
     num_queries = sampling_loc_attn.shape[1] if sampling_loc_attn.dim() > 1 else 1
-    sampling_loc_attn = _split_axes(
+    sampling_loc_attn = split_axes(
         "sampling_loc_attn", sampling_loc_attn, value,
         batch=value.shape[0], queries=num_queries, heads=value.shape[2], columns=count * 3,
     )  # fmt: skip
@@ -351,39 +352,12 @@ def _gradients(
         leaves = [tensor.detach().requires_grad_() for tensor in tensors]
         output = function(*leaves)
     check_floating("grad_output", grad_output, VALUE_DTYPES, output.device)
-    if not _joins(grad_output.shape, [*output.shape[:-1], heads, output.shape[-1] // heads]):
+    if not joins(grad_output.shape, [*output.shape[:-1], heads, output.shape[-1] // heads]):
         raise ValueError(
             f"grad_output: expected {format_shape(output)}, the shape of the output, "
             f"got {format_shape(grad_output)}"
         )
     return torch.autograd.grad(output, leaves, grad_output.reshape(output.shape).to(output.dtype))
-
-
-def _split_axes(name: str, tensor: Tensor, value: Tensor, **axes: int) -> Tensor:
-    """The tensor with these axes, from one that has them in their order, neighbours joined or apart."""
-    check_floating(name, tensor, VALUE_DTYPES, value.device)
-    if not _joins(tensor.shape, [*axes.values()]):
-        raise ValueError(
-            f"{name}: expected [{_format_axes(axes)}] with neighbouring axes joined or apart, got "
-            f"{format_shape(tensor)}"
-        )
-    return tensor.reshape(tuple(axes.values()))
-
-
-def _joins(shape: Sequence[int], axes: Sequence[int]) -> bool:
-    """Whether the sizes of `shape` are products of neighbouring axes, all of them in their order."""
-    remaining = [size for size in axes if size != 1]
-    for size in shape:
-        product = 1
-        while product != size and remaining:
-            product *= remaining.pop(0)
-        if product != size:
-            return False
-    return not remaining
-
-
-def _format_axes(axes: dict[str, int]) -> str:
-    return ", ".join(f"{axis} {size}" for axis, size in axes.items())
 
 
 def _to_flag(name: str, flag: object) -> bool:

@@ -1,7 +1,9 @@
 """The functions of the compiled modules that have multi-scale deformable attention.
 
 The names of the functions and of their arguments are those of the modules, which `extensions` makes
-importable. The originals compute wrong numbers from wrong arguments; these functions refuse them.
+importable. The originals compute wrong numbers from wrong arguments; these functions refuse them. Of the
+attention weights and of the gradient of the output, the originals read no axes: neighbouring ones may be
+joined or apart here too.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from torch import Tensor
 from saccade.call import Call, parse_call
 from saccade.checks import check_shape, check_tensor
 from saccade.functional import deformable_attention, run_backward
+from saccade.integrations.axes import split_axes
 from saccade.integrations.levels import parse_levels
 
 
@@ -32,7 +35,8 @@ def ms_deform_attn_forward(
         value_level_start_index (Tensor[L]): the position in `value` where each level starts. Levels
             follow each other without gaps, which is checked.
         sampling_locations (Tensor[B, Q, M, L, K, 2]): as in `saccade.deformable_attention`.
-        attention_weights (Tensor[B, Q, M, L, K]): as in `saccade.deformable_attention`.
+        attention_weights (Tensor[B, Q, M, L, K]): as in `saccade.deformable_attention`; or with
+            neighbouring axes joined, such as [B, Q, M, L * K].
         im2col_step: how many images a launch of the original takes. It is not used, and does not have
             to divide the batch.
 
@@ -56,7 +60,8 @@ def ms_deform_attn_forward(
     shapes = parse_levels(
         value_spatial_shapes=value_spatial_shapes, value_level_start_index=value_level_start_index
     )
-    return deformable_attention(value, shapes, sampling_locations, attention_weights)
+    weights = _split_weights(attention_weights, sampling_locations)
+    return deformable_attention(value, shapes, sampling_locations, weights)
 
 
 def ms_deform_attn_backward(
@@ -76,7 +81,8 @@ def ms_deform_attn_backward(
         value_level_start_index (Tensor[L]): as in `ms_deform_attn_forward`.
         sampling_locations (Tensor[B, Q, M, L, K, 2]): as in `ms_deform_attn_forward`.
         attention_weights (Tensor[B, Q, M, L, K]): as in `ms_deform_attn_forward`.
-        grad_output (Tensor[B, Q, M * D]): in the value's dtype, with any strides.
+        grad_output (Tensor[B, Q, M * D]): in the value's dtype, with any strides; or with neighbouring
+            axes joined or apart, such as [B, Q, M, D].
         im2col_step: unused.
 
     Returns:
@@ -90,10 +96,10 @@ def ms_deform_attn_backward(
     shapes = parse_levels(
         value_spatial_shapes=value_spatial_shapes, value_level_start_index=value_level_start_index
     )
-    call = parse_call(value, shapes, sampling_locations, attention_weights)
-    _check_gradient(grad_output, call)
+    weights = _split_weights(attention_weights, sampling_locations)
+    call = parse_call(value, shapes, sampling_locations, weights)
     grad_value, grad_locations, grad_weights, _ = run_backward(
-        grad_output, call, [True, True, True, False]
+        _check_gradient(grad_output, call), call, [True, True, True, False]
     )
     return (
         cast(Tensor, grad_value),
@@ -151,7 +157,19 @@ def get_compiling_cuda_version() -> str:
     return "not available"
 
 
-def _check_gradient(grad_output: Tensor, call: Call) -> None:
+def _split_weights(attention_weights: Tensor, sampling_locations: Tensor) -> Tensor:
+    """Attention weights [B, Q, M, L, K]. Those that have five axes are checked with the call."""
+    check_tensor("attention_weights", attention_weights)
+    check_tensor("sampling_locations", sampling_locations)
+    if attention_weights.dim() == 5 or sampling_locations.dim() != 6:
+        return attention_weights
+    names = ("batch", "queries", "heads", "levels", "points")
+    axes = dict(zip(names, sampling_locations.shape[:5], strict=True))
+    return split_axes("attention_weights", attention_weights, sampling_locations, **axes)
+
+
+def _check_gradient(grad_output: Tensor, call: Call) -> Tensor:
+    """The gradient of the output as [B, Q, M * D]; raises unless it fits the call."""
     value = call.value
     check_tensor("grad_output", grad_output)
     if (grad_output.dtype, grad_output.device) != (value.dtype, value.device):
@@ -160,4 +178,13 @@ def _check_gradient(grad_output: Tensor, call: Call) -> None:
             f"got {grad_output.dtype} on {grad_output.device}"
         )
     batch_size, num_queries, num_heads = call.points.shape[:3]
-    check_shape("grad_output", grad_output, [batch_size, num_queries, num_heads * value.shape[3]])
+    if grad_output.dim() == 3:
+        check_shape(
+            "grad_output", grad_output, [batch_size, num_queries, num_heads * value.shape[3]]
+        )
+        return grad_output
+    grad_output = split_axes(
+        "grad_output", grad_output, value,
+        batch=batch_size, queries=num_queries, heads=num_heads, head_dim=value.shape[3],
+    )  # fmt: skip
+    return grad_output.flatten(2)
