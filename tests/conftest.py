@@ -9,6 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Threads that wait for the next call take the processor from the other worker of pytest, and the tests twice
+# the time. To be said before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 # The GPU kernels under test: on a card where there is one, else in Triton's interpreter, which has to
