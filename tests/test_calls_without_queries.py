@@ -128,9 +128,11 @@ def test_output_and_gradients_have_the_shapes_of_any_call(
         tensors[0], [(2, 3)], *tensors[1:], queries_per_map=queries_per_map
     )
     assert output.shape == (*leading, 12)
+    assert output.stride() == torch.empty(output.shape).stride()
     gradients = torch.autograd.grad(output.sum(), tensors, create_graph=True)
     for gradient, tensor in zip(gradients, tensors, strict=True):
         assert (gradient.shape, gradient.dtype) == (tensor.shape, tensor.dtype)
+        assert gradient.stride() == tensor.stride()
         assert (gradient == 0).all()
     again = torch.autograd.grad(sum(gradient.sum().float() for gradient in gradients), tensors)
     assert [gradient.shape for gradient in again] == [tensor.shape for tensor in tensors]

@@ -175,7 +175,9 @@ def _zeros(shape: Sequence[int], like: Tensor, call: Call, *others: Tensor) -> T
     """
     tensors = (call.value, call.points, call.weights, call.reference_points, *others)
     parts = [tensor[:, :0].sum().to(like.dtype) for tensor in tensors if tensor is not None]
-    return torch.stack(parts).sum().expand(shape).contiguous()
+    total = torch.stack(parts).sum().expand(shape)
+    # contiguous() would keep the strides of 0 of a tensor without elements.
+    return total.clone(memory_format=torch.contiguous_format)
 
 
 # --- from what a call predicts to locations and weights, and back ------------------------------------
@@ -240,8 +242,9 @@ def _grad_offsets_and_reference_points(grad_locations: Tensor, call: Call) -> tu
         grad_sizes = (grad_offsets * offsets).sum(2)  # [B, Q, P, N]
         grad_offsets = grad_offsets * point_references[..., spatial_dims:]
         grad_starts = torch.cat((grad_starts, grad_sizes), -1)  # [B, Q, P, 2 N]
-    index_tensor = torch.tensor(index, device=references.device)
-    grad_references = torch.zeros_like(references).index_add(2, index_tensor, grad_starts)
+    index_tensor = torch.tensor(index, device=references.device)[:, None].expand_as(grad_starts)
+    # Not by index_add: see _row_index.
+    grad_references = torch.zeros_like(references).scatter_add(2, index_tensor, grad_starts)
     assert call.reference_points is not None
     return grad_offsets, grad_references.to(call.reference_points.dtype)
 
@@ -396,8 +399,8 @@ def _scatter(grad_value: Tensor, corner: Corner, rows: Tensor) -> Tensor:
 def _row_index(value: Tensor, row: Tensor) -> Tensor:
     """Where each point reads in `value.flatten(0, 2)`: [B * q * M * K, D].
 
-    For gather and scatter_add, because Inductor computes wrong forward-mode derivatives of `value[index]`
-    and `index_put`.
+    For gather and scatter_add, because Inductor computes wrong forward-mode derivatives of `value[index]`,
+    `index_add` and `index_put`.
     """
     batch_size, num_positions, num_heads, head_dim = value.shape
     batch = torch.arange(batch_size, device=row.device).view(-1, 1, 1, 1)
