@@ -90,7 +90,9 @@ class _Recipe(NamedTuple):
     options: Options
     level_axis: int | None  # of points and weights, where levels and points have an axis each
     adds_batch_axis: bool
-    num_kept_points: int | None  # of a call without queries, whose points have no elements
+    has_queries: (
+        bool  # without, the options have one point per level, however many the tensors have
+    )
     plans: dict[Hashable, Any]
 
 
@@ -155,9 +157,9 @@ def parse_call(
     axis = recipe.level_axis
     if axis is not None:
         points, weights = points.flatten(axis, axis + 1), weights.flatten(axis, axis + 1)
-    if recipe.num_kept_points is not None:
-        points = points[..., : recipe.num_kept_points, :]
-        weights = weights[..., : recipe.num_kept_points]
+    if not recipe.has_queries:
+        count = len(recipe.options.num_points)
+        points, weights = points[..., :count, :], weights[..., :count]
     if recipe.adds_batch_axis:
         points, weights = points[None], weights[None]
         reference_points = None if reference_points is None else reference_points[None]
@@ -295,15 +297,14 @@ def _check(request: _Request) -> _Recipe:
     queries_per_map = _check_queries(points_name, points, value, request.queries_per_map)
     check_shape(weights_name, weights, points.shape[:-1])
     leading = 1 if ragged else 2
-    num_kept_points = None
     if not torch.compiler.is_dynamo_compiling():  # it would guard the sizes
-        sizes = points.shape[:leading]
-        check_elements(tensors, (*sizes, points.shape[leading] * value.shape[3]))
-        if {*map(type, sizes)} <= _INT and 0 in sizes:
-            # One point of each level says as much, without lists that are as long as all points.
-            num_kept_points = len(shapes)
-            if request.reference_index is None:
-                num_points = [1] * num_kept_points
+        sizes = (*points.shape[:leading], points.shape[leading] * value.shape[3])
+        check_elements(tensors, sizes)
+    some_queries = has_queries(points.shape[:leading])
+    one_point_per_level = [1] * len(shapes)
+    if not some_queries and request.reference_index is None:
+        # An index of so few points says as much as one that is as long as all points.
+        num_points = one_point_per_level
     index = None
     if reference_points is not None:
         index = tuple(
@@ -315,8 +316,8 @@ def _check(request: _Request) -> _Recipe:
                 spatial_dims,
             )
         )
-        if num_kept_points is not None:
-            index = index[:num_kept_points]
+        if not some_queries:
+            index = index[: len(shapes)]
     elif request.reference_index is not None:
         raise ValueError(
             "reference_index: expected None without reference_points, "
@@ -324,7 +325,7 @@ def _check(request: _Request) -> _Recipe:
         )
     options = Options(
         spatial_shapes=tuple(shapes),
-        num_points=tuple(num_points) if num_kept_points is None else (1,) * num_kept_points,
+        num_points=tuple(num_points if some_queries else one_point_per_level),
         interpolation=request.interpolation,
         padding=request.padding,
         coordinates=request.coordinates,
@@ -334,7 +335,7 @@ def _check(request: _Request) -> _Recipe:
     )
     level_axis = leading + 1 if points.dim() == leading + 4 else None
     adds_batch_axis = ragged and not request.batch_axis
-    return _Recipe(options, level_axis, adds_batch_axis, num_kept_points, {})
+    return _Recipe(options, level_axis, adds_batch_axis, some_queries, {})
 
 
 def _check_queries(

@@ -205,7 +205,7 @@ def parse_reference_index(
     counts_without_index = (1, len(num_points))
     if (
         count < 1
-        or not all(holds(size == expected) for size, expected in zip(sizes, leading, strict=False))
+        or not holds(*[size == expected for size, expected in zip(sizes, leading, strict=False)])
         or sizes[-1] not in (spatial_dims, 2 * spatial_dims)
         or (reference_index is None and count not in counts_without_index)
     ):
@@ -359,11 +359,11 @@ def check_axes(name: str, tensor: Tensor, value: Tensor | None, **axes: int | No
 def has_queries(leading: Sequence[int]) -> bool:
     """Whether the axes of batch and queries have elements: without, there is nothing to compute.
 
-    Sizes that torch.compile traces, and other symbolic ones, count as such: the question would fix them.
+    The result is True for symbolic sizes, because a comparison with 0 would fix them.
     """
     if torch.compiler.is_dynamo_compiling():
         return True
-    return not any(type(size) is int and size == 0 for size in leading)
+    return 0 not in [size for size in leading if type(size) is int]
 
 
 def compute_dtype(value: Tensor) -> torch.dtype:

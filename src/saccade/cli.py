@@ -21,7 +21,8 @@ from saccade import doctor as doctor_report
 from saccade.bench.command import app as bench
 from saccade.call import Interpolation, Padding
 from saccade.export.command import export
-from saccade.terminal import MaxMegapixels, Threads, err, fail, need, out, show
+from saccade.files import as_line
+from saccade.terminal import MaxMegapixels, Threads, err, fail, need, out
 from saccade.vision import MAX_MEGAPIXELS
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def explain(
         try:
             check_path(image_path)
         except (OSError, ValueError) as error:
-            fail(f"--out: cannot write {show(image_path)}: {getattr(error, 'strerror', error)}")
+            fail(f"--out: cannot write {as_line(image_path)}: {getattr(error, 'strerror', error)}")
     if (module is None) != (inputs is None):
         fail("explain takes both MODULE and INPUTS, or neither for the worked example")
     indices = {"query": query, "batch": batch, "head": head, "channel": channel}
@@ -160,7 +161,7 @@ def explain(
             explanation = explain_module(loaded, load_inputs(inputs, loaded), **indices)
     except (ValueError, TypeError, RuntimeError, MemoryError) as error:
         # Names in a file may hold characters that a terminal obeys.
-        fail(show(str(error).partition("\n")[0] or type(error).__name__))
+        fail(as_line(str(error).partition("\n")[0] or type(error).__name__))
     print_explanation(out, explanation, points)
     if image_path is not None:
         from saccade.vision.explain_image import save_image
@@ -168,8 +169,8 @@ def explain(
         try:
             save_image(explanation, image_path)
         except (OSError, ValueError) as error:
-            fail(f"--out: cannot write {show(image_path)}: {error}")
-        out.print(f"\nWritten: {show(image_path)}", markup=False, soft_wrap=True)
+            fail(f"--out: cannot write {as_line(image_path)}: {error}")
+        out.print(f"\nWritten: {as_line(image_path)}", markup=False, soft_wrap=True)
     if not all(check.passed for check in explanation.checks):
         raise typer.Exit(1)
 
@@ -228,7 +229,7 @@ def detect(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        fail(f"cannot make the folder {show(folder)}: {error.strerror or error}")
+        fail(f"cannot make the folder {as_line(folder)}: {error.strerror or error}")
     try:
         with err.status("Loading the model") if err.is_terminal else nullcontext():
             detector = Detector.load(model)
@@ -258,7 +259,9 @@ def detect(
             if result.problem is not None:
                 skipped += 1
                 errors.print(
-                    f"skipped: {show(result.path)} {result.problem}", markup=False, soft_wrap=True
+                    f"skipped: {as_line(result.path)} {result.problem}",
+                    markup=False,
+                    soft_wrap=True,
                 )
             else:
                 _print_detections(result)
@@ -270,11 +273,11 @@ def detect(
 
 def _print_detections(result: ProcessedImage) -> None:
     objects = result.objects
-    names = ", ".join(show(f"{label} {score:.2f}") for label, score in objects[:8])
+    names = ", ".join(as_line(f"{label} {score:.2f}") for label, score in objects[:8])
     more = f", and {len(objects) - 8} more" if len(objects) > 8 else ""
     count = f"{len(objects)} object" + ("" if len(objects) == 1 else "s")
-    text = f"{show(result.path)}: {count}" + (f" ({names}{more})" if names else "")
+    text = f"{as_line(result.path)}: {count}" + (f" ({names}{more})" if names else "")
     out.print(text, markup=False, soft_wrap=True)
     assert result.files is not None
     for file in result.files:
-        out.print(f"  {show(file)}", markup=False, soft_wrap=True, style="dim")
+        out.print(f"  {as_line(file)}", markup=False, soft_wrap=True, style="dim")

@@ -168,10 +168,24 @@ def as_text(text: str | os.PathLike[str]) -> str:
 
     Bytes of a file name that are not UTF-8 become escapes such as \xe9.
     """
-    return re.sub("[\ud800-\udfff]", _escape_surrogate, os.fspath(text))
+    return _SURROGATES.sub(_escape, os.fspath(text))
 
 
-def _escape_surrogate(match: re.Match[str]) -> str:
+def as_line(text: str | os.PathLike[str]) -> str:
+    r"""Returns a path or another text as one line for the screen.
+
+    What `as_text` escapes, and characters that a terminal obeys, become escapes such as \x1b.
+    """
+    return _CONTROLS.sub(_escape, as_text(text))
+
+
+_SURROGATES = re.compile("[\ud800-\udfff]")
+# Control characters, and those that change the direction of writing.
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def _escape(match: re.Match[str]) -> str:
     number = ord(match[0])
-    # Python holds such a byte of a file name as U+DC00 + byte.
-    return f"\\x{number - 0xDC00:02x}" if 0xDC80 <= number <= 0xDCFF else f"\\u{number:04x}"
+    # Python holds a byte of a file name that is not UTF-8 as U+DC00 + byte.
+    byte = number - 0xDC00 if 0xDC80 <= number <= 0xDCFF else number
+    return f"\\x{byte:02x}" if byte < 0x100 else f"\\u{byte:04x}"

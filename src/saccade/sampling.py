@@ -91,13 +91,14 @@ def sampling_locations(
             f"spatial_shapes: expected {spatial_dims} sizes for each level, as many as the last axis "
             f"of sampling_offsets {list(sampling_offsets.shape)} has, got {list(spatial_shapes)}"
         )
-    if not has_queries(sampling_offsets.shape[:-3]) and reference_index is None:
+    some_queries = has_queries(sampling_offsets.shape[:-3])
+    if not some_queries and reference_index is None:
         # Checked with one point of each level, without lists that are as long as all points.
         num_points = [1] * len(num_points)
     index = parse_reference_index(
         reference_points, sampling_offsets.shape[:-3], num_points, reference_index, spatial_dims
     )
-    if not has_queries(sampling_offsets.shape[:-3]):
+    if not some_queries:
         return sampling_offsets + reference_points.sum()[None]  # of no elements: 0
     # One reference point per point, or one for all: [B, Q, 1, P or 1, N or 2 N].
     references = reference_points[..., index if any(index) else [0], :].unsqueeze(-3)

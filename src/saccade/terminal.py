@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
 from saccade import doctor
-from saccade.files import as_text
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -34,11 +32,6 @@ MaxMegapixels = Annotated[
         help="Larger images (width times height, in millions) are refused.",
     ),
 ]
-
-
-def show(name: str | os.PathLike[str]) -> str:
-    r"""Returns a file name as text for the screen; characters that a terminal obeys become \x1b etc."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", as_text(name))
 
 
 def fail(message: object) -> NoReturn:

@@ -12,8 +12,9 @@ from rich.table import Table
 
 from saccade import doctor
 from saccade.export.formats import CHECK_INPUTS, Format
+from saccade.files import as_line
 from saccade.integrations.onnx import Lowering
-from saccade.terminal import MaxMegapixels, Threads, err, fail, need, out, show
+from saccade.terminal import MaxMegapixels, Threads, err, fail, need, out
 from saccade.vision import MAX_MEGAPIXELS
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def export(
         torch.set_num_threads(threads)
     lowering = lowering or "grid_sample"
     if path is not None and path.is_dir():
-        fail(f"--out: expected a file, got the folder {show(path)}")
+        fail(f"--out: expected a file, got the folder {as_line(path)}")
     try:
         image = open_image(image_path or doctor.EXAMPLE_IMAGE, max_megapixels)
         with err.status("Loading the model") if err.is_terminal else nullcontext():
@@ -108,7 +109,7 @@ def export(
     except ModelError as error:
         fail(error)
     except ImageError as error:
-        fail(f"{show(image_path or doctor.EXAMPLE_IMAGE)} {error}")
+        fail(f"{as_line(image_path or doctor.EXAMPLE_IMAGE)} {error}")
     with err.status("Exporting") if err.is_terminal else nullcontext() as status:
 
         def show_progress(step: str) -> None:
@@ -137,7 +138,7 @@ def export(
 
 def _print(result: Export, to: Format, lowering: Lowering) -> None:
     megabytes = result.path.stat().st_size / 1e6
-    out.print(f"Written: {show(result.path)} ({megabytes:.1f} MB)", markup=False, soft_wrap=True)
+    out.print(f"Written: {as_line(result.path)} ({megabytes:.1f} MB)", markup=False, soft_wrap=True)
     batch, height, width = (
         axis if axis in result.dynamic else str(size)
         for axis, size in zip(("batch", "height", "width"), (1, *result.size), strict=True)

@@ -99,7 +99,7 @@ def ms_deform_attn_backward(
     weights = _split_weights(attention_weights, sampling_locations)
     call = parse_call(value, shapes, sampling_locations, weights)
     grad_value, grad_locations, grad_weights, _ = run_backward(
-        _check_gradient(grad_output, call), call, [True, True, True, False]
+        _parse_gradient(grad_output, call), call, [True, True, True, False]
     )
     return (
         cast(Tensor, grad_value),
@@ -158,17 +158,17 @@ def get_compiling_cuda_version() -> str:
 
 
 def _split_weights(attention_weights: Tensor, sampling_locations: Tensor) -> Tensor:
-    """Attention weights [B, Q, M, L, K]. Those that have five axes are checked with the call."""
+    """Attention weights [B, Q, M, L, K], from those with neighbouring axes joined."""
     check_tensor("attention_weights", attention_weights)
     check_tensor("sampling_locations", sampling_locations)
     if attention_weights.dim() == 5 or sampling_locations.dim() != 6:
-        return attention_weights
+        return attention_weights  # the checks of the call name what is wrong
     names = ("batch", "queries", "heads", "levels", "points")
     axes = dict(zip(names, sampling_locations.shape[:5], strict=True))
     return split_axes("attention_weights", attention_weights, sampling_locations, **axes)
 
 
-def _check_gradient(grad_output: Tensor, call: Call) -> Tensor:
+def _parse_gradient(grad_output: Tensor, call: Call) -> Tensor:
     """The gradient of the output as [B, Q, M * D]; raises unless it fits the call."""
     value = call.value
     check_tensor("grad_output", grad_output)

@@ -64,7 +64,14 @@ class _TangentError(Exception):
     """A tensor that autograd records carries a tangent."""
 
 
-class DeformableAttention(torch.autograd.Function):
+class _FunctionWithoutTangents(torch.autograd.Function):
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        # torch calls this after `forward` where an input has a tangent.
+        raise _TangentError
+
+
+class DeformableAttention(_FunctionWithoutTangents):
     """The operator with its gradient. The inputs are kept for the backward, nothing else.
 
     Written out, because what `torch.library.register_autograd` makes of the same two functions takes
@@ -88,13 +95,8 @@ class DeformableAttention(torch.autograd.Function):
         gradients = compute_gradients(grad_output, arguments, output_mask)
         return (None, *_with_tensors(_NO_GRADIENTS, gradients))
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        # torch calls this after `forward` where an input has a tangent.
-        raise _TangentError
 
-
-class DeformableAttentionBackward(torch.autograd.Function):
+class DeformableAttentionBackward(_FunctionWithoutTangents):
     """The backward operator with its gradient, for second and higher derivatives.
 
     They are rare (gradient penalties, Hessian products): the written-out gradient of the reference is
@@ -151,11 +153,6 @@ class DeformableAttentionBackward(torch.autograd.Function):
         derivatives = [next(results) if is_needed else None for is_needed in needed]
         arguments = _with_tensors(_NO_GRADIENTS, derivatives[1:])
         return (None, derivatives[0], *arguments, None)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        # torch calls this after `forward` where an input has a tangent.
-        raise _TangentError
 
 
 # --- what the dispatcher calls on its Autograd key --------------------------------------------------------

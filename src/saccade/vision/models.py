@@ -20,12 +20,14 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
 from saccade import doctor
-from saccade.files import as_text
+from saccade.files import as_line
 from saccade.integrations.checkpoints.untrusted import (
+    INDEX,
+    WEIGHTS,
+    find_weights,
     load_torch,
     open_regular,
     read_json,
-    read_shard_names,
 )
 
 CONFIG = "config.json"
@@ -33,8 +35,6 @@ ADAPTER = "adapter_config.json"
 PROCESSOR = "preprocessor_config.json"
 WHOLE_PROCESSOR = "processor_config.json"
 """The file of a processor of images and text, which may hold the image processor's settings."""
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-INDEX = ".index.json"
 
 MAX_JSON_BYTES = 2**22
 MAX_NUMBER = 2**20
@@ -57,7 +57,7 @@ class ModelError(Exception):
 
     def __init__(self, message: str) -> None:
         text = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]}…"
-        super().__init__(_one_line(text))
+        super().__init__(as_line(text))
 
 
 def load_model(source: str | None = None) -> tuple[str, nn.Module, Any]:
@@ -144,14 +144,6 @@ def describe_error(error: BaseException) -> str:
     return text
 
 
-def _one_line(text: str) -> str:
-    """Makes escapes of what a terminal would obey or cannot show."""
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
-        for letter in as_text(text)
-    )
-
-
 def _refusal(name: str, reason: str) -> ModelError:
     return ModelError(f"cannot load {name}: {reason}")
 
@@ -235,17 +227,13 @@ def _refuse_code(content: dict[str, Any], file: str, name: str) -> None:
 
 
 def _find_weights(folder: Path, name: str) -> list[Path]:
-    """Finds the files of the weights, in the order in which transformers looks for them."""
-    for whole in WEIGHTS:
-        if (folder / whole).exists():
-            return [folder / whole]
-        index = folder / f"{whole}{INDEX}"
-        if index.exists():
-            try:
-                return [folder / shard for shard in read_shard_names(index)]
-            except (OSError, ValueError) as error:
-                raise _refusal(name, describe_error(error)) from error
-    raise _refusal(name, f"it has no weights ({' or '.join(WEIGHTS)})")
+    try:
+        weights = find_weights(folder)
+    except (OSError, ValueError) as error:
+        raise _refusal(name, describe_error(error)) from error
+    if not weights:
+        raise _refusal(name, f"it has no weights ({' or '.join(WEIGHTS)})")
+    return weights
 
 
 def _check_file(file: Path, name: str) -> None:

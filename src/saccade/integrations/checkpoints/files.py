@@ -27,21 +27,21 @@ from saccade.integrations.checkpoints.state_dict_parts import (
     group_entries,
 )
 from saccade.integrations.checkpoints.untrusted import (
+    INDEX,
+    WEIGHTS,
     RefusedGlobalError,
+    find_weights,
     is_torch_file,
     load_open_torch,
     map_file,
     named_errors,
     open_regular,
     read_json,
-    read_shard_names,
 )
 
 # State dicts are searched in nested mappings to this depth: that of {"ema": {"module": ...}} is 2.
 MAX_DEPTH = 4
-INDEX = ".index.json"
 OBJECTS_PER_TENSOR = 30  # of a pickle; a file of safetensors has the same bound on tensors
-FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 # Settings are numbers, names, and lists with an element per level. Longer ones are something else.
 LONGEST_SETTING = 1000
 EXPECTED = "a file that torch.save or safetensors wrote, or a pickle of arrays"
@@ -57,7 +57,6 @@ def load(
             arrays as detectron2 publishes them (.pkl), or a folder of transformers' `save_pretrained`,
             in one piece or in shards.
         entry: the path of the state dict, for files that hold several, such as "model" or "ema.module".
-
         limits: bounds on what the file may make the reader do; by default `Limits()`.
 
     Raises:
@@ -216,22 +215,17 @@ def _read_folder(folder: Path, limits: Limits) -> tuple[dict[Any, Any], dict[str
     """The weights and the configuration that transformers' `save_pretrained` wrote, and the bytes read."""
     config = folder / "config.json"
     settings = read_json(config) if config.exists() else {}
-    for name in FOLDER_FILES:
-        if (folder / name).exists():
-            content, size = _read_file(folder / name, limits)
-            return content, settings, size
-        index = folder / (name + INDEX)
-        if not index.exists():
-            continue
-        state_dict: dict[Any, Any] = {}
-        total = 0
-        for shard in read_shard_names(index):
-            content, size = _read_file(folder / shard, limits)
-            state_dict |= content
-            total += size
-        return state_dict, settings, total
-    expected = ", ".join(f"{name}, {name}{INDEX}" for name in FOLDER_FILES)
-    raise FileNotFoundError(f"path: expected a folder with one of {expected}, got {folder}")
+    files = find_weights(folder)
+    if not files:
+        expected = ", ".join(f"{name}, {name}{INDEX}" for name in WEIGHTS)
+        raise FileNotFoundError(f"path: expected a folder with one of {expected}, got {folder}")
+    state_dict: dict[Any, Any] = {}
+    total = 0
+    for file in files:
+        content, size = _read_file(file, limits)
+        state_dict |= content
+        total += size
+    return state_dict, settings, total
 
 
 def _read_file(path: Path, limits: Limits) -> tuple[dict[Any, Any], int]:

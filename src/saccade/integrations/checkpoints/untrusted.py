@@ -40,6 +40,10 @@ LEGACY_PICKLES = 5
 _LOADING = threading.Lock()
 # Configurations and lists of shards have less than a megabyte.
 MAX_JSON_BYTES = 2**24
+# The files of weights that `save_pretrained` writes, in the order in which transformers looks for them; in
+# shards, an index beside them has their name and this ending.
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+INDEX = ".index.json"
 # A member takes as long to list as ten objects.
 OBJECTS_PER_MEMBER = 10
 
@@ -106,12 +110,22 @@ def read_json(path: str | os.PathLike[str], max_bytes: int = MAX_JSON_BYTES) -> 
     return content
 
 
-def read_shard_names(index: Path) -> list[str]:
-    """The names of the files that an index of shards names, which lie beside it.
+def find_weights(folder: Path) -> list[Path]:
+    """The files of the weights in a folder that `save_pretrained` wrote: one, shards, or none.
 
     Raises:
-        OSError, ValueError: as `read_json`; or the index names something else.
+        OSError, ValueError: as `read_json`; or an index of shards names something else than files beside it.
     """
+    for whole in WEIGHTS:
+        if (folder / whole).exists():
+            return [folder / whole]
+        index = folder / (whole + INDEX)
+        if index.exists():
+            return [folder / shard for shard in _read_shard_names(index)]
+    return []
+
+
+def _read_shard_names(index: Path) -> list[str]:
     weight_map = read_json(index).get("weight_map", {})
     shards = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
     for shard in shards:
