@@ -13,7 +13,7 @@ import pytest
 from helpers import default_signals
 
 from saccade import files
-from saccade.files import as_text, open_regular, write_whole
+from saccade.files import as_line, as_text, open_regular, write_whole
 
 
 def write_three(path: Path, text: str) -> None:
@@ -186,3 +186,8 @@ def test_a_file_that_becomes_a_fifo_is_not_waited_for(tmp_path, monkeypatch) -> 
 
 def test_names_that_are_not_utf8_become_text() -> None:
     assert as_text(Path(os.fsdecode(b"\xe9 \xc3\xa9.png"))) == "\\xe9 é.png"
+
+
+def test_text_for_the_screen_is_one_line_that_a_terminal_does_not_obey() -> None:
+    text = "\x1b[2J a\nb \u202egpj.exe\u2069 写真\u3000é \udce9"
+    assert as_line(text) == r"\x1b[2J a\x0ab \u202egpj.exe\u2069 写真" + "\u3000é " + r"\xe9"
